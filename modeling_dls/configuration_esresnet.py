@@ -1,0 +1,116 @@
+"""ESResNet model configuration: the network only. Signal settings live in the feature extractor."""
+
+from transformers import PretrainedConfig
+
+PRESETS = {
+    # The network of the paper.
+    "esresnet50": {},
+    # Small enough to pre-train on a CPU within minutes.
+    "esresnet18": {"hidden_sizes": (64, 128, 256, 512), "depths": (2, 2, 2, 2), "layer_type": "basic"},
+    # For tests and for the demo.
+    "tiny": {
+        "embedding_size": 16,
+        "hidden_sizes": (16, 32, 64, 128),
+        "depths": (1, 1, 1, 1),
+        "layer_type": "basic",
+        "embedding_dim": 32,
+    },
+}
+
+# Every checkpoint loads through any of these, whichever head it was saved with.
+AUTO_MAP = {
+    "AutoConfig": "configuration_esresnet.ESResNetConfig",
+    "AutoModel": "modeling_esresnet.ESResNetModel",
+    "AutoModelForAudioClassification": "modeling_esresnet.ESResNetForAudioClassification",
+    "AutoModelForAudioXVector": "modeling_esresnet.ESResNetForInstanceDiscrimination",
+}
+
+
+class ESResNetConfig(PretrainedConfig):
+    r"""Configuration of an ESResNet (Guzhov et al., "ESResNet: Environmental Sound Classification Based on Visual Domain
+    Models"): a ResNet over three-band power spectrograms with attention in parallel with each stage.
+
+    The names follow transformers' `ResNetConfig`, which builds the stages.
+
+    Args:
+        num_channels (`int`, defaults to 3): Frequency bands of a spectrogram (the network's "colours").
+        embedding_size (`int`, defaults to 64): Width of the stem.
+        hidden_sizes (`list[int]`, defaults to `[256, 512, 1024, 2048]`): Output channels of each stage.
+        depths (`list[int]`, defaults to `[3, 4, 6, 3]`): Residual layers in each stage.
+        layer_type (`str`, defaults to `"bottleneck"`): `"bottleneck"` (ResNet-50) or `"basic"` (ResNet-18).
+        hidden_act (`str`, defaults to `"relu"`): Activation of the residual layers.
+        attention (`bool`, defaults to `True`): ESResNet-Attention, or plain ESResNet.
+        embedding_dim (`int`, defaults to 128): Size of the projection used for instance discrimination (d in the paper).
+            `embedding_size` is the stem's width, as in transformers' ResNet.
+
+    Raises:
+        ValueError: if `layer_type` is unknown, or `hidden_sizes` and `depths` differ in length.
+
+    Example:
+
+    ```python
+    >>> from modeling_dls import ESResNetConfig, ESResNetForAudioClassification
+
+    >>> # The paper's network, random weights, ten classes
+    >>> config = ESResNetConfig(num_labels=10)
+    >>> model = ESResNetForAudioClassification(config)
+
+    >>> # A network for a CPU
+    >>> config = ESResNetConfig.from_preset("esresnet18", num_labels=10)
+    ```
+    """
+
+    model_type = "esresnet"
+
+    def __init__(
+        self,
+        num_channels=3,
+        embedding_size=64,
+        hidden_sizes=(256, 512, 1024, 2048),
+        depths=(3, 4, 6, 3),
+        layer_type="bottleneck",
+        hidden_act="relu",
+        attention=True,
+        embedding_dim=128,
+        **kwargs,
+    ):
+        if layer_type not in ("basic", "bottleneck"):
+            raise ValueError(f"layer_type must be 'basic' or 'bottleneck', not {layer_type!r}")
+        if len(hidden_sizes) != len(depths):
+            raise ValueError(f"hidden_sizes and depths must be equally long, not {hidden_sizes} and {depths}")
+        self.num_channels = num_channels
+        self.embedding_size = embedding_size
+        self.hidden_sizes = list(hidden_sizes)
+        self.depths = list(depths)
+        self.layer_type = layer_type
+        self.hidden_act = hidden_act
+        self.attention = attention
+        self.embedding_dim = embedding_dim
+        # transformers' ResNetStage reads these two; ESResNet is the v1.5 layout: the stride sits in the 3x3 convolution.
+        self.downsample_in_first_stage = False
+        self.downsample_in_bottleneck = False
+        kwargs["auto_map"] = AUTO_MAP | (kwargs.get("auto_map") or {})
+        super().__init__(**kwargs)
+
+    @property
+    def hidden_size(self) -> int:
+        """Size of the pooled feature vector."""
+        return self.hidden_sizes[-1]
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "ESResNetConfig":
+        """Builds the configuration of a named network.
+
+        Args:
+            name: `"esresnet50"` (the paper's), `"esresnet18"` or `"tiny"`.
+            **overrides: Any argument of the constructor, `num_labels` and `id2label` included.
+
+        Raises:
+            ValueError: if the preset is unknown.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+
+__all__ = ["ESResNetConfig"]

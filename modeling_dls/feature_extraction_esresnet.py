@@ -1,0 +1,370 @@
+"""From waveform to `input_values`: ESResNet's three-band power spectrogram in decibels, normalisation included."""
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import BatchFeature, FeatureExtractionMixin
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+NUM_BANDS = 3
+POWER_FLOOR = 1e-18  # replaces exact zeros, which have no logarithm: -180 dB
+FULL_SCALE = 32768.0  # ESResNet analyses 16-bit sample values, this interface takes samples in +-1
+
+# Small networks get small, standardised pictures; averaging keeps the energy that bilinear sampling would skip.
+PRESETS = {
+    "esresnet50": {},
+    "esresnet18": {"spec_height": 64, "spec_width": 128, "resize_mode": "area", "do_normalize": True},
+    "tiny": {"spec_height": 32, "spec_width": 64, "resize_mode": "area", "do_normalize": True},
+}
+
+
+@lru_cache(maxsize=8)
+def _analysis_window(win_length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Periodic four-term Blackman-Harris window, (win_length,), rounded to float32 as the original keeps it."""
+    terms = [0.35875, 0.48829, 0.14128, 0.01168]
+    window = torch.signal.windows.general_cosine(win_length, a=terms, sym=False, dtype=torch.float64)
+    return window.to(torch.float32).to(device, dtype)
+
+
+def three_band_power(
+    waveform: torch.Tensor,
+    n_fft: int = 2048,
+    win_length: int = 1654,
+    hop_length: int = 561,
+    spec_height: int | None = None,
+    spec_width: int | None = None,
+    resize_mode: str = "bilinear",
+) -> torch.Tensor:
+    """Power spectrogram in three equal frequency bands, the lowest band first (ESResNet, section 3.1).
+
+    Args:
+        waveform: (..., samples) in +-1, float32 or float64; at least n_fft / 2 + 1 samples.
+        n_fft, win_length, hop_length: Settings of the centred STFT, in samples.
+        spec_height, spec_width: Size of each band's picture; None keeps the STFT's own.
+        resize_mode: "bilinear" (the original's, corners aligned) or "area" (average over the cells that are merged).
+
+    Returns:
+        (..., 3, height, width) in squared 16-bit sample units, above zero, in the waveform's dtype.
+
+    Raises:
+        ValueError: if the waveform is shorter than half an FFT window.
+    """
+    samples = waveform.shape[-1]
+    if samples <= n_fft // 2:
+        raise ValueError(
+            f"a waveform of {samples} samples is shorter than one analysis window: expected at least "
+            f"{n_fft // 2 + 1} samples (set max_length to pad short clips)"
+        )
+    window = _analysis_window(win_length, waveform.dtype, waveform.device)
+    flat = waveform.reshape(-1, samples)
+    spectrum = torch.stft(
+        flat * FULL_SCALE, n_fft, hop_length, win_length, window, normalized=True, return_complex=True
+    )
+    band_height = spectrum.shape[-2] // NUM_BANDS
+    parts = torch.view_as_real(spectrum[:, : NUM_BANDS * band_height])
+    power = parts.square().sum(dim=-1)
+    power = power.masked_fill_(power == 0, POWER_FLOOR).unflatten(1, (NUM_BANDS, band_height))
+    size = (spec_height or power.shape[-2], spec_width or power.shape[-1])
+    if size != power.shape[-2:]:
+        corners = {"align_corners": True} if resize_mode == "bilinear" else {}
+        power = F.interpolate(power, size=size, mode=resize_mode, **corners)
+    return power.reshape(*waveform.shape[:-1], *power.shape[1:])
+
+
+def power_to_decibel(
+    power: torch.Tensor, min_db: float | None = None, mean: float = 0.0, std: float = 1.0
+) -> torch.Tensor:
+    """10 log10(power), optionally floored at `min_db` and standardised to (dB - mean) / std.
+
+    Args:
+        power: Any shape, above zero.
+        min_db: Lowest level kept, in dB; None keeps all.
+        mean, std: In dB.
+    """
+    decibel = power.log10().mul_(10)
+    if min_db is not None:
+        decibel = decibel.clamp_(min=min_db)
+    return decibel if (mean, std) == (0.0, 1.0) else decibel.sub_(mean).div_(std)
+
+
+def three_band_spectrogram(
+    waveform: torch.Tensor,
+    n_fft: int = 2048,
+    win_length: int = 1654,
+    hop_length: int = 561,
+    spec_height: int | None = None,
+    spec_width: int | None = None,
+    resize_mode: str = "bilinear",
+    min_db: float | None = None,
+    mean: float = 0.0,
+    std: float = 1.0,
+    augment: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> torch.Tensor:
+    """Three-band power spectrogram in decibels; with the defaults, ESResNet's own.
+
+    Args:
+        waveform: (..., samples) in +-1, float32 or float64.
+        n_fft, win_length, hop_length, spec_height, spec_width, resize_mode: See `three_band_power`.
+        min_db, mean, std: See `power_to_decibel`.
+        augment: Applied to the power spectrogram (..., 3, height, width) before the logarithm; must keep it above zero.
+
+    Returns:
+        (..., 3, height, width), in the waveform's dtype and on its device. 5 s at 44.1 kHz give (3, 341, 394).
+
+    Raises:
+        ValueError: if the waveform is shorter than half an FFT window.
+    """
+    power = three_band_power(waveform, n_fft, win_length, hop_length, spec_height, spec_width, resize_mode)
+    return power_to_decibel(power if augment is None else augment(power), min_db, mean, std)
+
+
+def fit_length(waveform: torch.Tensor, length: int) -> torch.Tensor:
+    """Central crop or padding to a fixed length, as ESResNet evaluates.
+
+    Padding repeats the mean over channels of the first and of the last sample. A crop much quieter than its clip
+    (standard deviation below half) is replaced by the clip's head, or, where that is as quiet, by its tail.
+
+    Args:
+        waveform: (channels, samples).
+        length: In samples.
+
+    Returns:
+        (channels, length).
+    """
+    surplus = waveform.shape[-1] - length
+    if surplus <= 0:
+        left = -surplus // 2
+        fitted = waveform.new_empty(*waveform.shape[:-1], length)
+        fitted[..., left : length + surplus + left] = waveform
+        fitted[..., :left] = waveform[..., 0].mean()
+        fitted[..., length + surplus + left :] = waveform[..., -1].mean()
+        return fitted
+    threshold = waveform.std() / 2
+    centre = surplus // 2
+    for start in (centre, 0):
+        crop = waveform[..., start : start + length]
+        if crop.std() >= threshold:
+            return crop
+    return waveform[..., surplus:]
+
+
+def _to_waveform(raw) -> torch.Tensor:
+    """Anything array-like -> (channels, samples) float32 in +-1."""
+    tensor = raw.detach() if isinstance(raw, torch.Tensor) else torch.as_tensor(np.asarray(raw))
+    if tensor.is_floating_point():
+        tensor = tensor.to(torch.float32)
+    elif tensor.dtype in (torch.int16, torch.int32):
+        tensor = tensor.to(torch.float32) / -float(torch.iinfo(tensor.dtype).min)
+    elif tensor.dtype == torch.uint8:
+        tensor = (tensor.to(torch.float32) - 128) / 128
+    else:
+        raise ValueError(
+            f"cannot tell the full scale of {tensor.dtype} samples: pass floats in ±1, or uint8, int16 or int32 PCM"
+        )
+    if tensor.ndim == 1:
+        tensor = tensor[None]
+    if tensor.ndim != 2:
+        raise ValueError(
+            f"expected one waveform of shape (samples,) or (channels, samples), not {tuple(tensor.shape)}"
+        )
+    if tensor.shape[0] > tensor.shape[1]:
+        raise ValueError(
+            f"a waveform of shape {tuple(tensor.shape)} has more channels than samples: expected (channels, samples); "
+            "transpose it, and check that it is not empty"
+        )
+    if not torch.isfinite(tensor).all():
+        raise ValueError("the waveform has NaN or infinite samples: expected finite samples in ±1")
+    if tensor.abs().amax() > 16:
+        logger.warning_once("Samples far outside ±1: float waveforms are expected in ±1, not in integer units.")
+    return tensor
+
+
+def _is_batch(raw) -> bool:
+    """A list of waveforms (or a 3-D array), as against one waveform."""
+    if isinstance(raw, (np.ndarray, torch.Tensor)):
+        return raw.ndim == 3
+    return isinstance(raw, (list, tuple)) and len(raw) > 0 and not np.isscalar(raw[0]) and np.ndim(raw[0]) > 0
+
+
+class ESResNetFeatureExtractor(FeatureExtractionMixin):
+    r"""Turns waveforms into ESResNet's three-band spectrograms. The defaults are the original's settings.
+
+    Args:
+        sampling_rate (`int`, defaults to 44100): In Hz; the rate that the network was trained at.
+        n_fft (`int`, defaults to 2048): FFT length in samples.
+        win_length (`int`, defaults to 1654): Length of the Blackman-Harris window in samples.
+        hop_length (`int`, defaults to 561): In samples.
+        spec_height, spec_width (`int`, *optional*): Size of each band's picture; None keeps the STFT's own.
+        resize_mode (`str`, defaults to `"bilinear"`): How the power is resized: `"bilinear"` or `"area"`.
+        do_normalize (`bool`, defaults to `False`): Whether to floor the level at `min_db` and standardise it. The
+            original network takes plain decibels.
+        min_db, mean, std (`float`): In dB relative to one 16-bit unit; -9.7 is 100 dB below full scale's power of 1.
+        max_length (`int`, *optional*): Samples per clip; longer clips are cropped, shorter ones padded, centrally. None
+            keeps each clip's length, and pads a batch to its longest.
+        audio_channels (`int`, *optional*): 1 averages channels, 2 doubles mono clips; None takes what comes.
+        padding_value (`float`, defaults to 0.0): Where transformers' pipelines look up their fill value when they batch.
+
+    Raises:
+        ValueError: if `resize_mode` is unknown or a size is not positive.
+
+    Example:
+
+    ```python
+    >>> import numpy as np
+    >>> from modeling_dls import ESResNetFeatureExtractor
+
+    >>> extractor = ESResNetFeatureExtractor()
+    >>> extractor(np.zeros(220500, dtype=np.float32), sampling_rate=44100, return_tensors="pt")["input_values"].shape
+    torch.Size([1, 1, 3, 341, 394])
+    ```
+    """
+
+    model_input_names = ["input_values"]  # noqa: RUF012 (transformers' own idiom)
+
+    def __init__(
+        self,
+        sampling_rate: int = 44100,
+        n_fft: int = 2048,
+        win_length: int = 1654,
+        hop_length: int = 561,
+        spec_height: int | None = None,
+        spec_width: int | None = None,
+        resize_mode: str = "bilinear",
+        do_normalize: bool = False,
+        min_db: float = -9.7,
+        mean: float = 45.3,
+        std: float = 20.0,
+        max_length: int | None = None,
+        audio_channels: int | None = None,
+        padding_value: float = 0.0,
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        if resize_mode not in ("bilinear", "area"):
+            raise ValueError(f"resize_mode must be 'bilinear' or 'area', not {resize_mode!r}")
+        if not 0 < win_length <= n_fft or hop_length <= 0:
+            raise ValueError(
+                f"expected 0 < win_length ({win_length}) <= n_fft ({n_fft}) and hop_length > 0 ({hop_length})"
+            )
+        for name, size in {"spec_height": spec_height, "spec_width": spec_width, "max_length": max_length}.items():
+            if size is not None and size <= 0:
+                raise ValueError(f"{name} must be positive or None, not {size}")
+        self.sampling_rate = sampling_rate
+        self.n_fft = n_fft
+        self.win_length = win_length
+        self.hop_length = hop_length
+        self.spec_height = spec_height
+        self.spec_width = spec_width
+        self.resize_mode = resize_mode
+        self.do_normalize = do_normalize
+        self.min_db = min_db
+        self.mean = mean
+        self.std = std
+        self.max_length = max_length
+        self.audio_channels = audio_channels
+        self.padding_value = padding_value
+
+    @classmethod
+    def from_preset(cls, name: str, **overrides) -> "ESResNetFeatureExtractor":
+        """Builds the extractor that goes with `ESResNetConfig.from_preset(name)`.
+
+        Raises:
+            ValueError: if the preset is unknown.
+        """
+        if name not in PRESETS:
+            raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
+        return cls(**{**PRESETS[name], **overrides})
+
+    def spectrogram(
+        self, waveform: torch.Tensor, augment: Callable[[torch.Tensor], torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """`three_band_spectrogram` with this extractor's settings: (..., samples) -> (..., 3, height, width)."""
+        normalisation = {"min_db": self.min_db, "mean": self.mean, "std": self.std} if self.do_normalize else {}
+        return three_band_spectrogram(
+            waveform,
+            n_fft=self.n_fft,
+            win_length=self.win_length,
+            hop_length=self.hop_length,
+            spec_height=self.spec_height,
+            spec_width=self.spec_width,
+            resize_mode=self.resize_mode,
+            augment=augment,
+            **normalisation,
+        )
+
+    def fit_channels(self, waveform: torch.Tensor) -> torch.Tensor:
+        """(channels, samples) -> (audio_channels, samples).
+
+        Raises:
+            ValueError: if a clip with several channels has neither one nor `audio_channels` of them.
+        """
+        channels = waveform.shape[0]
+        if self.audio_channels is None or channels == self.audio_channels:
+            return waveform
+        if self.audio_channels == 1:
+            return waveform.mean(dim=0, keepdim=True)
+        if channels == 1:
+            return waveform.expand(self.audio_channels, -1)
+        raise ValueError(f"cannot make {self.audio_channels} audio channels of {channels}")
+
+    def __call__(
+        self,
+        raw,
+        sampling_rate: int | None = None,
+        padding: bool = True,
+        truncation: bool = True,
+        max_length: int | None = None,
+        return_tensors: str | None = None,
+        device: str | torch.device | None = None,
+    ) -> BatchFeature:
+        """Turns one or more waveforms into `input_values`.
+
+        Args:
+            raw: One waveform (samples,), one multi-channel waveform (channels, samples), or a list of either; NumPy,
+                torch or lists, floats in ±1 or PCM integers.
+            sampling_rate: Of `raw`, in Hz.
+            padding: Pads shorter clips centrally, to `max_length` or else to the longest of the batch.
+            truncation: Crops longer clips centrally to `max_length`, where that is set.
+            max_length: In samples; overrides the extractor's own.
+            return_tensors: `"pt"` or `"np"`; None gives a list of arrays.
+            device: Where to compute; None means the CPU.
+
+        Returns:
+            `input_values`: float32, (batch, audio_channels, 3, height, width).
+
+        Raises:
+            ValueError: for another sampling rate, NaN or infinite samples, an unknown integer type, a clip shorter than
+                one analysis window, or clips that cannot be batched.
+        """
+        if sampling_rate is None:
+            logger.warning_once(f"No sampling_rate given: {self.sampling_rate} Hz is assumed.")
+        elif sampling_rate != self.sampling_rate:
+            raise ValueError(
+                f"this feature extractor was made for {self.sampling_rate} Hz, but the audio has {sampling_rate} Hz: "
+                f"resample it first, e.g. torchaudio.functional.resample(waveform, {sampling_rate}, {self.sampling_rate})"
+            )
+        clips = [self.fit_channels(_to_waveform(clip)) for clip in (raw if _is_batch(raw) else [raw])]
+        max_length = max_length or self.max_length
+        if padding:
+            length = max_length or max(clip.shape[-1] for clip in clips)
+            clips = [fit_length(clip, length) if clip.shape[-1] < length else clip for clip in clips]
+        if truncation and max_length:
+            clips = [fit_length(clip, max_length) if clip.shape[-1] > max_length else clip for clip in clips]
+        shapes = {tuple(clip.shape) for clip in clips}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"clips of different shapes {sorted(shapes)} (channels, samples) cannot form one batch: set padding, "
+                "max_length and audio_channels so that they agree"
+            )
+        spectrograms = self.spectrogram(torch.stack(clips).to(device or "cpu"))
+        if return_tensors == "pt":
+            return BatchFeature({"input_values": spectrograms})
+        return BatchFeature({"input_values": list(spectrograms.cpu().numpy())}, tensor_type=return_tensors)
+
+
+__all__ = ["ESResNetFeatureExtractor"]

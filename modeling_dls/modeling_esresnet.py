@@ -1,0 +1,277 @@
+"""ESResNet: transformers' ResNet stages with ESResNet's attention in parallel, summed over audio channels."""
+
+import math
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPoolingAndNoAttention,
+    ImageClassifierOutputWithNoAttention,
+    ModelOutput,
+)
+from transformers.models.resnet.modeling_resnet import ResNetEmbeddings, ResNetStage
+from transformers.utils.generic import can_return_tuple
+
+from .configuration_esresnet import ESResNetConfig
+
+# ESResNet alternates attention along frequency and along time, and looks both ways after the last stage.
+STAGE_KERNELS = ((3, 1), (1, 5))
+HEAD_KERNEL = (3, 5)
+
+
+@dataclass
+class InstanceDiscriminationOutput(ModelOutput):
+    """Output of [`ESResNetForInstanceDiscrimination`].
+
+    Attributes:
+        embeddings: (batch, embedding_dim), unit length, float32 at least.
+        pooler_output: (batch, hidden_size).
+        hidden_states: See [`ESResNetModel`].
+    """
+
+    embeddings: torch.FloatTensor | None = None
+    pooler_output: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+
+
+def max_pool_to(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Adaptive max-pooling of (batch, channels, height, width) to `size`, by the cheapest exact way."""
+    height, width = x.shape[-2:]
+    if (height, width) == tuple(size):
+        return x
+    if height % size[0] == 0 and width % size[1] == 0:
+        return F.max_pool2d(x, (height // size[0], width // size[1]))
+    return F.adaptive_max_pool2d(x, size)
+
+
+class ESResNetAttention(nn.Module):
+    """sigmoid(BN(point-wise conv(depth-wise conv(max-pool(x))))), at the size of the features it gates (ESResNet)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: tuple[int, int]):
+        super().__init__()
+        padding = (kernel_size[0] // 2, kernel_size[1] // 2)
+        self.conv_depth = nn.Conv2d(in_channels, in_channels, kernel_size, padding=padding, groups=in_channels)
+        self.conv_point = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+        self.bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+        return self.bn(self.conv_point(self.conv_depth(max_pool_to(x, size)))).sigmoid()
+
+
+class ESResNetStage(nn.Module):
+    """One ResNet stage, gated by attention on the stage's input where the configuration asks for it."""
+
+    def __init__(self, config: ESResNetConfig, index: int):
+        super().__init__()
+        in_channels = config.hidden_sizes[index - 1] if index else config.embedding_size
+        out_channels = config.hidden_sizes[index]
+        self.residual = ResNetStage(
+            config, in_channels, out_channels, stride=2 if index else 1, depth=config.depths[index]
+        )
+        kernel_size = STAGE_KERNELS[index % len(STAGE_KERNELS)]
+        self.attention = ESResNetAttention(in_channels, out_channels, kernel_size) if config.attention else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        features = self.residual(x)
+        return features if self.attention is None else features * self.attention(x, features.shape[-2:])
+
+
+@contextmanager
+def frozen_batch_norm_statistics(module: nn.Module):
+    """Batch norm normalises as before inside this context, but leaves its running statistics alone."""
+    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def recomputable(stage: nn.Module):
+    """Wraps a stage for gradient checkpointing, whose second run must not update batch-norm statistics again."""
+    runs = 0
+
+    def run(x):
+        nonlocal runs
+        runs += 1
+        if runs == 1:
+            return stage(x)
+        with frozen_batch_norm_statistics(stage):
+            return stage(x)
+
+    return run
+
+
+class ESResNetPreTrainedModel(PreTrainedModel):
+    """Weight initialisation and the interface for downloading and loading pre-trained models."""
+
+    config_class = ESResNetConfig
+    base_model_prefix = "esresnet"
+    main_input_name = "input_values"
+    input_modalities = ("audio",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["ESResNetStage"]  # noqa: RUF012 (transformers' own idiom)
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        # transformers.initialization skips what was loaded from a checkpoint, plain nn.init would overwrite it.
+        if isinstance(module, nn.Conv2d):
+            init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Linear):
+            bound = 1 / math.sqrt(module.in_features)
+            init.uniform_(module.weight, -bound, bound)
+            init.uniform_(module.bias, -bound, bound)
+        elif isinstance(module, nn.BatchNorm2d):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
+            init.zeros_(module.num_batches_tracked)
+
+
+class ESResNetModel(ESResNetPreTrainedModel):
+    """ESResNet without a head: pooled features of three-band spectrograms, summed over audio channels.
+
+    The same network runs on each audio channel, all channels as one batch. In training, batch norm therefore sees all
+    channels together, where the original ran them one after the other; in evaluation there is no difference.
+
+    Attributes:
+        config (ESResNetConfig): The network's configuration.
+    """
+
+    def __init__(self, config: ESResNetConfig):
+        super().__init__(config)
+        self.embedder = ResNetEmbeddings(config)
+        self.stages = nn.ModuleList([ESResNetStage(config, index) for index in range(len(config.depths))])
+        size = config.hidden_size
+        self.attention = ESResNetAttention(size, size, HEAD_KERNEL) if config.attention else None
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_values: torch.Tensor, output_hidden_states: bool | None = None, **kwargs
+    ) -> BaseModelOutputWithPoolingAndNoAttention:
+        """Runs the network.
+
+        Args:
+            input_values: (batch, audio_channels, 3, height, width), from [`ESResNetFeatureExtractor`].
+            output_hidden_states: Whether to return the stem's and every stage's output.
+
+        Returns:
+            `last_hidden_state` (batch, audio_channels, hidden_size, h, w), `pooler_output` (batch, hidden_size), and
+            `hidden_states`, a tuple of (batch, audio_channels, channels, h, w).
+
+        Raises:
+            ValueError: if `input_values` has another number of dimensions or bands.
+        """
+        if input_values.ndim != 5 or input_values.shape[2] != self.config.num_channels:
+            raise ValueError(
+                f"expected input_values of shape (batch, audio_channels, {self.config.num_channels}, height, width), "
+                f"not {tuple(input_values.shape)}: use ESResNetFeatureExtractor"
+            )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        batch_and_channels = input_values.shape[:2]
+        x = self.embedder(input_values.flatten(0, 1))
+        hidden_states = [x]
+        for stage in self.stages:
+            if self.gradient_checkpointing and self.training:
+                x = self._gradient_checkpointing_func(recomputable(stage), x)
+            else:
+                x = stage(x)
+            hidden_states.append(x)
+        pooled = x.mean(dim=(2, 3), keepdim=True)
+        if self.attention is not None:
+            pooled = pooled * self.attention(x, (1, 1))
+        return BaseModelOutputWithPoolingAndNoAttention(
+            last_hidden_state=x.unflatten(0, batch_and_channels),
+            pooler_output=pooled.flatten(1).unflatten(0, batch_and_channels).sum(dim=1),
+            hidden_states=tuple(h.unflatten(0, batch_and_channels) for h in hidden_states)
+            if output_hidden_states
+            else None,
+        )
+
+
+class ESResNetForInstanceDiscrimination(ESResNetPreTrainedModel):
+    """ESResNet with a linear projection to the unit sphere, for NPID (Wu et al., 2018) and for retrieval."""
+
+    def __init__(self, config: ESResNetConfig):
+        super().__init__(config)
+        self.esresnet = ESResNetModel(config)
+        self.projection = nn.Linear(config.hidden_size, config.embedding_dim)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self, input_values: torch.Tensor, output_hidden_states: bool | None = None, **kwargs
+    ) -> InstanceDiscriminationOutput:
+        """Embeds clips on the unit sphere.
+
+        Args:
+            input_values: (batch, audio_channels, 3, height, width), from [`ESResNetFeatureExtractor`].
+            output_hidden_states: See [`ESResNetModel`].
+
+        Returns:
+            `embeddings` (batch, embedding_dim) of unit length, `pooler_output`, `hidden_states`.
+        """
+        outputs = self.esresnet(input_values, output_hidden_states=output_hidden_states, return_dict=True)
+        projected = self.projection(outputs.pooler_output)
+        # Half precision is too coarse for similarities that are divided by a temperature and exponentiated.
+        projected = projected if projected.dtype == torch.float64 else projected.float()
+        return InstanceDiscriminationOutput(
+            embeddings=F.normalize(projected, dim=-1),
+            pooler_output=outputs.pooler_output,
+            hidden_states=outputs.hidden_states,
+        )
+
+
+class ESResNetForAudioClassification(ESResNetPreTrainedModel):
+    """ESResNet with a linear classifier on the pooled features."""
+
+    def __init__(self, config: ESResNetConfig):
+        super().__init__(config)
+        self.loss_type = "ForSequenceClassification"  # one label a clip; regression and multi-label by problem_type
+        self.esresnet = ESResNetModel(config)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_values: torch.Tensor,
+        labels: torch.Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs,
+    ) -> ImageClassifierOutputWithNoAttention:
+        """Classifies clips.
+
+        Args:
+            input_values: (batch, audio_channels, 3, height, width), from [`ESResNetFeatureExtractor`].
+            labels: (batch,) class indices; (batch, num_labels) for a multi-label problem.
+            output_hidden_states: See [`ESResNetModel`].
+
+        Returns:
+            `logits` (batch, num_labels), `loss` where labels are given, `hidden_states`.
+        """
+        outputs = self.esresnet(input_values, output_hidden_states=output_hidden_states, return_dict=True)
+        logits = self.classifier(outputs.pooler_output)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+
+
+__all__ = [
+    "ESResNetForAudioClassification",
+    "ESResNetForInstanceDiscrimination",
+    "ESResNetModel",
+    "ESResNetPreTrainedModel",
+]
