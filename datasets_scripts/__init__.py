@@ -1,0 +1,25 @@
+"""Corpora of everyday sounds as `datasets.Dataset`s with one schema and official folds.
+
+Example:
+
+    >>> from datasets_scripts import decode_audio, load_corpus, train_test_folds
+    >>> train, test = train_test_folds(load_corpus("esc10", "/data/ESC-10"), fold=1)
+    >>> samples, sampling_rate = decode_audio(test[0]["audio"])  # float32, (channels, samples)
+"""
+
+from .audio import decode_audio
+from .builder import corpus_report
+from .combining import combine_corpora, train_test_folds
+from .errors import AudioError, CorpusError
+from .loading import CORPUS_NAMES, load_corpus
+
+__all__ = [
+    "CORPUS_NAMES",
+    "AudioError",
+    "CorpusError",
+    "combine_corpora",
+    "corpus_report",
+    "decode_audio",
+    "load_corpus",
+    "train_test_folds",
+]

@@ -1,0 +1,92 @@
+"""Official folds, and several corpora as one for pre-training."""
+
+from collections import Counter
+from itertools import repeat
+
+import datasets
+import numpy as np
+
+from .errors import CorpusError
+
+_KEPT_COLUMNS = ["audio", "corpus", "label", "fold", "clip_id", "source_id"]
+
+
+def train_test_folds(dataset: datasets.Dataset, fold: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The official split for one fold.
+
+    Args:
+        dataset: from `load_corpus`.
+        fold: the fold held out for testing.
+
+    Returns:
+        Every other fold's clips, and this fold's clips.
+
+    Raises:
+        CorpusError: there is no such fold, or nothing is left to train on.
+    """
+    folds = np.asarray(dataset.with_format(None)["fold"][:])
+    existing = sorted(set(folds.tolist()))
+    if fold not in existing or len(existing) < 2:
+        problem = f"fold {fold} cannot be held out" if fold in existing else f"there is no fold {fold}"
+        raise CorpusError(
+            f"{problem}: this corpus has {'folds ' if len(existing) > 1 else 'only fold '}"
+            f"{', '.join(map(str, existing))}"
+            + (" (a plain folder has no folds; give it a metadata.csv with a fold column)" if existing == [0] else "")
+        )
+    return dataset.select(np.flatnonzero(folds != fold)), dataset.select(np.flatnonzero(folds == fold))
+
+
+def combine_corpora(corpora: list[tuple[str, datasets.Dataset]]) -> tuple[datasets.Dataset, dict]:
+    """Several corpora as one unlabelled training set, every clip once.
+
+    The first corpus that has a clip keeps it. Two clips are the same if their ESC identity is (ESC-10's and ESC-50's
+    files of one clip differ) or if their files are byte for byte the same.
+
+    Args:
+        corpora: pairs of a name and a dataset from `load_corpus`.
+
+    Returns:
+        A dataset with columns audio, corpus, label (int64 or None, numbered as in its own corpus), fold, clip_id and
+        source_id; and a dict: `clips` (kept per corpus), `removed` (in all), and `removed_pairs`, a list of
+        `{"kept_in", "removed_from", "clips"}`.
+    """
+    if not corpora:
+        raise CorpusError("no corpus was given to combine")
+    owner_of: dict[tuple[str, str], str] = {}
+    parts, kept_counts, removed = [], Counter(), Counter()
+    for name, dataset in corpora:
+        kept = []
+        for index, keys in enumerate(zip(*_identities(dataset), strict=True)):
+            owner = next((owner_of[key] for key in keys if key in owner_of), None)
+            if owner is None:
+                kept.append(index)
+                owner_of.update(zip(keys, repeat(name)))
+            else:
+                removed[owner, name] += 1
+        kept_counts[name] += len(kept)
+        parts.append(_plain(name, dataset).select(kept))
+    report = {
+        "clips": dict(kept_counts),
+        "removed": sum(removed.values()),
+        "removed_pairs": [
+            {"kept_in": first, "removed_from": second, "clips": n} for (first, second), n in removed.items()
+        ],
+    }
+    return datasets.concatenate_datasets(parts), report
+
+
+def _identities(dataset: datasets.Dataset) -> list[list[tuple[str, str]]]:
+    columns = dataset.with_format(None)
+    keys = [[("digest", value) for value in columns["digest"][:]]]
+    if {"esc10", "take"} <= set(dataset.column_names):
+        keys.append([("esc", value) for value in columns["clip_id"][:]])
+    return keys
+
+
+def _plain(name: str, dataset: datasets.Dataset) -> datasets.Dataset:
+    # Replacing the column, not casting it: a cast would write every embedded clip to disk once more.
+    labels = dataset.with_format(None)["label"][:]
+    dataset = dataset.remove_columns([column for column in dataset.column_names if column not in _KEPT_COLUMNS])
+    dataset = dataset.remove_columns("label").add_column("label", labels, feature=datasets.Value("int64"))
+    dataset = dataset.add_column("corpus", [name] * len(dataset), feature=datasets.Value("string"))
+    return dataset.select_columns(_KEPT_COLUMNS)
