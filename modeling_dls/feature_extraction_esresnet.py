@@ -27,8 +27,9 @@ PRESETS = {
 def _analysis_window(win_length: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Periodic four-term Blackman-Harris window, (win_length,), rounded to float32 as the original keeps it."""
     terms = [0.35875, 0.48829, 0.14128, 0.01168]
-    window = torch.signal.windows.general_cosine(win_length, a=terms, sym=False, dtype=torch.float64)
-    return window.to(torch.float32).to(device, dtype)
+    with torch.inference_mode(False):  # kept between calls, of which the next may need gradients
+        window = torch.signal.windows.general_cosine(win_length, a=terms, sym=False, dtype=torch.float64)
+        return window.to(torch.float32).to(device, dtype)
 
 
 def three_band_power(
@@ -111,7 +112,8 @@ def three_band_spectrogram(
         waveform: (..., samples) in +-1, float32 or float64.
         n_fft, win_length, hop_length, spec_height, spec_width, resize_mode: See `three_band_power`.
         min_db, mean, std: See `power_to_decibel`.
-        augment: Applied to the power spectrogram (..., 3, height, width) before the logarithm; must keep it above zero.
+        augment: Applied to the power spectrogram (..., 3, height, width) before the logarithm; must keep it
+            above zero.
 
     Returns:
         (..., 3, height, width), in the waveform's dtype and on its device. 5 s at 44.1 kHz give (3, 341, 394).
@@ -155,7 +157,12 @@ def fit_length(waveform: torch.Tensor, length: int) -> torch.Tensor:
 
 def _to_waveform(raw) -> torch.Tensor:
     """Anything array-like -> (channels, samples) float32 in +-1."""
-    tensor = raw.detach() if isinstance(raw, torch.Tensor) else torch.as_tensor(np.asarray(raw))
+    if isinstance(raw, torch.Tensor):
+        tensor = raw.detach()
+    else:
+        array = np.asarray(raw)
+        # torch takes no negative strides (a reversed clip), no foreign byte order, and warns of read-only memory.
+        tensor = torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
     if tensor.is_floating_point():
         tensor = tensor.to(torch.float32)
     elif tensor.dtype in (torch.int16, torch.int32):
@@ -172,10 +179,12 @@ def _to_waveform(raw) -> torch.Tensor:
         raise ValueError(
             f"expected one waveform of shape (samples,) or (channels, samples), not {tuple(tensor.shape)}"
         )
+    if tensor.numel() == 0:
+        raise ValueError(f"the waveform is empty: expected at least one sample, not shape {tuple(tensor.shape)}")
     if tensor.shape[0] > tensor.shape[1]:
         raise ValueError(
-            f"a waveform of shape {tuple(tensor.shape)} has more channels than samples: expected (channels, samples); "
-            "transpose it, and check that it is not empty"
+            f"a waveform of shape {tuple(tensor.shape)} has more channels than samples: expected (channels, samples), "
+            "transpose it"
         )
     if not torch.isfinite(tensor).all():
         raise ValueError("the waveform has NaN or infinite samples: expected finite samples in ±1")
@@ -204,13 +213,13 @@ class ESResNetFeatureExtractor(FeatureExtractionMixin):
         do_normalize (`bool`, defaults to `False`): Whether to floor the level at `min_db` and standardise it. The
             original network takes plain decibels.
         min_db, mean, std (`float`): In dB relative to one 16-bit unit; -9.7 is 100 dB below full scale's power of 1.
-        max_length (`int`, *optional*): Samples per clip; longer clips are cropped, shorter ones padded, centrally. None
-            keeps each clip's length, and pads a batch to its longest.
+        max_length (`int`, *optional*): Samples per clip; longer clips are cropped, shorter ones padded, centrally.
+            None keeps each clip's length, and pads a batch to its longest.
         audio_channels (`int`, *optional*): 1 averages channels, 2 doubles mono clips; None takes what comes.
-        padding_value (`float`, defaults to 0.0): Where transformers' pipelines look up their fill value when they batch.
+        padding_value (`float`, defaults to 0.0): Where transformers' pipelines look up their fill value to batch.
 
     Raises:
-        ValueError: if `resize_mode` is unknown or a size is not positive.
+        ValueError: if `resize_mode` is unknown, or a size, rate or `std` is not positive.
 
     Example:
 
@@ -251,7 +260,15 @@ class ESResNetFeatureExtractor(FeatureExtractionMixin):
             raise ValueError(
                 f"expected 0 < win_length ({win_length}) <= n_fft ({n_fft}) and hop_length > 0 ({hop_length})"
             )
-        for name, size in {"spec_height": spec_height, "spec_width": spec_width, "max_length": max_length}.items():
+        if sampling_rate <= 0 or std <= 0:
+            raise ValueError(f"expected sampling_rate ({sampling_rate}) > 0 and std ({std}) > 0")
+        sizes = {
+            "spec_height": spec_height,
+            "spec_width": spec_width,
+            "max_length": max_length,
+            "audio_channels": audio_channels,
+        }
+        for name, size in sizes.items():
             if size is not None and size <= 0:
                 raise ValueError(f"{name} must be positive or None, not {size}")
         self.sampling_rate = sampling_rate
@@ -338,18 +355,23 @@ class ESResNetFeatureExtractor(FeatureExtractionMixin):
             `input_values`: float32, (batch, audio_channels, 3, height, width).
 
         Raises:
-            ValueError: for another sampling rate, NaN or infinite samples, an unknown integer type, a clip shorter than
-                one analysis window, or clips that cannot be batched.
+            ValueError: for another sampling rate, NaN or infinite samples, an unknown integer type, a clip shorter
+                than one analysis window, or clips that cannot be batched.
         """
         if sampling_rate is None:
             logger.warning_once(f"No sampling_rate given: {self.sampling_rate} Hz is assumed.")
         elif sampling_rate != self.sampling_rate:
             raise ValueError(
                 f"this feature extractor was made for {self.sampling_rate} Hz, but the audio has {sampling_rate} Hz: "
-                f"resample it first, e.g. torchaudio.functional.resample(waveform, {sampling_rate}, {self.sampling_rate})"
+                "resample it first, e.g. with "
+                f"torchaudio.functional.resample(waveform, {sampling_rate}, {self.sampling_rate})"
             )
         clips = [self.fit_channels(_to_waveform(clip)) for clip in (raw if _is_batch(raw) else [raw])]
-        max_length = max_length or self.max_length
+        if not clips:
+            raise ValueError("the batch is empty: expected at least one waveform")
+        max_length = self.max_length if max_length is None else max_length
+        if max_length is not None and max_length <= 0:
+            raise ValueError(f"max_length must be positive or None, not {max_length}")
         if padding:
             length = max_length or max(clip.shape[-1] for clip in clips)
             clips = [fit_length(clip, length) if clip.shape[-1] < length else clip for clip in clips]
