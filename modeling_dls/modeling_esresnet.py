@@ -84,14 +84,15 @@ class ESResNetStage(nn.Module):
 @contextmanager
 def frozen_batch_norm_statistics(module: nn.Module):
     """Batch norm normalises as before inside this context, but leaves its running statistics alone."""
-    norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    # A momentum of zero, because without tracking fewer tensors are saved for backward: checkpointing counts them.
+    norms = {m: (m.momentum, m.num_batches_tracked) for m in module.modules() if isinstance(m, nn.BatchNorm2d)}
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, num_batches_tracked) in norms.items():
+            norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
 
 
 def recomputable(stage: nn.Module):

@@ -1,0 +1,600 @@
+"""Parity with the original ESResNet, the network against a slow version, what transformers promises of a model."""
+
+import copy
+import inspect
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from golden import deterministic as golden
+from torch import nn
+from transformers import AutoConfig, AutoModel, AutoModelForAudioClassification, AutoModelForAudioXVector
+
+from modeling_dls import (
+    ESResNetConfig,
+    ESResNetFeatureExtractor,
+    ESResNetForAudioClassification,
+    ESResNetForInstanceDiscrimination,
+    ESResNetModel,
+    three_band_spectrogram,
+)
+from modeling_dls.configuration_esresnet import AUTO_MAP, PRESETS
+from modeling_dls.convert_esresnet_checkpoint import convert_state_dict
+from modeling_dls.modeling_esresnet import ESResNetAttention, max_pool_to
+
+HEADS = {
+    ESResNetModel: AutoModel,
+    ESResNetForAudioClassification: AutoModelForAudioClassification,
+    ESResNetForInstanceDiscrimination: AutoModelForAudioXVector,
+}
+every_head = pytest.mark.parametrize("head", HEADS)
+with_and_without_attention = pytest.mark.parametrize("attention", [True, False])
+
+
+def tiny_config(**overrides):
+    return ESResNetConfig.from_preset("tiny", **{"num_labels": 4, "embedding_dim": 32, **overrides})
+
+
+def pictures(batch=2, audio_channels=1, height=33, width=61, seed=0):
+    return torch.randn(batch, audio_channels, 3, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def randomised(head, config, seed=0):
+    """A model in evaluation mode with nothing at its initial value, batch-norm statistics included."""
+    model = head(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in model.state_dict().items():
+        if name.endswith("num_batches_tracked"):
+            tensor.fill_(7)
+        elif name.endswith("running_var") or (tensor.ndim == 1 and name.endswith("weight")):
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        else:
+            tensor.normal_(0, 1 if tensor.ndim == 1 else tensor[0].numel() ** -0.5, generator=generator)
+    return model
+
+
+def assert_same_state(model, expected):
+    """Every tensor of `expected` (name -> tensor) is in the model, to the bit."""
+    state = model.state_dict()
+    for name, tensor in expected.items():
+        assert torch.equal(state[name], tensor), name
+
+
+# --- Parity with the original ---
+
+
+@pytest.fixture(scope="module", params=[True, False], ids=["attention", "plain"])
+def original(request):
+    """The original's ResNet-50 in float32 and float64, and the name of its logits in golden.json."""
+    model = ESResNetForAudioClassification(ESResNetConfig(num_labels=10, attention=request.param)).eval()
+    model.load_state_dict(convert_state_dict(golden.original_state_dict(request.param), model))
+    logits = "ESResNetAttention_logits" if request.param else "ESResNet_logits"
+    return {torch.float32: model, torch.float64: copy.deepcopy(model).double()}, logits
+
+
+def test_parameter_count_is_the_originals(original):
+    models, logits = original
+    expected = {"ESResNetAttention_logits": 30_552_138, "ESResNet_logits": 23_528_522}[logits]
+    assert models[torch.float32].num_parameters() == expected
+
+
+@pytest.mark.parametrize("case", golden.CASES)
+def test_logits_are_the_originals(original, case):
+    models, name = original
+    expected = torch.tensor([golden.CASES[case][name]], dtype=torch.float64)
+    waveform = golden.waveform(case)
+    single = ESResNetFeatureExtractor()(waveform, sampling_rate=golden.RATE, return_tensors="pt")["input_values"]
+    double = three_band_spectrogram(torch.from_numpy(waveform).double())[None]
+    with torch.no_grad():
+        logits = models[torch.float32](single).logits
+        precise = models[torch.float64](double).logits
+    assert logits.dtype == torch.float32 and precise.dtype == torch.float64
+    assert (logits - expected).abs().max() <= 2e-4 * expected.abs().max()
+    assert (precise - expected).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("case", golden.CASES)
+def test_spectrogram_is_the_originals(case):
+    expected = golden.CASES[case]
+    features = ESResNetFeatureExtractor()(golden.waveform(case), sampling_rate=golden.RATE, return_tensors="pt")
+    spectrogram = features["input_values"]
+    assert spectrogram.dtype == torch.float32
+    assert list(spectrogram.shape) == expected["spectrogram_shape"]
+    above_zero = floor = 0
+    for *index, decibel in expected["spectrogram_db_points"]:
+        if decibel > 0:
+            above_zero += 1
+            assert abs(spectrogram[0][tuple(index)] - decibel) <= 0.01, index
+        elif decibel == -180:
+            floor += 1
+            assert spectrogram[0][tuple(index)] == -180, index
+    assert above_zero >= 20
+    assert floor > 0 or case != "half_silent_mono_5s"
+    # In float64, where quiet cells are exact too, so that the mean sees every cell of a band.
+    precise = three_band_spectrogram(torch.from_numpy(golden.waveform(case)).double())
+    np.testing.assert_allclose(precise.mean(dim=(2, 3)), expected["spectrogram_db_mean_per_band"], rtol=0, atol=1e-4)
+
+
+# --- The network against a slow version ---
+
+
+def slow_max_pool(x, size):
+    rows, columns = x.shape[-2:]
+    pooled = x.new_empty(*x.shape[:-2], *size)
+    for i in range(size[0]):
+        for j in range(size[1]):
+            top, bottom = i * rows // size[0], -(-(i + 1) * rows // size[0])
+            left, right = j * columns // size[1], -(-(j + 1) * columns // size[1])
+            pooled[..., i, j] = x[..., top:bottom, left:right].amax(dim=(-2, -1))
+    return pooled
+
+
+def slow_esresnet(state, config, picture):
+    """Pooled features of one audio channel (3, height, width), from the formulas of the paper, batch norm fixed."""
+
+    def norm(x, name):
+        shape = (-1, 1, 1)
+        x = (x - state[f"{name}.running_mean"].view(shape)) / (state[f"{name}.running_var"].view(shape) + 1e-5).sqrt()
+        return x * state[f"{name}.weight"].view(shape) + state[f"{name}.bias"].view(shape)
+
+    def convolve(x, name, stride=1):
+        weight = state[f"{name}.weight"]
+        padding = (weight.shape[2] // 2, weight.shape[3] // 2)
+        groups = x.shape[1] if "conv_depth" in name else 1
+        return F.conv2d(x, weight, state.get(f"{name}.bias"), stride, padding, groups=groups)
+
+    def convolve_norm(x, name, stride=1):
+        return norm(convolve(x, f"{name}.convolution", stride), f"{name}.normalization")
+
+    def attend(x, size, name):
+        x = convolve(convolve(slow_max_pool(x, size), f"{name}.conv_depth"), f"{name}.conv_point")
+        return 1 / (1 + (-norm(x, f"{name}.bn")).exp())
+
+    x = convolve_norm(picture[None], "embedder.embedder", stride=2).clamp(min=0)
+    x = F.max_pool2d(x, 3, 2, 1)
+    for i, depth in enumerate(config.depths):
+        stage_input = x
+        for j in range(depth):
+            name = f"stages.{i}.residual.layers.{j}"
+            stride = 2 if i and not j else 1
+            shortcut = (
+                convolve_norm(x, f"{name}.shortcut", stride) if f"{name}.shortcut.convolution.weight" in state else x
+            )
+            if config.layer_type == "basic":
+                x = convolve_norm(x, f"{name}.layer.0", stride).clamp(min=0)
+                x = convolve_norm(x, f"{name}.layer.1")
+            else:  # v1.5: the stride is in the 3x3 convolution
+                x = convolve_norm(x, f"{name}.layer.0").clamp(min=0)
+                x = convolve_norm(x, f"{name}.layer.1", stride).clamp(min=0)
+                x = convolve_norm(x, f"{name}.layer.2")
+            x = (x + shortcut).clamp(min=0)
+        if config.attention:
+            x = x * attend(stage_input, x.shape[-2:], f"stages.{i}.attention")
+    pooled = x.mean(dim=(2, 3), keepdim=True)
+    return (pooled * attend(x, (1, 1), "attention") if config.attention else pooled).flatten()
+
+
+@pytest.mark.parametrize("height, width", [(32, 64), (33, 61), (70, 47)])
+@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
+@with_and_without_attention
+def test_network_equals_a_slow_version(attention, layer_type, height, width):
+    config = tiny_config(attention=attention, layer_type=layer_type, depths=(2, 1, 1, 2))
+    model = randomised(ESResNetModel, config).double()
+    x = pictures(2, 2, height, width).double()
+    expected = torch.stack([sum(slow_esresnet(model.state_dict(), config, one) for one in clip) for clip in x])
+    torch.testing.assert_close(model(x).pooler_output, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [(8, 12), (4, 6), (2, 12), (5, 7), (1, 1), (3, 12)])
+def test_max_pool_equals_a_slow_version(size):
+    x = torch.randn(2, 3, 8, 12)
+    assert torch.equal(max_pool_to(x, size), slow_max_pool(x, size))
+
+
+def test_attention_kernels_alternate_and_the_head_looks_both_ways():
+    model = ESResNetModel(ESResNetConfig.from_preset("esresnet18"))
+    kernels = [m.conv_depth.kernel_size for m in model.modules() if isinstance(m, ESResNetAttention)]
+    assert kernels == [(3, 1), (1, 5), (3, 1), (1, 5), (3, 5)]
+    widths = [
+        (m.conv_depth.in_channels, m.conv_point.out_channels) for m in model.modules() if hasattr(m, "conv_depth")
+    ]
+    assert widths == [(64, 64), (64, 128), (128, 256), (256, 512), (512, 512)]
+
+
+def test_audio_channels_are_summed_after_pooling():
+    model = randomised(ESResNetForAudioClassification, tiny_config())
+    stereo = pictures(3, 2)
+    with torch.no_grad():
+        both = model.esresnet(stereo).pooler_output
+        left, right = (model.esresnet(stereo[:, i : i + 1]).pooler_output for i in (0, 1))
+        logits = model(stereo).logits
+    torch.testing.assert_close(both, left + right)
+    torch.testing.assert_close(logits, F.linear(left + right, model.classifier.weight, model.classifier.bias))
+
+
+def test_clips_of_a_batch_are_independent_in_evaluation():
+    model = randomised(ESResNetForAudioClassification, tiny_config())
+    x = pictures(3, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x).logits, torch.cat([model(clip[None]).logits for clip in x]))
+
+
+# --- Configuration ---
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_config_round_trip(preset, tmp_path):
+    config = ESResNetConfig.from_preset(preset, attention=False, embedding_dim=17, id2label={0: "dog", 1: "rain"})
+    config.save_pretrained(tmp_path)
+    for loaded in (
+        AutoConfig.from_pretrained(tmp_path),
+        ESResNetConfig.from_dict(json.loads(config.to_json_string())),
+    ):
+        assert type(loaded) is ESResNetConfig
+        assert {**loaded.to_dict(), "_name_or_path": ""} == {**config.to_dict(), "_name_or_path": ""}
+        assert (loaded.attention, loaded.embedding_dim, loaded.num_labels) == (False, 17, 2)
+        assert loaded.layer_type == PRESETS[preset].get("layer_type", "bottleneck")
+        assert loaded.hidden_size == config.hidden_sizes[-1]
+
+
+def test_default_config_is_the_papers_network():
+    config = ESResNetConfig()
+    assert config.to_dict() == ESResNetConfig.from_preset("esresnet50").to_dict()
+    assert (config.hidden_sizes, config.depths, config.layer_type) == (
+        [256, 512, 1024, 2048],
+        [3, 4, 6, 3],
+        "bottleneck",
+    )
+    assert (config.attention, config.embedding_dim) == (True, 128)
+
+
+@every_head
+def test_auto_map_is_always_complete(head, tmp_path):
+    randomised(head, tiny_config()).save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == AUTO_MAP
+    assert (tmp_path / "configuration_esresnet.py").exists()
+    assert (tmp_path / "modeling_esresnet.py").exists()
+    assert ESResNetConfig(auto_map={"AutoModel": "other.Model"}).auto_map == {**AUTO_MAP, "AutoModel": "other.Model"}
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"layer_type": "dense"}, "layer_type must be 'basic' or 'bottleneck', not 'dense'"),
+        ({"depths": (1, 1)}, "hidden_sizes and depths must be equally long"),
+    ],
+)
+def test_impossible_configs_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**settings)
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match=r"unknown preset 'resnet50'.*esresnet50, esresnet18, tiny"):
+        ESResNetConfig.from_preset("resnet50")
+
+
+# --- Calls and outputs ---
+
+
+@every_head
+def test_forward_starts_with_input_values(head):
+    assert list(inspect.signature(head.forward).parameters)[:2] == ["self", "input_values"]
+    assert head.main_input_name == "input_values"
+
+
+@every_head
+def test_output_shapes(head):
+    outputs = randomised(head, tiny_config())(pictures(2, 2))
+    expected = {
+        ESResNetModel: {"last_hidden_state": (2, 2, 128, 2, 2), "pooler_output": (2, 128)},
+        ESResNetForAudioClassification: {"logits": (2, 4)},
+        ESResNetForInstanceDiscrimination: {"embeddings": (2, 32), "pooler_output": (2, 128)},
+    }[head]
+    assert {name: tuple(value.shape) for name, value in outputs.items()} == expected
+
+
+@every_head
+def test_hidden_states_are_the_stem_and_every_stage(head):
+    model = randomised(head, tiny_config())
+    x = pictures(2, 2, height=64, width=100)
+    outputs = model(x, output_hidden_states=True)
+    shapes = [tuple(h.shape) for h in outputs.hidden_states]
+    assert shapes == [
+        (2, 2, c, h, w) for c, h, w in [(16, 16, 25), (16, 16, 25), (32, 8, 13), (64, 4, 7), (128, 2, 4)]
+    ]
+    assert model(x).hidden_states is None
+    if head is ESResNetModel:
+        assert torch.equal(outputs.hidden_states[-1], outputs.last_hidden_state)
+    model.config.output_hidden_states = True
+    for by_config, by_argument in zip(model(x).hidden_states, outputs.hidden_states, strict=True):
+        assert torch.equal(by_config, by_argument)
+    assert model(x, output_hidden_states=False).hidden_states is None
+
+
+@every_head
+@pytest.mark.parametrize("arguments", [{}, {"output_hidden_states": True}])
+def test_return_dict_false_gives_the_same_as_a_tuple(head, arguments):
+    def flatten(outputs):
+        return [t for o in outputs for t in (flatten(o) if isinstance(o, (tuple, list)) else [o])]
+
+    model = randomised(head, tiny_config())
+    if head is ESResNetForAudioClassification:
+        arguments = {**arguments, "labels": torch.tensor([0, 3])}
+    expected = flatten(model(pictures(), **arguments).to_tuple())
+    by_argument = model(pictures(), **arguments, return_dict=False)
+    model.config.return_dict = False
+    by_config = model(pictures(), **arguments)
+    for actual in (by_argument, by_config):
+        assert type(actual) is tuple
+        assert len(flatten(actual)) == len(expected)
+        assert all(torch.equal(a, e) for a, e in zip(flatten(actual), expected, strict=True))
+
+
+@every_head
+def test_calls_are_deterministic_and_leave_the_input_alone(head):
+    model = randomised(head, tiny_config())
+    x = pictures()
+    with torch.no_grad():
+        first, second = model(x)[0], model(x)[0]
+    assert torch.equal(first, second)
+    assert torch.equal(x, pictures())
+
+
+@every_head
+@pytest.mark.parametrize("shape", [(3, 33, 61), (2, 3, 33, 61), (2, 1, 1, 33, 61), (2, 3, 1, 33, 61)])
+def test_another_input_shape_is_refused(head, shape):
+    with pytest.raises(
+        ValueError, match=r"expected input_values of shape \(batch, audio_channels, 3, height, width\)"
+    ):
+        head(tiny_config())(torch.zeros(shape))
+
+
+@every_head
+def test_channels_last_gives_the_same(head):
+    model = randomised(head, tiny_config())
+    x = pictures(2, 2)
+    expected = model(x)[0]
+    model = model.to(memory_format=torch.channels_last)
+    actual = model(x.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (2, 2)))[0]
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+# --- Losses and embeddings ---
+
+
+def test_one_label_a_clip_is_cross_entropy():
+    model = randomised(ESResNetForAudioClassification, tiny_config())
+    labels = torch.tensor([3, 0, 1])
+    outputs = model(pictures(3), labels=labels)
+    torch.testing.assert_close(outputs.loss, F.cross_entropy(outputs.logits, labels))
+    assert model(pictures(3)).loss is None
+
+
+def test_several_labels_a_clip_by_problem_type():
+    config = tiny_config(problem_type="multi_label_classification")
+    model = randomised(ESResNetForAudioClassification, config)
+    labels = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0]])
+    outputs = model(pictures(2), labels=labels)
+    torch.testing.assert_close(outputs.loss, F.binary_cross_entropy_with_logits(outputs.logits, labels))
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float64])
+def test_embeddings_have_unit_length_in_float32_at_least(weights):
+    model = randomised(ESResNetForInstanceDiscrimination, tiny_config()).to(weights)
+    with torch.no_grad():
+        outputs = model(pictures(5).to(weights))
+    assert outputs.embeddings.dtype == (torch.float64 if weights == torch.float64 else torch.float32)
+    torch.testing.assert_close(outputs.embeddings.norm(dim=-1), torch.ones(5, dtype=outputs.embeddings.dtype))
+    projected = F.linear(outputs.pooler_output, model.projection.weight, model.projection.bias)
+    torch.testing.assert_close(
+        outputs.embeddings, F.normalize(projected.to(outputs.embeddings.dtype), dim=-1), rtol=1e-5, atol=1e-6
+    )
+
+
+@every_head
+def test_bfloat16_autocast_trains(head):
+    torch.manual_seed(0)
+    model = head(tiny_config())
+    with torch.no_grad():
+        expected = copy.deepcopy(model).train()(pictures(4))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        outputs = model.train()(pictures(4))
+        value = outputs.pooler_output if head is ESResNetModel else outputs[0]
+    if head is ESResNetForInstanceDiscrimination:
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value.norm(dim=-1), torch.ones(4))
+    # The same computation, as far as eight bits of mantissa through batch norm tell.
+    reference = expected.pooler_output if head is ESResNetModel else expected[0]
+    assert F.cosine_similarity(value.float(), reference).min() > 0.9
+    (value.float() * torch.randn(value.shape)).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert torch.isfinite(parameter.grad).all(), name
+
+
+# --- Saving, loading, initialising ---
+
+
+@every_head
+@with_and_without_attention
+def test_a_saved_model_loads_the_same_through_its_auto_class(head, attention, tmp_path):
+    model = randomised(head, tiny_config(attention=attention))
+    model.save_pretrained(tmp_path)
+    loaded = HEADS[head].from_pretrained(tmp_path)
+    assert type(loaded) is head
+    assert not loaded.training
+    assert loaded.state_dict().keys() == model.state_dict().keys()
+    assert_same_state(loaded, model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(loaded(pictures())[0], model(pictures())[0])
+
+
+@pytest.mark.parametrize("loaded_head", HEADS)
+@pytest.mark.parametrize("saved_head", HEADS)
+def test_the_backbone_moves_between_heads(saved_head, loaded_head, tmp_path):
+    saved = randomised(saved_head, tiny_config())
+    saved.save_pretrained(tmp_path)
+    model, report = HEADS[loaded_head].from_pretrained(tmp_path, output_loading_info=True)
+    assert type(model) is loaded_head
+    assert_same_state(model.base_model, saved.base_model.state_dict())
+    own = {ESResNetForAudioClassification: "classifier", ESResNetForInstanceDiscrimination: "projection"}
+    missing = {f"{own[loaded_head]}.{kind}" for kind in ("weight", "bias")} if loaded_head in own else set()
+    assert set(report["missing_keys"]) == (set() if loaded_head is saved_head else missing)
+
+
+def assert_initial(name, module):
+    """What ESResNet starts from; statistics within five standard errors."""
+    if isinstance(module, nn.Conv2d):
+        fan_out = module.weight.shape[0] * module.weight[0, 0].numel()
+        n = module.weight.numel()
+        std = (2 / fan_out) ** 0.5
+        assert abs(module.weight.std() / std - 1) < 5 / (2 * n) ** 0.5, name
+        assert abs(module.weight.mean()) < 5 * std / n**0.5, name
+        assert module.bias is None or not module.bias.any(), name
+    elif isinstance(module, nn.BatchNorm2d):
+        assert (module.weight == 1).all() and not module.bias.any(), name
+        assert (module.running_var == 1).all() and not module.running_mean.any(), name
+        assert module.num_batches_tracked == 0, name
+    elif isinstance(module, nn.Linear):
+        bound = module.in_features**-0.5
+        assert bound * 0.9 < module.weight.abs().max() <= bound, name
+        assert abs(module.weight.std() / (bound / 3**0.5) - 1) < 0.15, name
+        assert 0 < module.bias.abs().max() <= bound, name
+
+
+@every_head
+@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
+def test_a_new_model_is_initialised(head, layer_type):
+    torch.manual_seed(0)
+    for name, module in head(tiny_config(layer_type=layer_type)).named_modules():
+        assert_initial(name, module)
+
+
+def test_what_a_checkpoint_lacks_is_initialised_and_what_it_has_is_kept(tmp_path):
+    torch.manual_seed(0)
+    saved = randomised(ESResNetModel, tiny_config(attention=False))
+    saved.save_pretrained(tmp_path)
+    # from_pretrained builds on the meta device: what is not filled in afterwards is whatever the memory held.
+    model = ESResNetForAudioClassification.from_pretrained(tmp_path, attention=True, num_labels=9)
+    assert_same_state(model.esresnet, saved.state_dict())
+    new = [m for m in model.named_modules() if "attention" in m[0] or m[0] == "classifier"]
+    assert len(new) == 5 * 4 + 1
+    for name, module in new:
+        assert_initial(name, module)
+    assert all(tensor.device.type == "cpu" and torch.isfinite(tensor).all() for tensor in model.state_dict().values())
+    assert torch.isfinite(model(pictures()).logits).all()
+
+
+def test_a_new_label_set_needs_ignore_mismatched_sizes(tmp_path):
+    torch.manual_seed(0)
+    saved = randomised(ESResNetForAudioClassification, tiny_config())
+    saved.save_pretrained(tmp_path)
+    labels = {"id2label": {0: "dog", 1: "rain"}, "label2id": {"dog": 0, "rain": 1}}
+    with pytest.raises(RuntimeError, match="size"):
+        AutoModelForAudioClassification.from_pretrained(tmp_path, **labels)
+    model = AutoModelForAudioClassification.from_pretrained(tmp_path, **labels, ignore_mismatched_sizes=True)
+    assert model.config.num_labels == 2 and model.config.id2label == labels["id2label"]
+    assert model.classifier.weight.shape == (2, 128)
+    assert_initial("classifier", model.classifier)
+    assert_same_state(model.esresnet, saved.esresnet.state_dict())
+
+
+def test_a_checkpoint_of_another_preset_is_refused(tmp_path):
+    randomised(ESResNetModel, tiny_config()).save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="size"):
+        AutoModel.from_pretrained(tmp_path, config=ESResNetConfig.from_preset("esresnet18"))
+
+
+# --- Training ---
+
+
+def training_step(model, x, labels=None):
+    """Loss, gradients and buffers after one forward and backward in training mode."""
+    model.train()
+    loss = model(x, labels=labels).loss
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    return loss.detach(), gradients, dict(model.named_buffers())
+
+
+@with_and_without_attention
+def test_every_parameter_learns_and_statistics_follow(attention):
+    torch.manual_seed(0)
+    model = ESResNetForAudioClassification(tiny_config(attention=attention))
+    _, gradients, buffers = training_step(model, pictures(4, 2), torch.tensor([0, 1, 2, 3]))
+    for name, gradient in gradients.items():
+        assert gradient is not None and torch.isfinite(gradient).all(), name
+        # A bias just before batch norm is normalised away; everything else has to move.
+        assert gradient.any() or name.endswith(("conv_depth.bias", "conv_point.bias")), name
+    assert all(value == 1 for name, value in buffers.items() if name.endswith("num_batches_tracked"))
+    assert all(value.any() for name, value in buffers.items() if name.endswith("running_mean"))
+
+
+# Later versions 5 of transformers warn of a new name; this one works in all of them.
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("arguments", [None, {"use_reentrant": True}, {"use_reentrant": False}])
+@with_and_without_attention
+def test_gradient_checkpointing_changes_nothing_but_memory(attention, arguments):
+    torch.manual_seed(0)
+    plain = ESResNetForAudioClassification(tiny_config(attention=attention))
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
+    assert checkpointed.is_gradient_checkpointing
+    runs = []
+    for stage in checkpointed.esresnet.stages:
+        stage.register_forward_pre_hook(lambda *_: runs.append(1))
+    labels = torch.tensor([0, 1, 2, 3])
+    for seed in (0, 1):  # the second step would see what the first one left behind
+        expected = training_step(plain, pictures(4, seed=seed), labels)
+        actual = training_step(checkpointed, pictures(4, seed=seed), labels)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+        assert len(runs) == 8 * (seed + 1)  # forward, and once more in backward: it was in fact on
+    with torch.no_grad():
+        assert torch.equal(checkpointed.eval()(pictures()).logits, plain.eval()(pictures()).logits)
+    checkpointed.gradient_checkpointing_disable()
+    assert not checkpointed.is_gradient_checkpointing
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_gradient_checkpointing_under_autocast_with_frozen_batch_norm():
+    torch.manual_seed(0)
+    plain = randomised(ESResNetForAudioClassification, tiny_config())
+    checkpointed = copy.deepcopy(plain)
+    checkpointed.gradient_checkpointing_enable()
+    results = []
+    for model in (plain, checkpointed):
+        model.train()
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = model(pictures(4), labels=torch.tensor([0, 1, 2, 3])).loss
+        loss.backward()
+        results.append(({n: p.grad for n, p in model.named_parameters()}, dict(model.named_buffers())))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+def test_training_on_a_single_clip_needs_a_network_without_attention():
+    # Batch norm has nothing to normalise in the head's 1x1 map; two audio channels are two values already.
+    model = ESResNetForAudioClassification(tiny_config()).train()
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        model(pictures(1))
+    model(pictures(1, audio_channels=2))
+    ESResNetForAudioClassification(tiny_config(attention=False)).train()(pictures(1))
+
+
+def test_a_few_steps_learn_a_handful_of_clips():
+    torch.manual_seed(0)
+    model = ESResNetForAudioClassification(tiny_config()).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    x, labels = pictures(8), torch.arange(8) % 4
+    losses = []
+    for _ in range(15):
+        loss = model(x, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
