@@ -66,6 +66,7 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
         listing = self.corpus.read(self.root)
+        _check_identities(listing.clips, self.root)
         if not listing.clips:
             raise CorpusError(f"{self.root}: holds no clip of {self.corpus.name}; expected {self.corpus.layout}")
         shortfalls = _shortfalls(listing.clips, self.corpus)
@@ -74,7 +75,8 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
                 {"listed but absent": listing.missing, "present but not listed": listing.unlisted, "": shortfalls}
             )
         facts = _inspect_all([clip.path for clip in listing.clips], self.root)
-        unreadable = [str(fact) for fact in facts if isinstance(fact, AudioError)]
+        # Relative names: the report goes into published cards, where a user's own paths have no business.
+        unreadable = [str(fact).removeprefix(f"{self.root}{os.sep}") for fact in facts if isinstance(fact, AudioError)]
         if not self.config.skip_unreadable:
             self._refuse({"unreadable": unreadable})
         read = [(c, f) for c, f in zip(listing.clips, facts, strict=True) if not isinstance(f, AudioError)]
@@ -93,7 +95,8 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
             "skipped": unreadable,
             "wrong_durations": wrong,
             "duplicates": duplicates,
-            "crossings": _crossings(read),
+            "crossings": (crossings := _crossings(read)),
+            "unexpected_crossings": _unexpected(crossings, self.corpus.known_crossings),
         }
         self.info.description = describe_with_report(self.corpus.title, report)
         self.info.features = common_features(listing.class_names, self.corpus.columns)
@@ -138,8 +141,9 @@ def corpus_report(dataset: datasets.Dataset) -> dict:
         `corpus` and `clips` (at load time), and lists that are empty for a complete corpus:
         `shortfalls` (deviations from the official counts, in words), `missing` (listed but absent),
         `unlisted` (present but not listed), `skipped` (unreadable: name and reason), `wrong_durations`,
-        `duplicates` (left out because another file has the same content). `crossings` maps each `source_id` that is
-        in more than one fold to its folds.
+        `duplicates` (left out because another file has the same content), `unexpected_crossings` (recordings in
+        several folds that the official split does not have there). `crossings` maps each `source_id` that is in more
+        than one fold to its folds.
     """
     _, mark, report = dataset.info.description.partition(_REPORT_MARK)
     if not mark:
@@ -215,6 +219,24 @@ def _crossings(read: list[tuple[Clip, AudioFacts]]) -> dict[str, list[int]]:
     for clip, _ in read:
         folds.setdefault(clip.source_id, set()).add(clip.fold)
     return {source: sorted(found) for source, found in folds.items() if len(found) > 1}
+
+
+def _unexpected(crossings: dict[str, list[int]], known: dict[tuple[int, ...], int]) -> list[str]:
+    found = Counter(map(tuple, crossings.values()))
+    return [
+        f"folds {' and '.join(map(str, folds))}: {n} recordings are in both, officially {known.get(folds, 0)}"
+        for folds, n in found.items()
+        if n > known.get(folds, 0)
+    ]
+
+
+def _check_identities(clips: list[Clip], root: Path) -> None:
+    first: dict[str, Path] = {}
+    for clip in clips:
+        if clip.clip_id and first.setdefault(clip.clip_id, clip.path) != clip.path:
+            raise CorpusError(
+                f"{root}: {clip.path.name} and {first[clip.clip_id].name} are both clip {clip.clip_id}; remove one"
+            )
 
 
 def _table(read: list[tuple[Clip, AudioFacts]], features: datasets.Features) -> pa.Table:

@@ -74,6 +74,7 @@ class Corpus(ABC):
         columns: features beyond the common ones.
         fold_sizes: official number of clips per fold; empty where there is nothing official.
         class_sizes: official number of clips per class, in the official order.
+        known_crossings: how many recordings are in several folds in the official split, by those folds.
         archives: official archives; empty where there is nothing to download.
         layout: what a folder of this corpus looks like, for messages.
         unique_content: whether byte-identical files are one clip.
@@ -88,6 +89,7 @@ class Corpus(ABC):
     columns: ClassVar[dict[str, Any]] = {}
     fold_sizes: ClassVar[dict[int, int]] = {}
     class_sizes: ClassVar[dict[str, int]] = {}
+    known_crossings: ClassVar[dict[tuple[int, ...], int]] = {}
     archives: ClassVar[tuple[Archive, ...]] = ()
     layout: ClassVar[str]
     unique_content: ClassVar[bool] = False

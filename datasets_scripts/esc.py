@@ -42,6 +42,7 @@ ESC10_CLASSES = sorted(ESC10_FOLDERS.values(), key=ESC50_CLASSES.index)
 _ESC50_NAME = re.compile(r"(\d+)-(\d+)-([A-Z]+)-(\d+)\.\w+", re.IGNORECASE)
 _ESC10_NAME = re.compile(r"([1-5])-(\d+)-([A-Z]+)\.\w+", re.IGNORECASE)
 _TABLE = "meta/esc50.csv"
+_COLUMNS = {"esc10": datasets.Value("bool"), "take": datasets.Value("string")}
 
 
 class ESC50(Corpus):
@@ -58,7 +59,7 @@ class ESC50(Corpus):
   pages = {1015--1018},
   doi = {10.1145/2733373.2806390}
 }"""
-    columns = {"esc10": datasets.Value("bool"), "take": datasets.Value("string")}  # noqa: RUF012
+    columns = _COLUMNS
     fold_sizes = dict.fromkeys(range(1, 6), 400)
     class_sizes = dict.fromkeys(ESC50_CLASSES, 40)
     # The archive is made anew by its host from time to time: neither its size nor its digest can be relied on.

@@ -7,16 +7,23 @@ from pathlib import Path
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
+from .archives import unpacked, unpacked_official
 from .audiofolder import AudioFolder
 from .builder import FolderBuilder, corpus_report
 from .corpus import Corpus
+from .dcase2013 import DCASE2013
+from .describing import STATES
 from .errors import CorpusError
 from .esc import ESC10, ESC50
+from .exporting import is_export, is_hub_id, load_export
 from .synthetic import SyntheticBuilder, SyntheticConfig
+from .urbansound8k import UrbanSound8K
 
 logger = logging.getLogger(__name__)
 
-CORPORA: dict[str, Corpus] = {corpus.name: corpus for corpus in (ESC10(), ESC50(), AudioFolder())}
+CORPORA: dict[str, Corpus] = {
+    corpus.name: corpus for corpus in (ESC10(), ESC50(), UrbanSound8K(), DCASE2013(), AudioFolder())
+}
 CORPUS_NAMES = [*CORPORA, "synthetic"]
 _SYNTHETIC_OPTIONS = {f.name for f in fields(SyntheticConfig)} - {f.name for f in fields(datasets.BuilderConfig)}
 
@@ -34,7 +41,9 @@ def load_corpus(
 
     Args:
         name: esc10, esc50, urbansound8k, dcase2013, synthetic or audiofolder.
-        data_dir: the corpus's folder.
+        data_dir: the corpus's folder; or its official archive, or a folder with its archives; or an export (a folder
+            made by `python -m datasets_scripts export`, or the Hub id of one). None: the corpus is downloaded from
+            its official address once (synthetic: generated).
         allow_partial: accept a copy that lacks clips, has files its metadata do not list, or clips of a wrong length.
         skip_unreadable: leave out files that cannot be decoded.
         cache_dir: where prepared data are kept; None: Hugging Face's place for them (`HF_DATASETS_CACHE`).
@@ -54,57 +63,74 @@ def load_corpus(
     unknown = set(synthetic_options) - (_SYNTHETIC_OPTIONS if name == "synthetic" else set())
     if unknown:
         raise CorpusError(f"{name} has no option {', '.join(sorted(unknown))}")
-    cache_dir = None if cache_dir is None else str(cache_dir)
-    if name == "synthetic":
-        if data_dir is not None:
-            raise CorpusError(f"synthetic is generated and reads no folder, but data_dir is {data_dir}")
-        return _prepare(lambda: SyntheticBuilder(cache_dir, **synthetic_options))
-    corpus = CORPORA[name]
-    root = _find_root(corpus, data_dir)
-    dataset = _prepare(lambda: FolderBuilder(corpus, root, allow_partial, skip_unreadable, cache_dir))
-    _warn(root, corpus_report(dataset))
+    cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser()
+    try:
+        dataset = _load(name, data_dir, allow_partial, skip_unreadable, cache, synthetic_options)
+    except (OSError, DatasetGenerationError) as error:
+        raise CorpusError(
+            f"{name} cannot be prepared in {cache} ({error.__cause__ or error}); cache_dir or the environment "
+            "variable HF_DATASETS_CACHE can name another place"
+        ) from error
+    _warn(str(data_dir or name), corpus_report(dataset))
     return dataset
 
 
-def _prepare(make_builder) -> datasets.Dataset:
-    try:
-        builder = make_builder()
-        builder.download_and_prepare()
-        return builder.as_dataset(split="train")
-    except (OSError, DatasetGenerationError) as error:
-        place = datasets.config.HF_DATASETS_CACHE
-        raise CorpusError(
-            f"the prepared corpus cannot be written or read ({error.__cause__ or error}); its place is cache_dir, or "
-            f"else HF_DATASETS_CACHE, now {place}"
-        ) from error
+def _load(
+    name: str, data_dir: str | Path | None, allow_partial: bool, skip_unreadable: bool, cache: Path, options: dict
+) -> datasets.Dataset:
+    corpus = CORPORA.get(name)
+    if data_dir is not None and _is_export(data_dir):
+        classes = list(corpus.class_sizes) if corpus else []
+        return load_export(name, str(data_dir), classes, corpus.columns if corpus else {}, str(cache))
+    if corpus:
+        root = _find_root(corpus, data_dir, cache)
+        builder = FolderBuilder(corpus, root, allow_partial, skip_unreadable, str(cache))
+    elif data_dir is None:
+        builder = SyntheticBuilder(str(cache), **options)
+    else:
+        raise CorpusError(f"{data_dir}: synthetic is generated; as data_dir it takes only an export of itself")
+    builder.download_and_prepare()
+    return builder.as_dataset(split="train")
 
 
-def _find_root(corpus: Corpus, data_dir: str | Path | None) -> Path:
+def _is_export(data_dir: str | Path) -> bool:
+    source = Path(data_dir).expanduser()
+    return is_export(source) if source.exists() else is_hub_id(str(data_dir))
+
+
+def _find_root(corpus: Corpus, data_dir: str | Path | None, cache: Path) -> Path:
+    """The corpus's root in a folder, in archives on disk, or downloaded."""
     if data_dir is None:
-        raise CorpusError(f"{corpus.name} needs data_dir, a folder with {corpus.layout}")
-    folder = Path(data_dir).expanduser().resolve()
-    if not folder.exists():
-        raise CorpusError(f"{data_dir}: no such folder; {corpus.name} is a folder with {corpus.layout}")
-    if not folder.is_dir():
-        raise CorpusError(f"{data_dir}: not a folder; {corpus.name} is a folder with {corpus.layout}")
+        if not corpus.archives:
+            raise CorpusError(f"{corpus.name} needs data_dir, a folder with {corpus.layout}")
+        place = unpacked_official(corpus, cache)
+        root = corpus.find_root(place)
+        if root is None:
+            raise CorpusError(f"{place}: what was downloaded is not {corpus.name}; expected {corpus.layout}")
+        return root
+    source = Path(data_dir).expanduser().resolve()
+    if not source.exists():
+        raise CorpusError(f"{data_dir}: no such folder or archive; {corpus.name} is a folder with {corpus.layout}")
+    folder = unpacked(_archives_beside(source, corpus), cache) if source.is_file() else source
     root = corpus.find_root(folder)
+    if root is None and (archives := [source / a.filename for a in corpus.archives if (source / a.filename).exists()]):
+        root = corpus.find_root(unpacked(archives, cache))
     if root is None:
         raise CorpusError(f"{data_dir}: not the layout of {corpus.name}; expected {corpus.layout}")
     return root
 
 
-def _warn(root: Path, report: dict) -> None:
+def _archives_beside(file: Path, corpus: Corpus) -> list[Path]:
+    """An archive and, if it is one of several official ones, the others in its folder."""
+    official = [archive.filename for archive in corpus.archives]
+    if file.name not in official:
+        return [file]
+    return [file.with_name(name) for name in official if file.with_name(name).exists()]
+
+
+def _warn(source: str, report: dict) -> None:
     """Repeat at every load, cached or not, what was put up with."""
-    for key, what in [
-        ("skipped", "unreadable files left out"),
-        ("missing", "listed files are absent"),
-        ("unlisted", "files ignored, not in the metadata"),
-        ("wrong_durations", "clips of an unexpected length"),
-        ("duplicates", "files left out, same content as another"),
-        ("shortfalls", "deviations from the official counts"),
-    ]:
+    for key, words in STATES.items():
         if report[key]:
             shown = ", ".join(report[key][:5]) + (", …" if len(report[key]) > 5 else "")
-            logger.warning("%s: %d %s: %s", root, len(report[key]), what, shown)
-    if report["crossings"]:
-        logger.warning("%s: original recordings in more than one fold: %s", root, report["crossings"])
+            logger.warning("%s: %d %s: %s", source, len(report[key]), words, shown)

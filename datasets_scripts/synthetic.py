@@ -71,6 +71,7 @@ class SyntheticBuilder(datasets.ArrowBasedBuilder):
             "clips": len(names) * self.config.clips_per_class,
             **{key: [] for key in ("shortfalls", "missing", "unlisted", "skipped", "wrong_durations", "duplicates")},
             "crossings": {},
+            "unexpected_crossings": [],
         }
         return datasets.DatasetInfo(
             description=describe_with_report("Procedural everyday-like sounds", report),

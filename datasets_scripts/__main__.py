@@ -1,0 +1,87 @@
+"""`python -m datasets_scripts export|describe NAME …`: publish a corpus, or look at it."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: the arguments; None: the process's own.
+
+    Returns:
+        Exit code: 0, or 2 for what a user can put right.
+    """
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+
+    # After the arguments are known to be good: `--help` should not wait for these imports.
+    from . import CorpusError, load_corpus
+
+    try:
+        dataset = load_corpus(
+            arguments.name,
+            arguments.data_dir,
+            allow_partial=arguments.allow_partial,
+            skip_unreadable=arguments.skip_unreadable,
+        )
+        arguments.run(dataset, arguments)
+    except CorpusError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m datasets_scripts", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="export|describe")
+    export = commands.add_parser("export", help="write Parquet shards and a dataset card, ready to upload")
+    export.add_argument("--output_dir", required=True, help="new or empty folder")
+    export.set_defaults(run=_export)
+    describe = commands.add_parser("describe", help="print counts, lengths and licence, and draw a clip of each class")
+    describe.add_argument("--picture", type=Path, help="where to write the picture (default: ./NAME-classes.png)")
+    describe.set_defaults(run=_describe)
+    for command in (export, describe):
+        command.add_argument("name", help="esc10, esc50, urbansound8k, dcase2013, synthetic or audiofolder")
+        command.add_argument(
+            "--data_dir", help="folder, archive, export or Hub id; without it the corpus is downloaded"
+        )
+        command.add_argument("--allow_partial", action="store_true", help="accept a copy that is not complete")
+        command.add_argument("--skip_unreadable", action="store_true", help="leave out files that cannot be decoded")
+    return parser
+
+
+def _export(dataset, arguments: argparse.Namespace) -> None:
+    from .exporting import export_corpus
+    from .loading import CORPORA
+
+    # Without the folders: whoever reads the card has others, and should not learn ours.
+    options = [f"--{option}" for option in ("allow_partial", "skip_unreadable") if getattr(arguments, option)]
+    command = " ".join(["python -m datasets_scripts export", arguments.name, *options])
+    export_corpus(dataset, CORPORA.get(arguments.name), arguments.output_dir, command)
+    print(
+        f"{len(dataset)} clips written to {arguments.output_dir}; it loads with load_dataset({arguments.output_dir!r})"
+    )
+
+
+def _describe(dataset, arguments: argparse.Namespace) -> None:
+    from .describing import class_table, draw_classes, measures, state, summarise
+    from .loading import CORPORA
+
+    corpus, summary = CORPORA.get(arguments.name), summarise(dataset)
+    print(corpus.title if corpus else "Procedural everyday-like sounds")
+    print(f"licence: {(corpus.licence if corpus else 'CC0') or 'that of the files'}\n")
+    print(measures(summary), state(dataset), class_table(summary), sep="\n\n")
+    picture = arguments.picture or Path(f"{arguments.name}-classes.png")
+    draw_classes(dataset, picture)
+    print(f"\npicture: {picture}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

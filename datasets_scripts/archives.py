@@ -1,0 +1,257 @@
+"""Official archives: downloaded with resumption, verified, and unpacked so that nothing escapes."""
+
+import contextlib
+import hashlib
+import http.client
+import os
+import re
+import shutil
+import stat
+import tarfile
+import time
+import urllib.error
+import urllib.request
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import datasets
+from datasets.utils import tqdm
+from filelock import FileLock
+
+from .corpus import Archive, Corpus
+from .errors import CorpusError
+
+RETRY_DELAYS = (1, 2, 4, 8)  # seconds before each further try, counted anew whenever some bytes arrived
+TIMEOUT = 60  # seconds without a byte
+_BLOCK = 1 << 18
+
+
+def unpacked_official(corpus: Corpus, cache: Path) -> Path:
+    """The folder of a corpus's official archives, downloaded and unpacked in `cache` the first time.
+
+    Raises:
+        CorpusError: no network is allowed, the download failed, or the archive is not the publisher's.
+    """
+    key = hashlib.sha256(repr(corpus.archives).encode()).hexdigest()[:16]
+    place = cache / "dls_corpora" / f"{corpus.name}-{key}"
+    with _locked(place):
+        if not place.exists():
+            files = [download(archive, cache / "dls_downloads") for archive in corpus.archives]
+            _unpack_all(files, place)
+    return place
+
+
+def unpacked(files: list[Path], cache: Path) -> Path:
+    """The folder of archives that are already on disk, unpacked in `cache` once for each state of the files.
+
+    Raises:
+        CorpusError: an archive is damaged, or holds a link or a path that leads out of it.
+    """
+    state = [(os.fspath(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+    place = cache / "dls_corpora" / f"{files[0].name.split('.')[0]}-{key}"
+    with _locked(place):
+        if not place.exists():
+            _unpack_all(files, place)
+    return place
+
+
+@contextlib.contextmanager
+def _locked(place: Path) -> Iterator[None]:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{place}.lock"):
+        yield
+
+
+def download(archive: Archive, folder: Path) -> Path:
+    """Fetch an archive, going on where an earlier call stopped.
+
+    Args:
+        archive: what to fetch, and what is known about it.
+        folder: where it is kept, beside a `.part` file while it is not complete.
+
+    Returns:
+        Path of the complete, verified file.
+
+    Raises:
+        CorpusError: offline mode is on, the server refused or kept failing, or size or digest is not the publisher's.
+    """
+    target = folder / archive.filename
+    with _locked(target):
+        if target.exists():
+            return target
+        if datasets.config.HF_HUB_OFFLINE:
+            raise CorpusError(
+                f"{archive.filename} is not here and HF_HUB_OFFLINE is set: unset it, or give data_dir "
+                f"(the archive from {archive.url}, or the folder unpacked from it)"
+            )
+        part = target.with_name(target.name + ".part")
+        _transfer_with_retries(archive, part)
+        _verify(archive, part)
+        os.replace(part, target)
+        _validator_file(part).unlink(missing_ok=True)
+    return target
+
+
+def _transfer_with_retries(archive: Archive, part: Path) -> None:
+    failures = 0
+    while True:
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            return _transfer(archive, part)
+        except urllib.error.HTTPError as error:
+            reason, final = f"HTTP {error.code} {error.reason}", error.code < 500 and error.code not in (408, 429)
+        except (OSError, http.client.HTTPException) as error:
+            reason, final = str(getattr(error, "reason", error)) or type(error).__name__, False
+        if part.exists() and part.stat().st_size > before:
+            failures = 0
+        if final or failures == len(RETRY_DELAYS):
+            raise CorpusError(
+                f"{archive.url} could not be downloaded ({reason}). Run the same again to go on from there, or fetch "
+                f"{archive.filename} by other means and give it as data_dir"
+            )
+        time.sleep(RETRY_DELAYS[failures])
+        failures += 1
+
+
+def _transfer(archive: Archive, part: Path) -> None:
+    """One request for what is still lacking. Raises OSError if the connection ends before the file does."""
+    have = part.stat().st_size if part.exists() else 0
+    validator = _validator_file(part)
+    request = urllib.request.Request(archive.url, headers={"User-Agent": "dls-sounds"})
+    # Without a validator or a digest, bytes of a file that changed meanwhile would go unnoticed: begin again.
+    if have and (validator.exists() or archive.md5):
+        request.add_header("Range", f"bytes={have}-")
+        if validator.exists():
+            request.add_header("If-Range", validator.read_text())
+    try:
+        response = urllib.request.urlopen(request, timeout=TIMEOUT)
+    except urllib.error.HTTPError as error:
+        if error.code != 416:
+            raise
+        if error.headers.get("Content-Range") == f"bytes */{have}":
+            return
+        part.unlink()
+        raise OSError("the server's file is shorter than what was downloaded before; begun again") from None
+    with response:
+        resumed = response.status == 206
+        if resumed and not (response.headers.get("Content-Range") or "").startswith(f"bytes {have}-"):
+            part.unlink()
+            raise OSError("the server resumed at another place; begun again")
+        have = have if resumed else 0
+        length = response.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        if tag := response.headers.get("ETag") or response.headers.get("Last-Modified"):
+            validator.write_text(tag)
+        with (
+            open(part, "ab" if resumed else "wb") as file,
+            tqdm(desc=archive.filename, total=total, initial=have, unit="B", unit_scale=True) as progress,
+        ):
+            while block := response.read(_BLOCK):
+                file.write(block)
+                progress.update(len(block))
+    if total is not None and part.stat().st_size < total:
+        raise OSError(f"the connection ended after {part.stat().st_size} of {total} bytes")
+
+
+def _validator_file(part: Path) -> Path:
+    return part.with_name(part.name + ".etag")
+
+
+def _verify(archive: Archive, part: Path) -> None:
+    size = part.stat().st_size
+    problem = f"has {size} bytes instead of {archive.size}" if archive.size not in (None, size) else None
+    if archive.md5 and not problem:
+        digest = hashlib.md5(usedforsecurity=False)
+        with open(part, "rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+        if digest.hexdigest() != archive.md5:
+            problem = f"has md5 {digest.hexdigest()} instead of {archive.md5}"
+    if problem:
+        part.unlink()
+        _validator_file(part).unlink(missing_ok=True)
+        raise CorpusError(f"{archive.url}: the downloaded file {problem}. It was deleted; try again later")
+
+
+class _Member(NamedTuple):
+    name: str
+    size: int
+    kind: str  # "file", "folder", or what is refused: "link", "device", "encrypted file"
+    extract: Callable[[Path], object]
+
+
+def _unpack_all(files: list[Path], place: Path) -> None:
+    unfinished = place.with_name(place.name + ".incomplete")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        for file in files:
+            unpack(file, unfinished)
+        os.replace(unfinished, place)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def unpack(file: Path, place: Path) -> None:
+    """Unpack a zip or tar archive into a folder, files and folders only, none outside it.
+
+    Raises:
+        CorpusError: not an archive, damaged, encrypted, too big for the disk, or with a member that is a link or a
+            device or whose path leads out of the archive.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    room = shutil.disk_usage(place).free
+    try:
+        with contextlib.ExitStack() as stack:
+            for member in tqdm(_members(file, stack), desc=f"Unpacking {file.name}", unit=" files"):
+                if member.kind not in ("file", "folder") or _leads_out(member.name):
+                    what = "a path that leads out of it" if member.kind in ("file", "folder") else f"a {member.kind}"
+                    raise CorpusError(f"{file}: refused, it holds {what}: {member.name}. Get the official archive")
+                room -= member.size
+                if room < 0:
+                    raise CorpusError(f"{file}: needs more room than is left in {place.parent}")
+                member.extract(place)
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError) as error:
+        raise CorpusError(f"{file}: the archive is damaged or incomplete ({error}). Get it again") from None
+    except OSError as error:
+        # A damaged gzip stream is an OSError without an error number; everything else is the disk.
+        if error.errno is None:
+            raise CorpusError(f"{file}: the archive is damaged or incomplete ({error}). Get it again") from None
+        raise CorpusError(f"{file}: cannot be unpacked into {place.parent} ({error.strerror})") from None
+
+
+def _leads_out(name: str) -> bool:
+    parts = re.split(r"[/\\]", name)
+    return name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]
+
+
+def _members(file: Path, stack: contextlib.ExitStack) -> Iterator[_Member]:
+    if zipfile.is_zipfile(file):
+        archive = stack.enter_context(zipfile.ZipFile(file))
+        for info in archive.infolist():
+            yield _Member(
+                info.filename, info.file_size, _zip_kind(info), lambda place, i=info: archive.extract(i, place)
+            )
+    elif tarfile.is_tarfile(file):
+        archive = stack.enter_context(contextlib.closing(tarfile.open(file)))  # noqa: SIM115
+        for info in archive:
+            kind = "file" if info.isreg() else "folder" if info.isdir() else "link" if _is_link(info) else "device"
+            yield _Member(info.name, info.size, kind, lambda place, i=info: archive.extract(i, place, filter="data"))
+    else:
+        raise CorpusError(f"{file}: neither a zip nor a tar archive, or one whose end is missing")
+
+
+def _is_link(info: tarfile.TarInfo) -> bool:
+    return info.issym() or info.islnk()
+
+
+def _zip_kind(info: zipfile.ZipInfo) -> str:
+    mode = info.external_attr >> 16
+    if stat.S_ISLNK(mode):
+        return "link"
+    if info.flag_bits & 1:
+        return "encrypted file"
+    return "folder" if info.is_dir() else "file"

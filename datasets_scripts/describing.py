@@ -1,0 +1,141 @@
+"""What a corpus holds, in numbers, in words and as a picture."""
+
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+from .audio import decode_audio
+from .builder import corpus_report
+from .errors import CorpusError
+
+
+def summarise(dataset: datasets.Dataset) -> dict:
+    """Counts and measures of a corpus.
+
+    Args:
+        dataset: from `load_corpus`.
+
+    Returns:
+        `clips`; `seconds` (total, min, median, max); `sampling_rates`, `channels` and `folds` (clips by value); and
+        `classes` (clips by name and fold). No sound is decoded for it.
+    """
+    plain = dataset.with_format(None)
+    rates, folds, labels = plain["sampling_rate"][:], plain["fold"][:], plain["label"][:]
+    seconds = np.asarray(plain["num_frames"][:]) / np.asarray(rates)
+    names = dataset.features["label"].names
+    cells = Counter(zip(labels, folds, strict=True))
+    fold_sizes = dict(sorted(Counter(folds).items()))
+    return {
+        "clips": len(dataset),
+        "seconds": {
+            "total": float(seconds.sum()),
+            "min": float(seconds.min()),
+            "median": float(np.median(seconds)),
+            "max": float(seconds.max()),
+        },
+        "sampling_rates": dict(sorted(Counter(rates).items())),
+        "channels": dict(sorted(Counter(plain["num_channels"][:]).items())),
+        "folds": fold_sizes,
+        "classes": {name: {fold: cells[label, fold] for fold in fold_sizes} for label, name in enumerate(names)},
+    }
+
+
+def class_table(summary: dict) -> str:
+    """Markdown table: one row per class, one column per fold, and the sums."""
+    folds = summary["folds"]
+    rows = [["class", *(f"fold {fold}" if fold else "no fold" for fold in folds), "all"]]
+    rows.append(["---"] + ["---:"] * (len(folds) + 1))
+    rows += [[name, *counts.values(), sum(counts.values())] for name, counts in summary["classes"].items()]
+    unlabelled = {n: size - sum(c[n] for c in summary["classes"].values()) for n, size in folds.items()}
+    if any(unlabelled.values()):
+        rows.append(["(no label)", *unlabelled.values(), sum(unlabelled.values())])
+    rows.append(["all", *folds.values(), summary["clips"]])
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+
+
+def measures(summary: dict) -> str:
+    """Markdown list of the lengths, rates and channels."""
+    seconds = summary["seconds"]
+    rates, channels = (
+        ", ".join(f"{value} ({n} clips)" for value, n in summary[key].items())
+        for key in ("sampling_rates", "channels")
+    )
+    return (
+        f"- {summary['clips']} clips, {seconds['total'] / 3600:.2f} h\n"
+        f"- length in s: {seconds['min']:.3f} to {seconds['max']:.3f}, median {seconds['median']:.3f}\n"
+        f"- sampling rate in Hz: {rates}\n"
+        f"- channels: {channels}"
+    )
+
+
+def state(dataset: datasets.Dataset) -> str:
+    """Markdown list of what the report says is lacking, left out or odd; or that nothing is."""
+    report = corpus_report(dataset)
+    lines = []
+    for key, words in STATES.items():
+        if found := report[key]:
+            more = f", and {len(found) - 10} more" if len(found) > 10 else ""
+            lines.append(f"- {len(found)} {words}: {', '.join(found[:10])}{more}")
+    if report["crossings"]:
+        lines.append(f"- {len(report['crossings'])} original recordings are in more than one fold")
+    return "\n".join(lines) or "- complete, nothing left out"
+
+
+# Keys of a corpus report in words, in the order of their weight.
+STATES = {
+    "shortfalls": "deviations from the official counts",
+    "missing": "listed files absent",
+    "unlisted": "files ignored that the metadata do not list",
+    "skipped": "unreadable files left out",
+    "wrong_durations": "clips of an unexpected length",
+    "duplicates": "files left out with the same content as another",
+    "unexpected_crossings": "unofficial crossings of the folds",
+}
+
+
+def draw_classes(dataset: datasets.Dataset, path: Path) -> None:
+    """Write a picture with one three-band spectrogram per class (the first clip of each), as in the paper's figure 3.
+
+    Args:
+        dataset: from `load_corpus`; without labels, its first clips are drawn.
+        path: the file to write; its suffix decides the format.
+
+    Raises:
+        CorpusError: the picture cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    names = dataset.features["label"].names
+    labels = dataset.with_format(None)["label"][:]
+    chosen = {name: labels.index(label) for label, name in enumerate(names) if label in labels} or {
+        Path(dataset[i]["audio"]["path"] or str(i)).name: i for i in range(min(10, len(dataset)))
+    }
+    columns = 5
+    rows = -(-len(chosen) // columns)
+    figure = Figure(figsize=(3 * columns, 2.4 * rows), layout="constrained")
+    for axes in figure.subplots(rows, columns, squeeze=False).flat:
+        axes.set_axis_off()
+    for axes, (name, index) in zip(figure.axes, chosen.items(), strict=False):
+        axes.imshow(_picture(dataset[index]["audio"]), origin="lower", aspect="auto")
+        axes.set_title(name, fontsize=9)
+    figure.suptitle("Three-band spectrograms: low band red, middle green, high blue; time to the right, pitch upwards")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=100)
+    except (OSError, ValueError) as error:
+        raise CorpusError(f"{path}: the picture cannot be written ({error})") from None
+
+
+def _picture(audio: dict) -> np.ndarray:
+    import torch
+
+    from modeling_dls import three_band_spectrogram
+
+    samples, _ = decode_audio(audio)
+    mono = torch.from_numpy(samples).mean(0)
+    shortest = 4096  # a few windows: the shortest clips are 50 ms
+    bands = three_band_spectrogram(torch.nn.functional.pad(mono, (0, max(0, shortest - len(mono)))))
+    decibels = bands.permute(1, 2, 0).numpy()
+    return np.clip((decibels - decibels.max() + 80) / 80, 0, 1)
