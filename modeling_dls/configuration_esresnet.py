@@ -13,7 +13,6 @@ PRESETS = {
         "hidden_sizes": (16, 32, 64, 128),
         "depths": (1, 1, 1, 1),
         "layer_type": "basic",
-        "embedding_dim": 32,
     },
 }
 
@@ -27,8 +26,9 @@ AUTO_MAP = {
 
 
 class ESResNetConfig(PretrainedConfig):
-    r"""Configuration of an ESResNet (Guzhov et al., "ESResNet: Environmental Sound Classification Based on Visual Domain
-    Models"): a ResNet over three-band power spectrograms with attention in parallel with each stage.
+    r"""Configuration of an ESResNet: a ResNet over three-band spectrograms with attention in parallel with each stage.
+
+    From Guzhov et al., "ESResNet: Environmental Sound Classification Based on Visual Domain Models".
 
     The names follow transformers' `ResNetConfig`, which builds the stages.
 
@@ -40,7 +40,7 @@ class ESResNetConfig(PretrainedConfig):
         layer_type (`str`, defaults to `"bottleneck"`): `"bottleneck"` (ResNet-50) or `"basic"` (ResNet-18).
         hidden_act (`str`, defaults to `"relu"`): Activation of the residual layers.
         attention (`bool`, defaults to `True`): ESResNet-Attention, or plain ESResNet.
-        embedding_dim (`int`, defaults to 128): Size of the projection used for instance discrimination (d in the paper).
+        embedding_dim (`int`, defaults to 128): Size of the projection for instance discrimination (d in the paper);
             `embedding_size` is the stem's width, as in transformers' ResNet.
 
     Raises:
@@ -86,7 +86,7 @@ class ESResNetConfig(PretrainedConfig):
         self.hidden_act = hidden_act
         self.attention = attention
         self.embedding_dim = embedding_dim
-        # transformers' ResNetStage reads these two; ESResNet is the v1.5 layout: the stride sits in the 3x3 convolution.
+        # transformers' ResNetStage reads these; ESResNet has the v1.5 layout: the stride is in the 3x3 convolution.
         self.downsample_in_first_stage = False
         self.downsample_in_bottleneck = False
         kwargs["auto_map"] = AUTO_MAP | (kwargs.get("auto_map") or {})

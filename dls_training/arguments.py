@@ -1,0 +1,133 @@
+"""Command line of the train scripts. Imports nothing heavy: `--help` and a mistyped option are answered at once."""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+PRESETS = ("esresnet50", "esresnet18", "tiny")
+SCHEDULES = ("constant", "linear", "cosine", "multistep", "esresnet")
+
+
+class UserError(Exception):
+    """Something that the user can mend: reported in words, without a traceback, with exit code 2."""
+
+
+def at_least(minimum, kind=int):
+    """An argparse type: a number no smaller than `minimum`."""
+
+    def parse(text: str):
+        value = kind(text)
+        if not value >= minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {text}")
+        return value
+
+    parse.__name__ = kind.__name__  # argparse names the type in its message when the text is no number
+    return parse
+
+
+def fraction(text: str) -> float:
+    """An argparse type: 0 <= value < 1."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 0 and below 1, not {text}")
+    return value
+
+
+def steps_or_epoch(text: str) -> int | str:
+    """An argparse type: a positive number of steps, or "epoch"."""
+    return text if text == "epoch" else at_least(1)(text)
+
+
+def corpus_and_source(text: str) -> tuple[str, str | None]:
+    """An argparse type: NAME or NAME=DIR."""
+    name, _, source = text.partition("=")
+    return name, source or None
+
+
+def make_parser(description: str, defaults: dict, reasons: str) -> argparse.ArgumentParser:
+    """The options that both train scripts have.
+
+    Args:
+        description: What the script does.
+        defaults: Of the options whose default differs between the scripts.
+        reasons: Which defaults depart from the papers, and why; shown below the options.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, epilog=reasons, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    data = parser.add_argument_group("data")
+    data.add_argument(
+        "--corpus", action="append", type=corpus_and_source, metavar="NAME[=DIR]",
+        help="esc10, esc50, urbansound8k, dcase2013, audiofolder or synthetic, and where it is (default: synthetic)",
+    )  # fmt: skip
+    data.add_argument("--clip_seconds", type=at_least(0.05, float), default=5.0, help="length of a view (default: 5)")
+    data.add_argument(
+        "--audio_channels",
+        type=int,
+        choices=(1, 2),
+        default=1,
+        help="1 averages channels, 2 doubles mono (default: 1)",
+    )
+    data.add_argument("--allow_partial", action="store_true", help="accept a corpus that lacks some of its clips")
+    data.add_argument("--skip_unreadable", action="store_true", help="leave unreadable files out and report them")
+    data.add_argument(
+        "--dataloader_num_workers", type=at_least(0), default=2, help="decoding processes (default: %(default)s)"
+    )
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--model_name_or_path", help="start from this checkpoint folder or Hub id")
+    model.add_argument("--preset", choices=PRESETS, help="network, where no checkpoint is given (default: esresnet50)")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--num_train_epochs", type=at_least(1), default=defaults["num_train_epochs"],
+                          help="default: %(default)s")  # fmt: skip
+    training.add_argument("--max_train_steps", type=at_least(1), help="stop after this many optimizer steps")
+    training.add_argument("--per_device_train_batch_size", type=at_least(2),
+                          default=defaults["per_device_train_batch_size"], help="default: %(default)s")  # fmt: skip
+    training.add_argument("--gradient_accumulation_steps", type=at_least(1), default=1,
+                          help="batches per optimizer step (default: %(default)s)")  # fmt: skip
+    training.add_argument("--optimizer", choices=("sgd", "adam", "adamw"), default=defaults["optimizer"],
+                          help="default: %(default)s")  # fmt: skip
+    training.add_argument("--learning_rate", type=at_least(0.0, float), default=defaults["learning_rate"],
+                          help="default: %(default)s")  # fmt: skip
+    training.add_argument("--weight_decay", type=at_least(0.0, float), default=defaults["weight_decay"],
+                          help="default: %(default)s")  # fmt: skip
+    training.add_argument(
+        "--lr_scheduler_type", choices=SCHEDULES, default=defaults["lr_scheduler_type"],
+        help="multistep: a tenth from 60 %% and again from 80 %% of the steps; esresnet: 5 epochs at a tenth, 10 of "
+        "warm-up, then x 0.985 per epoch (default: %(default)s)",
+    )  # fmt: skip
+    training.add_argument("--seed", type=at_least(0), default=0, help="of weights, order, views and negatives")
+    training.add_argument(
+        "--mixed_precision", choices=("auto", "no", "bf16", "fp16"), default="auto",
+        help="auto: bf16 where the processor computes in it, else fp16 on CUDA, else no (default: auto)",
+    )  # fmt: skip
+
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_dir", type=Path, default=Path(defaults["output_dir"]), help="default: %(default)s")
+    output.add_argument(
+        "--checkpointing_steps", type=steps_or_epoch, default="epoch", metavar="N|epoch",
+        help="save a checkpoint every N optimizer steps, or every epoch (default: epoch)",
+    )  # fmt: skip
+    output.add_argument(
+        "--checkpoints_total_limit", type=at_least(1), default=2, help="newest checkpoints kept (default: %(default)s)"
+    )
+    output.add_argument("--resume_from_checkpoint", metavar="DIR|latest", help="go on from a checkpoint of this run")
+    output.add_argument("--report_to", choices=("tensorboard", "none"), default="tensorboard",
+                        help="tracker, below OUTPUT_DIR/logs (default: %(default)s)")  # fmt: skip
+    return parser
+
+
+def plain_options(args: argparse.Namespace) -> dict:
+    """The options as JSON takes them, without the command that they came from."""
+    options = {name: value for name, value in vars(args).items() if name != "command"}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+
+
+def finish_parsing(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """Parses, fills in what depends on other options, and notes the command for the results."""
+    args = parser.parse_args(argv)
+    args.corpus = args.corpus or [("synthetic", None)]
+    args.command = shlex.join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
+    return args

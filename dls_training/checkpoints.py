@@ -1,0 +1,202 @@
+"""Writing without ever leaving half a file, and reading back what a run needs to go on."""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from .arguments import UserError
+
+logger = logging.getLogger("dls")
+
+PREFIX = "checkpoint-"
+STATE_FILE = "trainer_state.json"
+TENSOR_FILE = "training_state.pt"
+
+
+@dataclass
+class Progress:
+    """Where a run is.
+
+    Attributes:
+        epoch: Epochs completed.
+        step: Optimizer steps completed.
+        batches: Batches of the current epoch completed, per process.
+        loss_sum: Of the current epoch's clips so far.
+        clips: Of the current epoch so far.
+        seconds: Of training so far, evaluation included.
+        history: One dict per completed epoch.
+    """
+
+    epoch: int = 0
+    step: int = 0
+    batches: int = 0
+    loss_sum: float = 0.0
+    clips: int = 0
+    seconds: float = 0.0
+    history: list[dict] = field(default_factory=list)
+
+
+@contextmanager
+def folder_moved_into_place(final: Path) -> Iterator[Path]:
+    """Gives a temporary folder beside `final`, and renames it to `final` when everything in it was written.
+
+    Raises:
+        UserError: naming the folder, if it cannot be written.
+    """
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}.") as folder:
+            unfinished = Path(folder) / final.name
+            unfinished.mkdir()
+            yield unfinished
+            if final.exists():
+                final.rename(Path(folder) / "replaced")
+            unfinished.rename(final)
+    except OSError as error:
+        raise UserError(
+            f"{final} cannot be written ({error.strerror or error}); what was saved before is intact"
+        ) from error
+
+
+@contextmanager
+def files_moved_into_place(folder: Path) -> Iterator[Path]:
+    """Like `folder_moved_into_place`, for files that join what `folder` already holds.
+
+    Raises:
+        UserError: naming the folder, if it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished.") as temporary:
+            yield Path(temporary)
+            for path in sorted(Path(temporary).iterdir()):
+                os.replace(path, folder / path.name)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written ({error.strerror or error})") from error
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Writes JSON with a newline at its end."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def claim_output_dir(accelerator: Accelerator, output_dir: Path, resuming: bool) -> None:
+    """Makes sure before hours of work that the folder can be written, and that no earlier run is overwritten.
+
+    Raises:
+        UserError: naming --output_dir.
+    """
+    if not accelerator.is_main_process:
+        return
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir} is a file: expected a folder, or a name that is free")
+    if not resuming and output_dir.is_dir():
+        earlier = [*output_dir.glob(f"{PREFIX}*"), *output_dir.glob("all_results.json"), *output_dir.glob("fold-*")]
+        if earlier:
+            raise UserError(
+                f"--output_dir {output_dir} holds an earlier run ({earlier[0].name}): choose another folder, or go on "
+                "with --resume_from_checkpoint latest"
+            )
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output_dir) as probe:
+            probe.write(b"written")
+        for leftover in output_dir.glob(".*.*"):
+            if leftover.is_dir() and leftover.name.startswith((f".{PREFIX}", ".unfinished.")):
+                shutil.rmtree(leftover)  # of a run that was killed while it wrote
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir} cannot be written: {error.strerror or error}") from error
+
+
+def checkpoint_number(path: Path) -> int:
+    """The step in a checkpoint folder's name, -1 where there is none."""
+    number = path.name.removeprefix(PREFIX)
+    return int(number) if path.name.startswith(PREFIX) and number.isdigit() else -1
+
+
+def save_checkpoint(output_dir: Path, progress: Progress, save_model, tensors: dict, run: dict, limit: int) -> None:
+    """Writes `checkpoint-STEP`, moves it into place, and only then deletes the oldest beyond `limit`.
+
+    Args:
+        output_dir: Of the run.
+        progress: Where the run is.
+        save_model: Called with the folder: writes what `from_pretrained` needs, and the memory bank.
+        tensors: States of optimizer and scheduler.
+        run: What must be the same when the run goes on; see `load_checkpoint`.
+        limit: Checkpoints kept.
+    """
+    with folder_moved_into_place(output_dir / f"{PREFIX}{progress.step}") as folder:
+        save_model(folder)
+        torch.save(tensors | {"random": torch.get_rng_state()}, folder / TENSOR_FILE)
+        sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
+        write_json(folder / STATE_FILE, {"progress": asdict(progress), "run": run, "files": sizes})
+    kept = sorted(output_dir.glob(f"{PREFIX}*"), key=checkpoint_number)
+    for old in kept[:-limit]:
+        shutil.rmtree(old)
+
+
+def read_state(folder: Path) -> dict | None:
+    """A checkpoint's state, or None if a file is missing or shorter than it was written."""
+    try:
+        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        complete = all((folder / name).stat().st_size == size for name, size in state["files"].items())
+    except (OSError, ValueError, KeyError):
+        return None
+    return state if complete else None
+
+
+def find_checkpoint(choice: str | None, output_dir: Path) -> Path | None:
+    """The checkpoint that --resume_from_checkpoint means; None starts from the beginning.
+
+    Raises:
+        UserError: if a named folder is no complete checkpoint.
+    """
+    if choice is None:
+        return None
+    if choice != "latest":
+        if read_state(Path(choice)) is None:
+            raise UserError(
+                f"--resume_from_checkpoint {choice} is not a complete checkpoint: expected a {PREFIX}N folder"
+            )
+        return Path(choice)
+    for folder in sorted(output_dir.glob(f"{PREFIX}*"), key=checkpoint_number, reverse=True):
+        if read_state(folder) is not None:
+            return folder
+        logger.warning(f"{folder} is incomplete and skipped")
+    logger.info(f"{output_dir} holds no checkpoint yet: starting from the beginning")
+    return None
+
+
+def load_checkpoint(folder: Path, run: dict) -> tuple[Progress, dict]:
+    """Reads progress and tensors, restores torch's random state, and compares what must not have changed.
+
+    Args:
+        folder: From `find_checkpoint`.
+        run: As given to `save_checkpoint`.
+
+    Returns:
+        The progress, and `tensors` as saved.
+
+    Raises:
+        UserError: naming each option that differs from the checkpoint's run.
+    """
+    state = read_state(folder)
+    changed = [
+        f"{name} is {run[name]!r} but was {old!r}" for name, old in state["run"].items() if run.get(name) != old
+    ]
+    if changed:
+        raise UserError(
+            f"{folder} belongs to a different run: {'; '.join(changed)}. Repeat its options, or start anew"
+        )
+    tensors = torch.load(folder / TENSOR_FILE, map_location="cpu", weights_only=True)
+    torch.set_rng_state(tensors.pop("random"))
+    return Progress(**state["progress"]), tensors

@@ -1,0 +1,254 @@
+"""The loop that both train scripts run: optimizer steps over global batches, checkpoints, logs, an orderly end."""
+
+import contextlib
+import itertools
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, skip_first_batches
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel
+
+from .arguments import UserError
+from .checkpoints import Progress, load_checkpoint, save_checkpoint
+from .optimization import make_optimizer, make_scheduler
+from .runtime import Interrupted, SignalWatch
+
+logger = logging.getLogger("dls")
+
+# What must not change when a run goes on. How long it lasts, and what it writes, may.
+FIXED_OPTIONS = (
+    "seed",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "optimizer",
+    "clip_seconds",
+    "audio_channels",
+)
+
+
+@dataclass
+class GlobalBatch:
+    """The clips of one optimizer step, as far as they fall to this process.
+
+    Attributes:
+        batches: One or, with gradient accumulation, several.
+        places: For each batch, its clips' places in the global batch, (batch,), int64: the same whether the global
+            batch is split over processes, over accumulated batches, or not at all.
+        slots: Places in the global batch.
+        clips: Places taken: ragged last batches are filled up with clips seen before, and these do not count.
+        step: Optimizer steps before this one.
+    """
+
+    batches: list[dict[str, torch.Tensor]]
+    places: list[torch.Tensor]
+    slots: int
+    clips: int
+    step: int
+
+
+class TrainingLoop:
+    """Prepares model, optimizer and data for Accelerate, goes on from a checkpoint, and trains.
+
+    Attributes:
+        model: Prepared by Accelerate.
+        progress: Where the run is, with one history entry per epoch.
+        finished: Whether all steps are done.
+    """
+
+    def __init__(
+        self,
+        args,
+        accelerator: Accelerator,
+        model: PreTrainedModel,
+        loader: DataLoader,
+        save_model: Callable[[Path], None],
+        output_dir: Path,
+        checkpoint: Path | None,
+        identity: dict,
+        log_prefix: str = "",
+    ):
+        """
+        Args:
+            args: The script's options.
+            accelerator: From `make_accelerator`.
+            model: In training mode; already holds the checkpoint's weights, where there is one.
+            loader: From `training_loader`.
+            save_model: Writes into a folder what `from_pretrained` needs, and what else the script must restore.
+            output_dir: Where checkpoints go.
+            checkpoint: From `find_checkpoint`.
+            identity: What else than `FIXED_OPTIONS` must not change when the run goes on: {what: value}.
+            log_prefix: Of this loop's names in the log and the tracker.
+
+        Raises:
+            UserError: if the checkpoint belongs to another run.
+        """
+        self.args, self.accelerator, self.output_dir, self.save_model = args, accelerator, output_dir, save_model
+        self.log_prefix, self.clock = log_prefix, time.perf_counter()
+        self.identity = {name: getattr(args, name) for name in FIXED_OPTIONS} | identity
+        self.identity["number of processes"] = accelerator.num_processes
+        self.progress, saved = load_checkpoint(checkpoint, self.identity) if checkpoint else (Progress(), None)
+        self.clips_per_epoch = len(loader.sampler)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        optimizer = make_optimizer(args.optimizer, trained, args.learning_rate, args.weight_decay)
+        # Convolutions are fastest on channels-last weights, on CPUs and GPUs alike.
+        model = model.to(memory_format=torch.channels_last)
+        self.model, self.optimizer, self.loader = accelerator.prepare(model, optimizer, loader)
+        self.steps_per_epoch = math.ceil(len(self.loader) / args.gradient_accumulation_steps)
+        self.total_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
+        # Not prepared: Accelerate would step it once per process.
+        self.scheduler = make_scheduler(args.lr_scheduler_type, optimizer, self.total_steps, self.steps_per_epoch)
+        if saved:
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scheduler.load_state_dict(saved["scheduler"])
+            logger.info(f"going on from {checkpoint}: epoch {self.progress.epoch + 1}, step {self.progress.step}")
+
+    @property
+    def finished(self) -> bool:
+        return self.progress.step >= self.total_steps
+
+    def train(self, step: Callable[[GlobalBatch], torch.Tensor], evaluate: Callable[[int, bool], dict]) -> None:
+        """Trains until all steps are done.
+
+        Args:
+            step: Takes one optimizer step and returns the loss summed over the global batch's clips.
+            evaluate: Called after each epoch with its number (from 1) and whether it is the last; returns metrics.
+
+        Raises:
+            Interrupted: after SIGINT or SIGTERM, with everything saved.
+            UserError: if the loss is no longer a number.
+        """
+        with SignalWatch() as watch:
+            while not self.finished:
+                self.train_epoch(step, evaluate, watch)
+
+    def train_epoch(self, step, evaluate, watch) -> None:
+        progress = self.progress
+        started, clips_before = time.perf_counter(), progress.clips
+        loss_sum = torch.tensor(progress.loss_sum, dtype=torch.float64, device=self.accelerator.device)
+        with self.progress_bar() as bar:
+            for batch in self.global_batches():
+                loss_sum += step(batch)
+                progress.step += 1
+                progress.batches += len(batch.batches)
+                progress.clips += batch.clips
+                bar.update(batch.clips)
+                received = watch.agreed(self.accelerator)
+                steps = self.args.checkpointing_steps
+                if received or (steps != "epoch" and progress.step % steps == 0):
+                    progress.loss_sum = loss_sum.item()
+                    self.checkpoint()
+                if received:
+                    raise Interrupted(received)
+                if self.finished:
+                    break
+        rate = (progress.clips - clips_before) / (time.perf_counter() - started)
+        self.end_epoch(loss_sum.item(), rate, evaluate)
+
+    def end_epoch(self, loss_sum: float, rate: float, evaluate) -> None:
+        """Evaluates, logs, and saves."""
+        progress = self.progress
+        whole = progress.clips == self.clips_per_epoch
+        loss = loss_sum / progress.clips
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the loss is {loss} in epoch {progress.epoch + 1}: lower --learning_rate, or try --mixed_precision no; "
+                "earlier checkpoints are intact"
+            )
+        if not whole:  # --max_train_steps ends within an epoch; the run can still go on from there
+            progress.loss_sum = loss_sum
+            self.checkpoint()
+        entry = {
+            "epoch": progress.epoch + 1,
+            "step": progress.step,
+            "loss": loss,
+            "learning_rate": self.scheduler.get_last_lr()[0],
+            **evaluate(progress.epoch + 1, self.finished),
+        }
+        logger.info(f"{self.log_prefix}{describe(entry)}, {rate:.1f} clips/s")
+        self.accelerator.log(flatten(entry, self.log_prefix), step=progress.step)
+        progress.history.append(entry | {"clips_per_second": rate})
+        if whole:
+            progress.epoch, progress.batches, progress.loss_sum, progress.clips = progress.epoch + 1, 0, 0.0, 0
+            if self.finished or self.args.checkpointing_steps == "epoch":
+                self.checkpoint()
+
+    def global_batches(self) -> Iterator[GlobalBatch]:
+        """What is left of the current epoch."""
+        progress, processes = self.progress, self.accelerator.num_processes
+        self.loader.set_epoch(progress.epoch)
+        batches = iter(skip_first_batches(self.loader, progress.batches) if progress.batches else self.loader)
+        batch_size = self.args.per_device_train_batch_size
+        while group := list(itertools.islice(batches, self.args.gradient_accumulation_steps)):
+            first = self.accelerator.process_index * batch_size
+            places = [
+                torch.arange(len(batch["index"]), device=batch["index"].device) + first + i * processes * batch_size
+                for i, batch in enumerate(group)
+            ]
+            slots = len(group) * processes * batch_size
+            left = self.clips_per_epoch - progress.batches * processes * batch_size
+            yield GlobalBatch(group, places, slots, min(slots, left), progress.step)
+
+    def optimize(self, batch: GlobalBatch, clip_losses: Callable[[int], torch.Tensor]) -> torch.Tensor:
+        """One optimizer step on the mean loss of a global batch's clips.
+
+        Args:
+            batch: From `global_batches`.
+            clip_losses: Number of a batch in `batch.batches` -> the loss of each of its clips, (batch,).
+
+        Returns:
+            The loss summed over the global batch's clips.
+        """
+        loss_sum = 0
+        for number, places in enumerate(batch.places):
+            # Only the last backward pass exchanges gradients between processes.
+            last = number == len(batch.places) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.model):
+                loss = (clip_losses(number) * (places < batch.clips)).sum()
+                # Accelerate averages gradients over processes; the mean is to be over clips.
+                self.accelerator.backward(loss * self.accelerator.num_processes / batch.clips)
+            loss_sum = loss_sum + loss.detach().double()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.scheduler.step()
+        return self.accelerator.reduce(loss_sum)
+
+    def checkpoint(self) -> None:
+        """Saves everything that the run needs to go on."""
+        self.progress.seconds += time.perf_counter() - self.clock
+        self.clock = time.perf_counter()
+        if self.accelerator.is_main_process:
+            tensors = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+            limit = self.args.checkpoints_total_limit
+            save_checkpoint(self.output_dir, self.progress, self.save_model, tensors, self.identity, limit)
+        self.accelerator.wait_for_everyone()
+
+    def progress_bar(self) -> tqdm:
+        last_epoch = math.ceil(self.total_steps / self.steps_per_epoch)
+        return tqdm(
+            desc=f"{self.log_prefix}epoch {self.progress.epoch + 1}/{last_epoch}",
+            total=self.clips_per_epoch,
+            initial=self.progress.clips,
+            unit=" clips",
+            leave=False,
+            disable=not self.accelerator.is_local_main_process,
+        )
+
+
+def flatten(entry: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a/b": 1}, the names that trackers plot."""
+    flat = {}
+    for name, value in entry.items():
+        flat |= flatten(value, f"{prefix}{name}/") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def describe(entry: dict) -> str:
+    """One log line of an epoch's numbers."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in flatten(entry).items())

@@ -1,0 +1,78 @@
+"""The network and the feature extractor that a train script's options ask for."""
+
+from pathlib import Path
+
+from transformers import PreTrainedModel
+
+from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor
+
+from .arguments import UserError
+
+STRUCTURE = ("embedding_size", "hidden_sizes", "depths", "layer_type", "attention")
+
+
+def structure(config: ESResNetConfig) -> dict:
+    """What makes two networks' weights interchangeable."""
+    return {name: getattr(config, name) for name in STRUCTURE}
+
+
+def make_extractor(args) -> ESResNetFeatureExtractor:
+    """The checkpoint's extractor, or the preset's, set to the length and channels of this run.
+
+    Raises:
+        UserError: if the checkpoint has none, or a view is shorter than one analysis window.
+    """
+    if args.model_name_or_path:
+        try:
+            extractor = ESResNetFeatureExtractor.from_pretrained(args.model_name_or_path)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--model_name_or_path {args.model_name_or_path}: {error}") from error
+    else:
+        extractor = ESResNetFeatureExtractor.from_preset(args.preset or "esresnet50")
+    extractor.max_length = round(args.clip_seconds * extractor.sampling_rate)
+    extractor.audio_channels = args.audio_channels
+    if extractor.max_length <= extractor.n_fft // 2:
+        shortest = (extractor.n_fft // 2 + 1) / extractor.sampling_rate
+        raise UserError(f"--clip_seconds {args.clip_seconds} is below one analysis window ({shortest:.3f} s)")
+    return extractor
+
+
+def make_config(args, **overrides) -> ESResNetConfig:
+    """The checkpoint's configuration, or the preset's, with `overrides`.
+
+    Raises:
+        UserError: if there is no such checkpoint, or it was made from another preset than --preset.
+    """
+    if not args.model_name_or_path:
+        return ESResNetConfig.from_preset(args.preset or "esresnet50", **overrides)
+    try:
+        config = ESResNetConfig.from_pretrained(args.model_name_or_path, **overrides)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--model_name_or_path {args.model_name_or_path}: {error}") from error
+    if config.model_type != "esresnet":
+        raise UserError(f"--model_name_or_path {args.model_name_or_path} is a {config.model_type}, not an ESResNet")
+    if args.preset:
+        preset, own = structure(ESResNetConfig.from_preset(args.preset)), structure(config)
+        differing = [name for name in STRUCTURE if preset[name] != own[name]]
+        if differing:
+            raise UserError(
+                f"--model_name_or_path {args.model_name_or_path} is from another preset than --preset {args.preset} "
+                f"({', '.join(differing)} differ): leave --preset out"
+            )
+    return config
+
+
+def make_model(
+    model_class: type[PreTrainedModel], source: str | Path | None, config: ESResNetConfig
+) -> PreTrainedModel:
+    """A network in training mode, with the weights of `source`, or random ones; a head of another size starts anew.
+
+    Raises:
+        UserError: naming the source, if there are no such weights.
+    """
+    if source is None:
+        return model_class(config).train()
+    try:
+        return model_class.from_pretrained(source, config=config, ignore_mismatched_sizes=True).train()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"no weights can be loaded from {source}: {error}") from error

@@ -1,0 +1,184 @@
+"""The process around the training loop: errors in words, threads, precision, signals, and where the time went."""
+
+import contextlib
+import logging
+import os
+import platform
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import transformers
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import set_seed
+
+from datasets_scripts import CorpusError
+
+from .arguments import UserError
+
+logger = logging.getLogger("dls")
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM was obeyed: everything is saved."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal.Signals(signal_number).name)
+        self.exit_code = 128 + signal_number
+
+
+def run_script(main: Callable[[], None]) -> int:
+    """Runs a script's main and turns what a user can cause into one message and an exit code.
+
+    Returns:
+        0; 2 for a `UserError`, a `CorpusError` or a file that cannot be written; 128 + signal after an interruption.
+    """
+    try:
+        main()
+    except Interrupted as interruption:
+        logger.info(f"{interruption}: saved; --resume_from_checkpoint latest goes on from here")
+        return interruption.exit_code
+    except KeyboardInterrupt:  # before the training loop watches for signals, or a second time
+        print("interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except (UserError, CorpusError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+    return 0
+
+
+class SignalWatch(contextlib.AbstractContextManager):
+    """Notes SIGINT and SIGTERM instead of dying of them, so that the loop can save first; a second one kills at once.
+
+    Attributes:
+        received: The signal's number, or 0.
+    """
+
+    def __init__(self):
+        self.received = 0
+
+    def __enter__(self):
+        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number, _):
+        self.received = number
+        for watched, handler in self.previous.items():
+            signal.signal(watched, handler)
+
+    def agreed(self, accelerator: Accelerator) -> int:
+        """The signal that any process received: all must leave the loop at the same step."""
+        if accelerator.num_processes == 1:
+            return self.received
+        received = torch.tensor([self.received], device=accelerator.device)
+        return int(accelerator.gather(received).max())
+
+
+def use_every_core() -> None:
+    """Undoes OMP_NUM_THREADS=1, which accelerate's launcher and torchrun set on behalf of a CPU's user."""
+    launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"))
+    if launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def best_precision(device: torch.device) -> str:
+    """bf16 where the hardware multiplies in it (elsewhere it is emulated and slow), fp16 on other CUDA, else fp32."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "cpu":
+        # torch has no public question for this.
+        native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return "bf16" if native else "no"
+    return "no"
+
+
+def make_accelerator(args) -> Accelerator:
+    """Sets up threads, seed, logging and Accelerate, and says in the log's first line what the run has got."""
+    use_every_core()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.backends.mps.is_available():
+        device = torch.device("mps")
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        device = torch.device("cpu")
+    precision = best_precision(device) if args.mixed_precision == "auto" else args.mixed_precision
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("--mixed_precision fp16 needs a GPU: on this CPU choose bf16 or no")
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=str(args.output_dir),
+        dataloader_config=DataLoaderConfiguration(non_blocking=True),
+    )
+    logging.basicConfig(
+        format="%(asctime)s %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.INFO if accelerator.is_main_process else logging.ERROR,
+    )
+    # Libraries keep their informational lines to themselves.
+    for name in ("datasets", "httpx", "httpcore", "fsspec", "urllib3", "matplotlib"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    transformers.utils.logging.disable_progress_bar()
+    set_seed(args.seed)
+    logger.info(
+        f"{accelerator.num_processes} process(es) x {torch.get_num_threads()} thread(s) on {accelerator.device}, "
+        f"precision {'fp32' if precision == 'no' else precision}"
+    )
+    return accelerator
+
+
+def start_tracking(args, accelerator: Accelerator) -> None:
+    """Opens the tracker below OUTPUT_DIR/logs and tells it the options."""
+    if args.report_to != "none":
+        options = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str))}
+        accelerator.init_trackers("logs", config=options)
+
+
+def environment(accelerator: Accelerator) -> dict:
+    """What a reader needs to judge a measured number: versions, hardware, commit."""
+    packages = ("torch", "torchaudio", "transformers", "datasets", "accelerate")
+    return {
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "hardware": hardware(accelerator.device),
+        "processes": accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "precision": accelerator.mixed_precision,
+        "commit": source_commit(),
+    }
+
+
+def hardware(device: torch.device) -> str:
+    """The accelerator's or the processor's own name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
+    return platform.processor() or platform.machine()
+
+
+def source_commit() -> str | None:
+    """This checkout's commit, with "+" where files differ from it; the installed version outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*command):
+        return subprocess.run(["git", "-C", here, *command], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+    except (OSError, subprocess.CalledProcessError):
+        with contextlib.suppress(PackageNotFoundError):
+            return f"version {version('dls-sounds')}"
+    return None

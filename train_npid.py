@@ -1,0 +1,264 @@
+"""Pre-trains ESResNet on unlabelled audio: every clip is its own class (NPID, as in the DLS paper).
+
+    accelerate launch train_npid.py --corpus esc10=/data/ESC-10 --output_dir runs/npid
+
+The output folder loads with `from_pretrained`, and holds the memory bank and `all_results.json`.
+"""
+# ruff: noqa: E402
+
+from dls_training.arguments import at_least, finish_parsing, fraction, make_parser
+
+DEFAULTS = {
+    "num_train_epochs": 200,
+    "per_device_train_batch_size": 64,
+    "optimizer": "sgd",
+    "learning_rate": 0.03,
+    "weight_decay": 1e-4,
+    "lr_scheduler_type": "multistep",
+    "output_dir": "runs/npid",
+}
+REASONS = """The defaults are the papers' (DLS: d 128, K 64, temperature 0.4, batch 64, 200 epochs, SGD; NPID: rate 0.03,
+momentum 0.9, weight decay 1e-4, steps at 60 % and 80 %). Two things differ: precision is bf16 where the
+processor has it, which is faster and no less accurate; and "time inversion" plays a clip backwards, as the
+ESResNet paper says, where its code swaps channels."""
+
+
+def excluded_fold(text: str) -> tuple[str | None, int]:
+    """An argparse type: N, or CORPUS=N."""
+    corpus, _, fold = text.rpartition("=")
+    return corpus or None, int(fold)
+
+
+def parse_args(argv: list[str] | None = None):
+    parser = make_parser(__doc__.splitlines()[0], DEFAULTS, REASONS)
+    pretext = parser.add_argument_group("instance discrimination")
+    pretext.add_argument("--objective", choices=("nce", "softmax"), default="nce",
+                         help="noise-contrastive estimation, or the exact softmax over the bank (default: nce)")  # fmt: skip
+    pretext.add_argument("--nce_k", type=at_least(1), default=64, help="negatives per clip (default: 64)")
+    pretext.add_argument("--nce_t", type=at_least(1e-3, float), default=0.4,
+                         help="temperature, of both objectives (default: 0.4)")  # fmt: skip
+    pretext.add_argument("--nce_exclude_positive", action="store_true",
+                         help="never draw a clip as its own negative (the original does)")  # fmt: skip
+    pretext.add_argument("--nce_z_momentum", type=fraction,
+                         help="keep a running estimate of Z instead of the first batch's (default: the first batch's)")  # fmt: skip
+    pretext.add_argument("--embedding_dim", type=at_least(1), help="default: 128, or the checkpoint's")
+    pretext.add_argument("--bank_momentum", type=fraction, default=0.5, help="default: 0.5")
+    pretext.add_argument("--exclude_fold", action="append", type=excluded_fold, default=[], metavar="[CORPUS=]N",
+                         help="leave a fold out of the training, so that it can be tested on")  # fmt: skip
+    pretext.add_argument("--knn_interval", type=at_least(1), default=5,
+                         help="epochs between k-NN evaluations of labelled corpora (default: 5)")  # fmt: skip
+    pretext.add_argument("--knn_k", type=at_least(1), default=5, help="neighbours (default: 5, as in the paper)")
+    return finish_parsing(parser, argv)
+
+
+# Arguments are read before anything heavy is imported: --help answers at once.
+ARGS = parse_args() if __name__ == "__main__" else None
+
+import hashlib
+import logging
+import sys
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+
+from datasets_scripts import combine_corpora, corpus_report
+from dls_training.arguments import UserError, plain_options
+from dls_training.augmentation import WaveformAugmentation
+from dls_training.checkpoints import claim_output_dir, files_moved_into_place, find_checkpoint, write_json
+from dls_training.input_pipeline import (
+    evaluation_loader,
+    load_corpora,
+    make_views,
+    mean_over_windows,
+    training_loader,
+)
+from dls_training.instance_discrimination import (
+    BANK_FILE,
+    InstanceDiscrimination,
+    MemoryBank,
+    clip_keys,
+    knn_accuracy_by_fold,
+)
+from dls_training.loop import GlobalBatch, TrainingLoop, describe
+from dls_training.networks import make_config, make_extractor, make_model, structure
+from dls_training.runtime import environment, make_accelerator, run_script, start_tracking
+from hub_cards import write_card
+from modeling_dls import ESResNetForInstanceDiscrimination
+from modeling_dls.modeling_esresnet import frozen_batch_norm_statistics
+
+logger = logging.getLogger("dls")
+
+
+def excluded_folds(args, name: str) -> set[int]:
+    return {fold for corpus, fold in args.exclude_fold if corpus in (None, name)}
+
+
+def training_clips(args, corpora: list[tuple[str, Dataset]]) -> tuple[Dataset, dict]:
+    """Every clip of the folds that are not excluded, once; and what the report says about the data."""
+    for corpus, fold in args.exclude_fold:
+        if not any(corpus in (None, name) and fold in dataset["fold"][:] for name, dataset in corpora):
+            raise UserError(f"--exclude_fold {corpus + '=' if corpus else ''}{fold}: no --corpus has this fold")
+    kept = []
+    for name, dataset in corpora:
+        excluded = excluded_folds(args, name)
+        kept.append(
+            (name, dataset.select([row for row, fold in enumerate(dataset["fold"][:]) if fold not in excluded]))
+        )
+    clips, combined = combine_corpora(kept)
+    logger.info(f"{len(clips)} clips: {combined['clips']}, {combined['removed']} duplicates removed")
+    return clips, {
+        "clips": combined["clips"],
+        "duplicates_removed": combined["removed_pairs"],
+        "skipped_files": {name: skipped for name, d in corpora if (skipped := corpus_report(d)["skipped"])},
+        "excluded_folds": {name: sorted(excluded) for name, _ in corpora if (excluded := excluded_folds(args, name))},
+    }
+
+
+class NearestNeighbourTests:
+    """Weighted k-NN accuracy of the embedding on every corpus that has labels.
+
+    Excluded folds are held out; where none is, each official fold in turn; in a corpus without folds, every fifth clip.
+    """
+
+    def __init__(self, args, corpora, extractor, accelerator):
+        self.accelerator, self.extractor = accelerator, extractor
+        self.k, self.sigma = args.knn_k, args.nce_t
+        self.batch_size = args.per_device_train_batch_size
+        self.tests = {}
+        for name, corpus in corpora:
+            labels, folds = corpus["label"][:], torch.tensor(corpus["fold"][:])
+            if None in labels or len(set(labels)) < 2:
+                continue
+            if len(folds.unique()) < 2:
+                folds = torch.arange(len(labels)) % 5 + 1
+            existing = folds.unique().tolist()
+            held_out = sorted(excluded_folds(args, name).intersection(existing)) or existing
+            loader = evaluation_loader(corpus, extractor, args)
+            self.tests[name] = (accelerator.prepare(loader), torch.tensor(labels), folds, held_out)
+
+    def __call__(self, model) -> dict[str, float]:
+        """{corpus: accuracy 0..1, mean of the held-out folds}"""
+        model.eval()
+        accuracies = {}
+        for name, (loader, labels, folds, held_out) in self.tests.items():
+            embeddings = self.embed(model, loader)
+            by_fold = knn_accuracy_by_fold(embeddings, labels, folds, held_out, self.k, self.sigma)
+            accuracies[name] = sum(by_fold.values()) / len(by_fold)
+        model.train()
+        return accuracies
+
+    def embed(self, model, loader) -> torch.Tensor:
+        """Every clip of a corpus, in order: (clips, embedding_dim), the mean over a clip's windows at unit length."""
+        parts = []
+        for batch in loader:
+            mean = mean_over_windows(batch, self.extractor, lambda x: model(x).embeddings, self.batch_size)
+            parts.append(self.accelerator.gather_for_metrics((batch["index"], mean)))
+        index, embeddings = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+        return F.normalize(embeddings[index.argsort()], dim=-1)
+
+
+class PretextStep:
+    """One optimizer step of instance discrimination, over however many processes and batches it is split."""
+
+    def __init__(self, accelerator, loop: TrainingLoop, objective: InstanceDiscrimination, extractor):
+        self.accelerator, self.loop, self.objective, self.extractor = accelerator, loop, objective, extractor
+        self.augmentation = WaveformAugmentation(extractor.max_length)
+
+    def __call__(self, batch: GlobalBatch) -> torch.Tensor:
+        """Updates the network, and then, once, the bank. Returns the loss summed over the clips."""
+        views = [make_views(part, self.augmentation, self.extractor) for part in batch.batches]
+        indices = [part["index"] for part in batch.batches]
+        candidates = self.objective.candidates(indices, batch.places, batch.slots, batch.step)
+        if self.objective.needs_normaliser():
+            self.estimate_normaliser(views, candidates)
+        embeddings = []
+
+        def clip_losses(number):
+            embeddings.append(self.loop.model(views[number]).embeddings)
+            return self.objective.loss(embeddings[number], indices[number], candidates[number])
+
+        loss_sum = self.loop.optimize(batch, clip_losses)
+        embeddings = [embedding.detach() for embedding in embeddings]
+        if self.objective.z_momentum is not None:
+            self.update_normaliser(embeddings, candidates)
+        # After the step and outside of backward, so that it happens once however many batches were accumulated.
+        self.objective.bank.update(*self.accelerator.gather((torch.cat(indices), torch.cat(embeddings))))
+        return loss_sum
+
+    @torch.no_grad()
+    def estimate_normaliser(self, views, candidates) -> None:
+        """Z from the first global batch, before any loss is taken: how the batch is split must not matter."""
+        with frozen_batch_norm_statistics(self.loop.model):
+            self.update_normaliser([self.loop.model(view).embeddings for view in views], candidates)
+
+    def update_normaliser(self, embeddings, candidates) -> None:
+        means = [self.objective.mean_exp(*pair) for pair in zip(embeddings, candidates, strict=True)]
+        mean = self.accelerator.reduce(torch.stack(means).mean(), reduction="mean")
+        self.objective.bank.update_normaliser(mean, self.objective.z_momentum or 0.0)
+
+
+def main() -> None:
+    args = ARGS
+    accelerator = make_accelerator(args)
+    claim_output_dir(accelerator, args.output_dir, resuming=args.resume_from_checkpoint is not None)
+    extractor = make_extractor(args)
+    config = make_config(args, **({"embedding_dim": args.embedding_dim} if args.embedding_dim else {}))
+    start_tracking(args, accelerator)
+    corpora = load_corpora(args, accelerator)
+    clips, data_report = training_clips(args, corpora)
+    keys = clip_keys(clips["corpus"][:], clips["clip_id"][:])
+
+    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    model = make_model(ESResNetForInstanceDiscrimination, checkpoint or args.model_name_or_path, config)
+    bank = (
+        MemoryBank.load(checkpoint / BANK_FILE, args.bank_momentum)
+        if checkpoint
+        else MemoryBank(len(clips), config.embedding_dim, args.bank_momentum, keys, args.seed)
+    ).to(accelerator.device)
+    objective = InstanceDiscrimination(
+        bank, args.objective, args.nce_k, args.nce_t, args.nce_exclude_positive, args.nce_z_momentum, args.seed
+    )
+
+    def save_model(folder):
+        accelerator.unwrap_model(model).save_pretrained(folder)
+        extractor.save_pretrained(folder)
+        bank.save(folder / BANK_FILE)
+
+    identity = {name: getattr(args, name) for name in ("objective", "nce_k", "nce_t", "bank_momentum")}
+    identity |= structure(config) | {"embedding_dim": config.embedding_dim}
+    identity |= {"clips": f"{len(clips)}, {hashlib.blake2b(keys.numpy().tobytes(), digest_size=8).hexdigest()}"}
+    loader = training_loader(clips, extractor, args)
+    loop = TrainingLoop(args, accelerator, model, loader, save_model, args.output_dir, checkpoint, identity)
+    nearest_neighbours = NearestNeighbourTests(args, corpora, extractor, accelerator)
+
+    def evaluate(epoch, is_last):
+        return {"knn_accuracy": nearest_neighbours(loop.model)} if is_last or epoch % args.knn_interval == 0 else {}
+
+    if not loop.progress.history:
+        loop.progress.history.append({"epoch": 0} | evaluate(0, is_last=False))
+        logger.info(f"untrained: {describe(loop.progress.history[0])}")
+    loop.train(PretextStep(accelerator, loop, objective, extractor), evaluate)
+
+    results = {
+        "task": "npid",
+        **data_report,
+        "objective": args.objective,
+        "history": loop.progress.history,
+        "seed": args.seed,
+        "command": args.command,
+        "options": plain_options(args),
+        "seconds": loop.progress.seconds,
+        "environment": environment(accelerator),
+    }
+    if accelerator.is_main_process:
+        with files_moved_into_place(args.output_dir) as folder:
+            save_model(folder)
+            write_json(folder / "all_results.json", results)
+            write_card(folder)
+        logger.info(f"{args.output_dir} holds the model, its memory bank, all_results.json and a card")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
