@@ -79,12 +79,19 @@ def read_state_dict(source: Path) -> dict:
     try:
         # Checkpoints come from strangers: nothing but tensors and plain containers is unpickled.
         state = torch.load(source, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ConversionError(f"{source} is not a file of tensors that torch.load can read safely: {error}") from error
+    except OSError as error:
+        raise ConversionError(f"cannot read {source}: {error}") from error
+    except Exception as error:  # torch.load raises many kinds, and its texts advise to load unsafely
+        raise ConversionError(
+            f"{source} is damaged, was not written by torch.save, or holds more than tensors and plain containers, "
+            "which is not loaded because it could run code"
+        ) from error
     if isinstance(state, dict):
         for wrapper in ("state_dict", "model"):
             state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise ConversionError(f"{source} holds no state dict: expected parameter names and tensors")
     return {name.removeprefix("module."): tensor for name, tensor in state.items()}
 
@@ -125,18 +132,19 @@ def convert(source: Path, output_dir: Path, labels: Path | None = None, **signal
         raise ConversionError(f"{output_dir} exists: expected a new or empty output folder")
     state = read_state_dict(source)
     extractor = ESResNetFeatureExtractor(**signal_settings)
-    if "window" in state and len(state["window"]) != extractor.win_length:
+    if "window" in state and state["window"].numel() != extractor.win_length:
         raise ConversionError(
-            f"{source} was trained with a window of {len(state['window'])} samples: set --win_length to it, and --n_fft "
-            "and --hop_length to what it was trained with"
+            f"{source} was trained with a window of {state['window'].numel()} samples: set --win_length to it, and "
+            "--n_fft and --hop_length to what it was trained with"
         )
-    num_labels = len(state["classifier.weight"]) if "classifier.weight" in state else 0
-    names = {} if labels is None else dict(enumerate(read_labels(labels, num_labels)))
+    classifier = state.get("classifier.weight")
+    num_labels = classifier.shape[0] if classifier is not None and classifier.ndim else 0
     config = ESResNetConfig(attention=any(name.startswith("att") for name in state), num_labels=max(num_labels, 1))
-    if names:
-        config.id2label, config.label2id = names, {name: index for index, name in names.items()}
     model = ESResNetForAudioClassification(config)
     model.load_state_dict(convert_state_dict(state, model))
+    if labels is not None:
+        config.id2label = dict(enumerate(read_labels(labels, num_labels)))
+        config.label2id = {name: index for index, name in config.id2label.items()}
 
     output_dir.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output_dir.parent, prefix=f".{output_dir.name}-") as folder:
