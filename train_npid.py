@@ -17,9 +17,9 @@ DEFAULTS = {
     "lr_scheduler_type": "multistep",
     "output_dir": "runs/npid",
 }
-REASONS = """The defaults are the papers' (DLS: d 128, K 64, temperature 0.4, batch 64, 200 epochs, SGD; NPID: rate 0.03,
-momentum 0.9, weight decay 1e-4, steps at 60 % and 80 %). Two things differ: precision is bf16 where the
-processor has it, which is faster and no less accurate; and "time inversion" plays a clip backwards, as the
+REASONS = """The defaults are the papers' (DLS: d 128, K 64, temperature 0.4, batch 64, 200 epochs, SGD; NPID: rate
+0.03, momentum 0.9, weight decay 1e-4, steps at 60 % and 80 %). Two things differ: precision is bf16 where
+the processor computes in it, because that is faster; and "time inversion" plays a clip backwards, as the
 ESResNet paper says, where its code swaps channels."""
 
 
@@ -31,23 +31,18 @@ def excluded_fold(text: str) -> tuple[str | None, int]:
 
 def parse_args(argv: list[str] | None = None):
     parser = make_parser(__doc__.splitlines()[0], DEFAULTS, REASONS)
-    pretext = parser.add_argument_group("instance discrimination")
-    pretext.add_argument("--objective", choices=("nce", "softmax"), default="nce",
-                         help="noise-contrastive estimation, or the exact softmax over the bank (default: nce)")  # fmt: skip
-    pretext.add_argument("--nce_k", type=at_least(1), default=64, help="negatives per clip (default: 64)")
-    pretext.add_argument("--nce_t", type=at_least(1e-3, float), default=0.4,
-                         help="temperature, of both objectives (default: 0.4)")  # fmt: skip
-    pretext.add_argument("--nce_exclude_positive", action="store_true",
-                         help="never draw a clip as its own negative (the original does)")  # fmt: skip
-    pretext.add_argument("--nce_z_momentum", type=fraction,
-                         help="keep a running estimate of Z instead of the first batch's (default: the first batch's)")  # fmt: skip
-    pretext.add_argument("--embedding_dim", type=at_least(1), help="default: 128, or the checkpoint's")
-    pretext.add_argument("--bank_momentum", type=fraction, default=0.5, help="default: 0.5")
-    pretext.add_argument("--exclude_fold", action="append", type=excluded_fold, default=[], metavar="[CORPUS=]N",
-                         help="leave a fold out of the training, so that it can be tested on")  # fmt: skip
-    pretext.add_argument("--knn_interval", type=at_least(1), default=5,
-                         help="epochs between k-NN evaluations of labelled corpora (default: 5)")  # fmt: skip
-    pretext.add_argument("--knn_k", type=at_least(1), default=5, help="neighbours (default: 5, as in the paper)")
+    add = parser.add_argument_group("instance discrimination").add_argument
+    add("--objective", choices=("nce", "softmax"), default="nce", help="NCE, or the exact softmax (default: nce)")
+    add("--nce_k", type=at_least(1), default=64, help="negatives per clip (default: 64)")
+    add("--nce_t", type=at_least(1e-3, float), default=0.4, help="temperature of either objective (default: 0.4)")
+    add("--nce_exclude_positive", action="store_true", help="never draw a clip as its own negative; the original does")
+    add("--nce_z_momentum", type=fraction, help="keep a running estimate of Z (default: the first batch's for good)")
+    add("--embedding_dim", type=at_least(1), help="default: 128, or the checkpoint's")
+    add("--bank_momentum", type=fraction, default=0.5, help="default: 0.5")
+    add("--exclude_fold", action="append", type=excluded_fold, default=[], metavar="[CORPUS=]N",
+        help="leave a fold out of the training, so that it can be tested on")  # fmt: skip
+    add("--knn_interval", type=at_least(1), default=5, help="epochs between k-NN evaluations (default: 5)")
+    add("--knn_k", type=at_least(1), default=5, help="neighbours (default: 5, as in the paper)")
     return finish_parsing(parser, argv)
 
 
@@ -58,6 +53,7 @@ import hashlib
 import logging
 import sys
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -99,16 +95,18 @@ def training_clips(args, corpora: list[tuple[str, Dataset]]) -> tuple[Dataset, d
     for corpus, fold in args.exclude_fold:
         if not any(corpus in (None, name) and fold in dataset["fold"][:] for name, dataset in corpora):
             raise UserError(f"--exclude_fold {corpus + '=' if corpus else ''}{fold}: no --corpus has this fold")
-    kept = []
+    held_out, kept = [], []
     for name, dataset in corpora:
-        excluded = excluded_folds(args, name)
-        kept.append(
-            (name, dataset.select([row for row, fold in enumerate(dataset["fold"][:]) if fold not in excluded]))
-        )
-    clips, combined = combine_corpora(kept)
-    logger.info(f"{len(clips)} clips: {combined['clips']}, {combined['removed']} duplicates removed")
+        excluded = np.isin(dataset["fold"][:], list(excluded_folds(args, name)))
+        held_out.append((f"{name} held out", dataset.select(np.flatnonzero(excluded))))
+        kept.append((name, dataset.select(np.flatnonzero(~excluded))))
+    # Held-out clips come first and own their identity: a copy of one in another corpus is not trained on either.
+    clips, combined = combine_corpora(held_out + kept)
+    clips = clips.select(np.flatnonzero(~np.char.endswith(clips["corpus"][:], " held out")))
+    counts = {name: combined["clips"][name] for name, _ in corpora}
+    logger.info(f"{len(clips)} clips: {counts}, {combined['removed']} duplicates removed")
     return clips, {
-        "clips": combined["clips"],
+        "clips": counts,
         "duplicates_removed": combined["removed_pairs"],
         "skipped_files": {name: skipped for name, d in corpora if (skipped := corpus_report(d)["skipped"])},
         "excluded_folds": {name: sorted(excluded) for name, _ in corpora if (excluded := excluded_folds(args, name))},
@@ -118,7 +116,7 @@ def training_clips(args, corpora: list[tuple[str, Dataset]]) -> tuple[Dataset, d
 class NearestNeighbourTests:
     """Weighted k-NN accuracy of the embedding on every corpus that has labels.
 
-    Excluded folds are held out; where none is, each official fold in turn; in a corpus without folds, every fifth clip.
+    Excluded folds are held out; where none is, each official fold in turn; without folds, every fifth clip.
     """
 
     def __init__(self, args, corpora, extractor, accelerator):

@@ -110,9 +110,9 @@ def claim_output_dir(accelerator: Accelerator, output_dir: Path, resuming: bool)
         output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir) as probe:
             probe.write(b"written")
-        for leftover in output_dir.glob(".*.*"):
-            if leftover.is_dir() and leftover.name.startswith((f".{PREFIX}", ".unfinished.")):
-                shutil.rmtree(leftover)  # of a run that was killed while it wrote
+        for pattern in (f".{PREFIX}*", ".unfinished.*"):  # of a run that was killed while it wrote
+            for leftover in [*output_dir.glob(pattern), *output_dir.glob(f"fold-*/{pattern}")]:
+                shutil.rmtree(leftover)
     except OSError as error:
         raise UserError(f"--output_dir {output_dir} cannot be written: {error.strerror or error}") from error
 

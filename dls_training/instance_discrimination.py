@@ -224,8 +224,8 @@ class InstanceDiscrimination:
     ) -> list[torch.Tensor | None]:
         """Noise for one global batch: each clip's own index, then K uniformly drawn ones, with replacement.
 
-        They depend on the seed, the step and a clip's place in the global batch alone, so that any number of processes,
-        of accumulated batches and of restarts draws the same.
+        They depend on the seed, the step and a clip's place in the global batch alone, so that any number of
+        processes, of accumulated batches and of restarts draws the same.
 
         Args:
             indices: Of the batches that fall to this process, each (batch,).

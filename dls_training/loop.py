@@ -158,8 +158,8 @@ class TrainingLoop:
         loss = loss_sum / progress.clips
         if not math.isfinite(loss):
             raise UserError(
-                f"the loss is {loss} in epoch {progress.epoch + 1}: lower --learning_rate, or try --mixed_precision no; "
-                "earlier checkpoints are intact"
+                f"the loss is {loss} in epoch {progress.epoch + 1}: lower --learning_rate, or try "
+                "--mixed_precision no; earlier checkpoints are intact"
             )
         if not whole:  # --max_train_steps ends within an epoch; the run can still go on from there
             progress.loss_sum = loss_sum
