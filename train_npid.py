@@ -191,8 +191,8 @@ class PretextStep:
             self.update_normaliser([self.loop.model(view).embeddings for view in views], candidates)
 
     def update_normaliser(self, embeddings, candidates) -> None:
-        means = [self.objective.mean_exp(*pair) for pair in zip(embeddings, candidates, strict=True)]
-        mean = self.accelerator.reduce(torch.stack(means).mean(), reduction="mean")
+        mean = self.objective.mean_exp(torch.cat(embeddings), torch.cat(candidates))
+        mean = self.accelerator.reduce(mean, reduction="mean")
         self.objective.bank.update_normaliser(mean, self.objective.z_momentum or 0.0)
 
 

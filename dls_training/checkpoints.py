@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import pickle
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 from .arguments import UserError
 
@@ -20,6 +22,9 @@ logger = logging.getLogger("dls")
 PREFIX = "checkpoint-"
 STATE_FILE = "trainer_state.json"
 TENSOR_FILE = "training_state.pt"
+
+# On a full disk safetensors raises an error of its own.
+WRITE_ERRORS = (OSError, SafetensorError)
 
 
 @dataclass
@@ -61,10 +66,8 @@ def folder_moved_into_place(final: Path) -> Iterator[Path]:
             if final.exists():
                 final.rename(Path(folder) / "replaced")
             unfinished.rename(final)
-    except OSError as error:
-        raise UserError(
-            f"{final} cannot be written ({error.strerror or error}); what was saved before is intact"
-        ) from error
+    except WRITE_ERRORS as error:
+        raise UserError(f"{final} cannot be written ({reason(error)}); what was saved before is intact") from error
 
 
 @contextmanager
@@ -80,8 +83,13 @@ def files_moved_into_place(folder: Path) -> Iterator[Path]:
             yield Path(temporary)
             for path in sorted(Path(temporary).iterdir()):
                 os.replace(path, folder / path.name)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be written ({error.strerror or error})") from error
+    except WRITE_ERRORS as error:
+        raise UserError(f"{folder} cannot be written ({reason(error)})") from error
+
+
+def reason(error: Exception) -> str:
+    """What the system says, without the path that the message names already; or all that the error says."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -114,13 +122,13 @@ def claim_output_dir(accelerator: Accelerator, output_dir: Path, resuming: bool)
             for leftover in [*output_dir.glob(pattern), *output_dir.glob(f"fold-*/{pattern}")]:
                 shutil.rmtree(leftover)
     except OSError as error:
-        raise UserError(f"--output_dir {output_dir} cannot be written: {error.strerror or error}") from error
+        raise UserError(f"--output_dir {output_dir} cannot be written: {reason(error)}") from error
 
 
 def checkpoint_number(path: Path) -> int:
     """The step in a checkpoint folder's name, -1 where there is none."""
     number = path.name.removeprefix(PREFIX)
-    return int(number) if path.name.startswith(PREFIX) and number.isdigit() else -1
+    return int(number) if path.name.startswith(PREFIX) and number.isdecimal() else -1
 
 
 def save_checkpoint(output_dir: Path, progress: Progress, save_model, tensors: dict, run: dict, limit: int) -> None:
@@ -136,11 +144,17 @@ def save_checkpoint(output_dir: Path, progress: Progress, save_model, tensors: d
     """
     with folder_moved_into_place(output_dir / f"{PREFIX}{progress.step}") as folder:
         save_model(folder)
-        torch.save(tensors | {"random": torch.get_rng_state()}, folder / TENSOR_FILE)
+        try:
+            torch.save(tensors | {"random": torch.get_rng_state()}, folder / TENSOR_FILE)
+        except RuntimeError as error:  # torch's word for a full disk
+            raise OSError(f"{TENSOR_FILE}: {error}") from error
         sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
         write_json(folder / STATE_FILE, {"progress": asdict(progress), "run": run, "files": sizes})
-    kept = sorted(output_dir.glob(f"{PREFIX}*"), key=checkpoint_number)
-    for old in kept[:-limit]:
+    numbered = [path for path in output_dir.glob(f"{PREFIX}*") if checkpoint_number(path) >= 0]
+    # A run that went on from an earlier checkpoint than the last, or past a damaged one, leaves higher numbers behind:
+    # they go first, so that what was just written stays.
+    numbered.sort(key=lambda path: (checkpoint_number(path) <= progress.step, checkpoint_number(path)))
+    for old in numbered[:-limit]:
         shutil.rmtree(old)
 
 
@@ -149,7 +163,7 @@ def read_state(folder: Path) -> dict | None:
     try:
         state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
         complete = all((folder / name).stat().st_size == size for name, size in state["files"].items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # JSON, but not of ours
         return None
     return state if complete else None
 
@@ -187,16 +201,20 @@ def load_checkpoint(folder: Path, run: dict) -> tuple[Progress, dict]:
         The progress, and `tensors` as saved.
 
     Raises:
-        UserError: naming each option that differs from the checkpoint's run.
+        UserError: naming each option that differs from the checkpoint's run, or the file that is damaged.
     """
     state = read_state(folder)
     changed = [
-        f"{name} is {run[name]!r} but was {old!r}" for name, old in state["run"].items() if run.get(name) != old
+        f"{name} is {run.get(name)!r} but was {old!r}" for name, old in state["run"].items() if run.get(name) != old
     ]
     if changed:
         raise UserError(
             f"{folder} belongs to a different run: {'; '.join(changed)}. Repeat its options, or start anew"
         )
-    tensors = torch.load(folder / TENSOR_FILE, map_location="cpu", weights_only=True)
-    torch.set_rng_state(tensors.pop("random"))
+    try:
+        tensors = torch.load(folder / TENSOR_FILE, map_location="cpu", weights_only=True)
+        torch.set_rng_state(tensors.pop("random"))
+    except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+        # Not torch's own words: they advise to load the file without its safety.
+        raise UserError(f"{folder / TENSOR_FILE} is damaged, or is not what a training run wrote") from error
     return Progress(**state["progress"]), tensors

@@ -26,7 +26,7 @@ def clip_keys(corpora: Iterable[str], clip_ids: Iterable[str]) -> torch.Tensor:
         hashlib.blake2b(f"{corpus}/{clip_id}".encode(), digest_size=KEY_BYTES).digest()
         for corpus, clip_id in zip(corpora, clip_ids, strict=True)
     ]
-    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, KEY_BYTES)
+    return torch.from_numpy(np.frombuffer(bytearray(b"".join(digests)), np.uint8)).view(-1, KEY_BYTES)
 
 
 class MemoryBank(nn.Module):
@@ -126,7 +126,7 @@ class MemoryBank(nn.Module):
             state = load_file(str(path))
             bank = cls(*state["vectors"].shape, momentum=momentum, keys=state["keys"])
             bank.load_state_dict(state)
-        except (KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{path} is not a memory bank (vectors, Z and keys as safetensors): {error}") from error
         return bank
 
