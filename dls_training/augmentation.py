@@ -5,6 +5,7 @@ on the seed, the epoch and the clip alone, not on the batch, the worker or the p
 """
 
 import torch
+import torch.nn.functional as F
 
 NUM_DRAWS = 3  # per clip: time inversion, time scaling, position
 
@@ -56,31 +57,29 @@ class WaveformAugmentation:
 
     def _resample(self, waveform, lengths, scaled, scale, start, inverted) -> torch.Tensor:
         """Reads samples start .. start + length - 1 of each inverted, scaled clip."""
-        time = torch.arange(self.length, device=waveform.device) + start[:, None]
-        outside = (time < 0) | (time >= scaled[:, None])
-        time = torch.minimum(time.clamp_(min=0), scaled[:, None] - 1)
-        last = lengths[:, None] - 1
-        position = torch.minimum(time / scale[:, None], last.double())
-        left = position.long()
-        fraction = (position - left).to(waveform.dtype)[:, None]
-        right = torch.minimum(left + 1, last)
-        left = torch.where(inverted[:, None], last - left, left)
-        right = torch.where(inverted[:, None], last - right, right)
-        view = torch.lerp(gather_time(waveform, left), gather_time(waveform, right), fraction)
-        if view.shape[1] == 1:  # the mean over one channel is the edge sample, which is there already
-            return view
-        return torch.where(outside[:, None], view.mean(dim=1, keepdim=True), view)
-
-
-def gather_time(waveform: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """(batch, channels, samples) and (batch, length) -> (batch, channels, length)."""
-    return waveform.gather(2, index[:, None].expand(-1, waveform.shape[1], -1))
+        last = (lengths - 1).double()[:, None]
+        time = torch.arange(self.length, dtype=torch.float64, device=waveform.device) + start[:, None]
+        inside = None
+        if waveform.shape[1] > 1:
+            inside = ((time >= 0) & (time < scaled[:, None]))[:, None]
+        # One affine map takes a view's time to a place in the file; a clip that is inverted is read from its end.
+        direction = torch.where(inverted, -1.0, 1.0)[:, None]
+        position = time.clamp_(min=0).clamp_(max=scaled[:, None] - 1).mul_(direction / scale[:, None])
+        position = position.add_(torch.where(inverted[:, None], last, 0.0)).clamp_(min=0).clamp_(max=last)
+        left = position.long().clamp_(max=(lengths[:, None] - 2).clamp(min=0))
+        fraction = position.sub_(left).to(waveform.dtype)[:, None]
+        if waveform.shape[2] == 1:
+            waveform = F.pad(waveform, (0, 1))
+        index = left[:, None].expand(-1, waveform.shape[1], -1)
+        view = torch.lerp(waveform.gather(2, index), waveform[..., 1:].gather(2, index), fraction)
+        # Beyond a clip's ends, its first or last sample: of several channels, their mean.
+        return view if inside is None else torch.where(inside, view, view.mean(dim=1, keepdim=True))
 
 
 def masked_std(waveform: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """Standard deviation of each clip over its channels and its own samples: (batch,)."""
-    valid = (torch.arange(waveform.shape[2], device=waveform.device) < lengths[:, None])[:, None]
+    beyond = torch.arange(waveform.shape[2], device=waveform.device) >= lengths[:, None]
+    own = waveform.masked_fill(beyond[:, None], 0)
     count = lengths * waveform.shape[1]
-    mean = (waveform * valid).sum(dim=(1, 2)) / count
-    deviation = (waveform - mean[:, None, None]) * valid
-    return (deviation.square().sum(dim=(1, 2)) / (count - 1).clamp(min=1)).sqrt()
+    variance = (own.square().sum(dim=(1, 2)) - own.sum(dim=(1, 2)).square() / count) / (count - 1).clamp(min=1)
+    return variance.clamp(min=0).sqrt()

@@ -24,6 +24,9 @@ from .augmentation import NUM_DRAWS, WaveformAugmentation
 # hour of audio is neither sent to the device nor padded to by its batch.
 MAX_VIEWS_PER_CLIP = 4
 
+# On a CPU, views are made of this many clips at a time: intermediate results then stay in its caches.
+CPU_PART = 2
+
 # A clip's last window is dropped where less than this share of it would be new (files a few samples over length).
 MIN_NEW_SHARE = 0.1
 
@@ -202,7 +205,9 @@ def evaluation_loader(rows: Dataset, extractor: ESResNetFeatureExtractor, args) 
 
 def make_views(batch: dict, augmentation: WaveformAugmentation, extractor: ESResNetFeatureExtractor) -> torch.Tensor:
     """A training batch, on its device -> input_values (batch, audio_channels, 3, height, width)."""
-    return extractor.spectrogram(augmentation(batch["waveform"], batch["lengths"], batch["draws"]))
+    part = CPU_PART if batch["waveform"].device.type == "cpu" else len(batch["waveform"])
+    parts = zip(*(batch[name].split(part) for name in ("waveform", "lengths", "draws")), strict=True)
+    return torch.cat([extractor.spectrogram(augmentation(*clips)) for clips in parts])
 
 
 @torch.no_grad()
