@@ -79,11 +79,14 @@ def inspect_audio(path: str | os.PathLike) -> AudioFacts:
     """
     frames = 0
     with _opened({"bytes": None, "path": os.fspath(path)}) as sound:
-        block = np.empty((max(1, _BLOCK // sound.channels), sound.channels), np.float32)
-        while len(part := sound.read(out=block)):
+        block = np.empty((max(1, min(sound.frames, _BLOCK // sound.channels)), sound.channels), np.float32)
+        # Never asks for more than the file promises: libsndfile would fill the rest of the block with zeros each time.
+        while len(part := sound.read(out=block[: sound.frames - frames])):
             if not np.isfinite(part).all():
                 raise ValueError("holds NaN or infinite samples")
             frames += len(part)
+            if frames == sound.frames:
+                break
         if frames < sound.frames:
             raise ValueError(f"is truncated: {frames} of {sound.frames} frames can be decoded")
         rate, channels = sound.samplerate, sound.channels
@@ -108,7 +111,7 @@ def _opened(audio: dict) -> Iterator[soundfile.SoundFile]:
     except FileNotFoundError:
         raise AudioError(f"{name}: the file does not exist (moved or deleted since the corpus was loaded?)") from None
     except soundfile.LibsndfileError as error:
-        raise AudioError(f"{name}: cannot be decoded, damaged or not a sound file ({_reason(error)})") from None
+        raise AudioError(f"{name}: truncated, damaged, or not a sound file{_reason(error)}") from None
     except OSError as error:
         raise AudioError(f"{name}: cannot be read ({error.strerror or error})") from None
     except ValueError as error:
@@ -116,8 +119,9 @@ def _opened(audio: dict) -> Iterator[soundfile.SoundFile]:
 
 
 def _reason(error: soundfile.LibsndfileError) -> str:
-    # The error's own text would repeat the path, and some codecs give a number only.
-    return error.error_string.rstrip(".") or f"libsndfile error {error.code}"
+    # Some codecs give no text; for a damaged MP3 the text is that the file does not exist, which was ruled out before.
+    text = error.error_string.rstrip(".")
+    return f" ({text})" if text and "does not exist" not in text else ""
 
 
 def _check_whole(sound: soundfile.SoundFile, data: bytes | None, path: str | None) -> None:

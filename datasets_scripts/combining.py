@@ -8,7 +8,7 @@ import numpy as np
 
 from .errors import CorpusError
 
-_KEPT_COLUMNS = ["audio", "corpus", "label", "fold", "clip_id", "source_id"]
+_KEPT_COLUMNS = ["audio", "label", "fold", "clip_id", "source_id"]
 
 
 def train_test_folds(dataset: datasets.Dataset, fold: int) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -88,5 +88,4 @@ def _plain(name: str, dataset: datasets.Dataset) -> datasets.Dataset:
     labels = dataset.with_format(None)["label"][:]
     dataset = dataset.remove_columns([column for column in dataset.column_names if column not in _KEPT_COLUMNS])
     dataset = dataset.remove_columns("label").add_column("label", labels, feature=datasets.Value("int64"))
-    dataset = dataset.add_column("corpus", [name] * len(dataset), feature=datasets.Value("string"))
-    return dataset.select_columns(_KEPT_COLUMNS)
+    return dataset.add_column("corpus", [name] * len(dataset), feature=datasets.Value("string"))

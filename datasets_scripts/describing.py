@@ -107,6 +107,10 @@ def draw_classes(dataset: datasets.Dataset, path: Path) -> None:
     """
     from matplotlib.figure import Figure
 
+    try:  # before the work is done, not after it
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CorpusError(f"{path}: the picture cannot be written ({error.strerror})") from None
     names = dataset.features["label"].names
     labels = dataset.with_format(None)["label"][:]
     chosen = {name: labels.index(label) for label, name in enumerate(names) if label in labels} or {
@@ -122,7 +126,6 @@ def draw_classes(dataset: datasets.Dataset, path: Path) -> None:
         axes.set_title(name, fontsize=9)
     figure.suptitle("Three-band spectrograms: low band red, middle green, high blue; time to the right, pitch upwards")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=100)
     except (OSError, ValueError) as error:
         raise CorpusError(f"{path}: the picture cannot be written ({error})") from None

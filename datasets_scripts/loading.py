@@ -89,7 +89,12 @@ def _load(
         builder = SyntheticBuilder(str(cache), **options)
     else:
         raise CorpusError(f"{data_dir}: synthetic is generated; as data_dir it takes only an export of itself")
-    builder.download_and_prepare()
+    try:
+        builder.download_and_prepare()
+    except CorpusError as error:
+        if corpus and data_dir is None:
+            raise CorpusError(f"{error} This copy was downloaded: delete {root} to download it again.") from None
+        raise
     return builder.as_dataset(split="train")
 
 

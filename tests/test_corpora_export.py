@@ -1,0 +1,200 @@
+"""The command line: export, describe, and what comes back from an export."""
+
+import io
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import yaml
+from corpora_trees import make_dcase2013, wav, write_table
+
+from datasets_scripts import CorpusError, corpus_report, decode_audio, load_corpus, train_test_folds
+from datasets_scripts.__main__ import main
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def run(*arguments, cwd, cache, **options):
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-m", "datasets_scripts", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **options)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """DCASE2013, its tree and its export made by the command line."""
+    folder = tmp_path_factory.mktemp("export")
+    make_dcase2013(folder / "tree")
+    arguments = ["export", "dcase2013", "--data_dir", folder / "tree", "--output_dir", folder / "out"]
+    result = run(*arguments, cwd=folder, cache=folder / "cache")
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_export_loads_without_our_package(exported, tmp_path):
+    program = """
+import io, sys
+sys.modules["datasets_scripts"] = None  # any import of it raises
+import soundfile
+from datasets import load_dataset
+loaded = load_dataset(sys.argv[1])
+dataset = loaded["train"]
+row = dataset[150]
+samples, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]))
+print(list(loaded), len(dataset), row["clip_id"], row["fold"], samples.shape, rate)
+print(dataset.features["label"].int2str(row["label"]))
+"""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", program, str(exported / "out")]
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    expected = ["['train'] 200 evaluation/quietstreet01 2 (600, 2) 20", "quietstreet"]
+    assert result.stdout.splitlines() == expected, result.stderr
+
+
+def test_export_is_accepted_as_the_corpus(exported, tmp_path):
+    original = load_corpus("dcase2013", exported / "tree", cache_dir=tmp_path)
+    dataset = load_corpus("dcase2013", exported / "out", cache_dir=tmp_path)
+    assert dataset.features == original.features
+    assert dataset["digest"][:] == original["digest"][:]
+    assert corpus_report(dataset) == corpus_report(original)
+    assert [len(part) for part in train_test_folds(dataset, 1)] == [100, 100]
+    assert (decode_audio(dataset[7]["audio"])[0] == decode_audio(original[7]["audio"])[0]).all()
+    with pytest.raises(CorpusError, match="its card says dcase2013, expected an export of esc10"):
+        load_corpus("esc10", exported / "out", cache_dir=tmp_path)
+
+
+def test_card(exported):
+    text = (exported / "out" / "README.md").read_text()
+    header = yaml.safe_load(text.split("---")[1])
+    assert header["license"] == "other"
+    assert header["configs"][0]["data_files"] == [{"split": "train", "path": "data/train-*.parquet"}]
+    for part in (
+        "| bus | 10 | 10 | 20 |",
+        "| all | 100 | 100 | 200 |",
+        "giannoulis2013",
+        "30.000 to 30.000",
+        "20 (200",
+    ):
+        assert part in text
+    assert str(exported) not in text, "the card gives away a path of this machine"
+
+
+def test_spoiled_export(exported, tmp_path):
+    target = tmp_path / "out"
+    (target / "data").mkdir(parents=True)
+    (target / "README.md").write_text((exported / "out" / "README.md").read_text())
+    parquet = next((exported / "out" / "data").iterdir())
+    (target / "data" / parquet.name).write_bytes(parquet.read_bytes()[:-2000])
+    with pytest.raises(CorpusError, match=str(target)):
+        load_corpus("dcase2013", target, cache_dir=tmp_path / "cache")
+
+
+def test_audiofolder_without_labels_survives_the_export(tmp_path):
+    for number in range(3):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{number} é.wav").write_bytes(wav(0.5, 8000, 2, seed=number, subtype="PCM_24"))
+    (tmp_path / "in" / "bad.wav").write_bytes(b"")
+    arguments = ["export", "audiofolder", "--data_dir", "in", "--output_dir", "out"]
+    refused = run(*arguments, cwd=tmp_path, cache=tmp_path / "cache")
+    assert (refused.returncode, refused.stderr.count("error:")) == (2, 1)
+    assert "bad.wav: is empty" in refused.stderr
+    assert not (tmp_path / "out").exists()
+    done = run(*arguments, "--skip_unreadable", cwd=tmp_path, cache=tmp_path / "cache")
+    assert done.returncode == 0, done.stderr
+    dataset = load_corpus("audiofolder", tmp_path / "out", cache_dir=tmp_path / "cache")
+    assert (dataset["label"][:], dataset.features["label"].names) == ([None] * 3, [])
+    assert corpus_report(dataset)["skipped"] == ["bad.wav: is empty (0 bytes)"]
+    assert decode_audio(dataset[0]["audio"])[0].shape == (2, 4000)
+
+
+def test_describe(tmp_path):
+    for number in range(4):
+        folder = tmp_path / "in" / "ab"[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.wav").write_bytes(wav(0.05 + number, 8000 * (1 + number % 2), seed=number))
+    rows = [{"file_name": f"{'ab'[n % 2]}/{n}.wav", "label": "ab"[n % 2], "fold": n // 2 + 1} for n in range(4)]
+    write_table(tmp_path / "in" / "metadata.csv", rows)
+    arguments = ["describe", "audiofolder", "--data_dir", tmp_path / "in"]
+    result = run(*arguments, "--picture", "sub/p.png", cwd=tmp_path, cache=tmp_path / "cache")
+    assert result.returncode == 0, result.stderr
+    for words in ("4 clips", "0.050 to 3.050", "8000 (2 clips), 16000 (2 clips)", "| a | 1 | 1 | 2 |", "complete"):
+        assert words in result.stdout
+    from matplotlib.image import imread
+
+    assert imread(tmp_path / "sub" / "p.png").std() > 0.01
+
+
+def test_describe_picture_that_cannot_be_written(exported):
+    (exported / "file").write_text("in the way")
+    arguments = ["describe", "dcase2013", "--data_dir", exported / "tree", "--picture", exported / "file" / "p.png"]
+    result = run(*arguments, cwd=exported, cache=exported / "cache")
+    assert result.returncode == 2
+    assert "the picture cannot be written" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["export", "esc51", "--output_dir", "o"], "choose one of"),
+        (["export", "esc50", "--data_dir", "no/such/folder", "--output_dir", "o"], "no/such/folder: no such folder"),
+        (["export", "esc50", "--data_dir", "no/such", "--output_dir", "o"], "no/such: neither an existing folder"),
+        (["export", "esc50", "--data_dir", "tree", "--output_dir", "o"], "tree: not the layout of esc50"),
+        (["export", "esc50", "--output_dir", "o"], "HF_HUB_OFFLINE"),
+        (["export", "dcase2013", "--data_dir", "tree", "--output_dir", "tree"], "not an empty folder"),
+        (["export", "dcase2013", "--data_dir", "tree", "--output_dir", "card.txt/o"], "card.txt/o: cannot be written"),
+        (["describe", "synthetic", "--data_dir", "tree"], "synthetic is generated"),
+        (["describe"], "the following arguments are required: name"),
+        (["export", "esc10"], "--output_dir"),
+    ],
+)
+def test_mistakes_end_in_one_message(arguments, words, exported, tmp_path, monkeypatch, capsys):
+    (exported / "card.txt").write_text("a file")
+    monkeypatch.chdir(exported)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", exported / "cache")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    try:
+        code = main(arguments)
+    except SystemExit as error:  # argparse's own way out
+        code = error.code
+    assert code == 2
+    shown = capsys.readouterr().err
+    assert words in shown
+    assert shown.count("error: ") == 1
+    assert not (exported / "o").exists()
+
+
+def test_export_onto_a_full_disk_leaves_nothing(exported):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
+    arguments = ["export", "dcase2013", "--data_dir", "tree", "--output_dir", "full"]
+    result = run(*arguments, cwd=exported, cache=exported / "cache", preexec_fn=limit)
+    assert result.returncode == 2
+    assert "full: cannot be written (File too large)" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not list(exported.glob("full*"))
+
+
+def test_help_is_quick_and_importing_is_light(tmp_path):
+    program = "import sys, datasets_scripts; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    shown = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.split() == ["False", "False"]
+    assert "export" in run("--help", cwd=tmp_path, cache=tmp_path).stdout
+
+
+def test_real_export_and_reload(shared_dir, tmp_path):
+    data = shared_dir / "data" / "ESC-50-sample"
+    arguments = ["export", "esc50", "--data_dir", data, "--output_dir", tmp_path / "out", "--allow_partial"]
+    result = run(*arguments, cwd=tmp_path, cache=tmp_path / "cache")
+    assert result.returncode == 0, result.stderr
+    assert "100 clips instead of 2000" in (tmp_path / "out" / "README.md").read_text()
+    dataset = load_corpus("esc50", tmp_path / "out", cache_dir=tmp_path / "cache")
+    source = data / "audio" / dataset[5]["audio"]["path"]
+    assert io.BytesIO(dataset[5]["audio"]["bytes"]).read() == source.read_bytes()
