@@ -205,6 +205,7 @@ def main() -> None:
     start_tracking(args, accelerator)
     corpora = load_corpora(args, accelerator)
     clips, data_report = training_clips(args, corpora)
+    loader = training_loader(clips, extractor, args)
     keys = clip_keys(clips["corpus"][:], clips["clip_id"][:])
 
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
@@ -226,7 +227,6 @@ def main() -> None:
     identity = {name: getattr(args, name) for name in ("objective", "nce_k", "nce_t", "bank_momentum")}
     identity |= structure(config) | {"embedding_dim": config.embedding_dim}
     identity |= {"clips": f"{len(clips)}, {hashlib.blake2b(keys.numpy().tobytes(), digest_size=8).hexdigest()}"}
-    loader = training_loader(clips, extractor, args)
     loop = TrainingLoop(args, accelerator, model, loader, save_model, args.output_dir, checkpoint, identity)
     nearest_neighbours = NearestNeighbourTests(args, corpora, extractor, accelerator)
 
