@@ -1,0 +1,35 @@
+# `make demo` and `make test` set up everything themselves: they need Python >= 3.10, pip and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CODE := modeling_dls datasets_scripts dls_training hub_cards benchmarks tests *.py
+
+.PHONY: demo test test-fast test-heavy quality style clean
+
+$(BIN)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	touch $@
+
+demo: $(BIN)/.installed
+	$(BIN)/python demo.py
+
+test: quality
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not heavy"
+
+test-fast: $(BIN)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not heavy"
+
+test-heavy: $(BIN)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m heavy
+
+quality: $(BIN)/.installed
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+
+style: $(BIN)/.installed
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+clean:
+	rm -rf $(VENV) demo_output runs build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,83 @@
+"""Pictures of what was measured: spectrograms as the network sees them, accuracy curves, a map of the embedding."""
+
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+matplotlib.use("Agg")  # before pyplot: a canvas that needs no screen
+import matplotlib.pyplot as plt
+
+
+def draw_spectrogram(axes, spectrogram: torch.Tensor, title: str) -> None:
+    """Three bands as the colours of one picture, the lowest band red (DLS, figure 3).
+
+    Args:
+        axes: To draw on.
+        spectrogram: (3, height, width), in dB or standardised.
+        title: Above the picture.
+    """
+    low, high = spectrogram.quantile(0.05), spectrogram.quantile(0.995)
+    picture = ((spectrogram - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    axes.imshow(picture.permute(1, 2, 0).numpy(), origin="lower", aspect="auto")
+    axes.set(title=title, xticks=[], yticks=[])
+
+
+def draw_curves(axes, arms: dict[str, dict]) -> None:
+    """Accuracy over epochs, a line per arm with a band of one standard deviation (DLS, figure 4).
+
+    Args:
+        axes: To draw on.
+        arms: Name -> contents of `all_results.json` of train_classification.py.
+    """
+    for name, results in arms.items():
+        mean, std = np.array(results["mean_accuracy_per_epoch"]), np.array(results["std_accuracy_per_epoch"])
+        epochs = np.arange(1, len(mean) + 1)
+        (line,) = axes.plot(epochs, mean, marker="o", label=name)
+        if len(results["folds"]) > 1:
+            axes.fill_between(epochs, mean - std, mean + std, color=line.get_color(), alpha=0.2)
+    axes.set(xlabel="epoch of fine-tuning", ylabel="accuracy on the held-out fold", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def draw_map(axes, embeddings: torch.Tensor, labels: np.ndarray, names: list[str]) -> None:
+    """Embeddings on their two principal components, a colour per class.
+
+    Args:
+        axes: To draw on.
+        embeddings: (clips, dim).
+        labels: (clips,), class indices; only the colours come from them.
+        names: Of the classes.
+    """
+    centred = embeddings - embeddings.mean(dim=0)
+    directions = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
+    x, y = (centred @ directions.T).T.numpy()
+    colours = plt.get_cmap("tab20")(np.linspace(0, 1, len(names)))
+    for label, name in enumerate(names):
+        chosen = labels == label
+        axes.scatter(x[chosen], y[chosen], s=12, color=colours[label], label=name)
+    axes.set(title="memory bank, two principal components", xticks=[], yticks=[])
+    axes.legend(fontsize="x-small", ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def draw_overview(path: Path, spectrograms: dict[str, torch.Tensor], arms: dict[str, dict], bank: tuple) -> None:
+    """One picture of a whole experiment, moved into place when complete.
+
+    Args:
+        path: A .png file.
+        spectrograms: Title -> (3, height, width).
+        arms: See `draw_curves`.
+        bank: Arguments of `draw_map` after the axes.
+    """
+    figure = plt.figure(figsize=(13, 7), layout="constrained")
+    grid = figure.add_gridspec(2, 2 * len(spectrograms), height_ratios=(1, 2))
+    for i, (title, spectrogram) in enumerate(spectrograms.items()):
+        draw_spectrogram(figure.add_subplot(grid[0, 2 * i : 2 * i + 2]), spectrogram, title)
+    draw_curves(figure.add_subplot(grid[1, : len(spectrograms)]), arms)
+    draw_map(figure.add_subplot(grid[1, len(spectrograms) :]), *bank)
+    unfinished = path.with_suffix(".unfinished.png")
+    figure.savefig(unfinished, dpi=110)
+    plt.close(figure)
+    unfinished.replace(path)
