@@ -1,0 +1,601 @@
+"""Memory bank, both objectives and the k-NN, each against a slow version with loops."""
+
+import hashlib
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+
+from dls_training import MemoryBank
+from dls_training.input_pipeline import ShuffledClips, collate_training, make_views
+from dls_training.instance_discrimination import (
+    InstanceDiscrimination,
+    clip_keys,
+    knn_accuracy_by_fold,
+    nce_logits,
+    nce_loss,
+    softmax_loss,
+    weighted_knn,
+)
+from dls_training.loop import GlobalBatch, TrainingLoop
+from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor, ESResNetForInstanceDiscrimination
+from train_npid import PretextStep
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def unit(rows, dim, seed=0, dtype=torch.float32):
+    return F.normalize(torch.randn(rows, dim, generator=generator(seed), dtype=torch.float64), dim=-1).to(dtype)
+
+
+# Memory bank
+
+
+def test_importing_the_package_alone_does_not_load_torch():
+    code = "import sys, dls_training, dls_training.arguments; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+def test_package_has_no_other_names_on_demand():
+    import dls_training
+
+    with pytest.raises(AttributeError, match="NoSuchThing"):
+        _ = dls_training.NoSuchThing
+
+
+def test_bank_starts_from_seeded_unit_vectors():
+    torch.manual_seed(1)
+    bank = MemoryBank(50, 16, seed=3)
+    torch.manual_seed(2)  # the global state has no say
+    again = MemoryBank(50, 16, seed=3)
+    assert bank.vectors.shape == (50, 16) and bank.vectors.dtype == torch.float32 and len(bank) == 50
+    assert torch.equal(bank.vectors, again.vectors)
+    assert not torch.equal(bank.vectors, MemoryBank(50, 16, seed=4).vectors)
+    torch.testing.assert_close(bank.vectors.norm(dim=-1), torch.ones(50))
+    # Spread over the sphere: the mean of 50 random unit vectors is short.
+    assert bank.vectors.mean(dim=0).norm() < 0.4
+    assert bank.Z.dtype == torch.float64 and bank.Z.item() == 0
+    assert bank.keys.shape == (50, 16) and not bank.keys.any()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"num_clips": 0},
+        {"num_clips": 4, "embedding_dim": 0},
+        {"num_clips": 4, "momentum": 1.0},
+        {"num_clips": 4, "momentum": -0.1},
+        {"num_clips": 4, "momentum": math.nan},
+        {"num_clips": 4, "keys": torch.zeros(3, 16, dtype=torch.uint8)},
+        {"num_clips": 4, "keys": torch.zeros(4, 8, dtype=torch.uint8)},
+    ],
+)
+def test_bank_refuses(arguments):
+    with pytest.raises(ValueError, match="expected"):
+        MemoryBank(**arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
+def test_update_row_by_row(momentum, dtype):
+    bank = MemoryBank(10, 8, momentum=momentum)
+    before = bank.vectors.clone()
+    indices = torch.tensor([7, 0, 3])
+    embeddings = unit(3, 8, seed=1, dtype=dtype)
+    bank.update(indices, embeddings)
+    expected = before.double().numpy()
+    for row, embedding in zip(indices.tolist(), embeddings.double().numpy(), strict=True):
+        mixed = [momentum * old + (1 - momentum) * new for old, new in zip(expected[row], embedding, strict=True)]
+        length = math.sqrt(sum(value * value for value in mixed))
+        expected[row] = [value / length for value in mixed]
+    assert bank.vectors.dtype == torch.float32
+    np.testing.assert_allclose(bank.vectors.numpy(), expected, atol=1e-6)
+    untouched = [row for row in range(10) if row not in indices.tolist()]
+    assert torch.equal(bank.vectors[untouched], before[untouched])
+
+
+def test_update_takes_no_gradient_and_keeps_none():
+    bank = MemoryBank(4, 8)
+    bank.update(torch.tensor([1]), unit(1, 8).requires_grad_())
+    assert not bank.vectors.requires_grad and list(bank.parameters()) == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_of_a_clip_that_occurs_twice_the_first_embedding_counts(seed):
+    rng = np.random.default_rng(seed)
+    # Ragged last batches are filled up from the batch's start; longer batches let an unstable sort show.
+    indices = rng.integers(0, 12, 200)
+    embeddings = unit(200, 8, seed=seed)
+    bank, once = MemoryBank(12, 8, seed=seed), MemoryBank(12, 8, seed=seed)
+    bank.update(torch.from_numpy(indices), embeddings)
+    first = [int(np.flatnonzero(indices == row)[0]) for row in sorted(set(indices.tolist()))]
+    shuffled = rng.permutation(first)  # without repeats the order is of no consequence
+    once.update(torch.from_numpy(indices[shuffled]), embeddings[shuffled])
+    torch.testing.assert_close(bank.vectors, once.vectors, rtol=0, atol=1e-7)
+
+
+def test_update_normaliser_counts_the_first_estimate_whole():
+    bank = MemoryBank(20, 4)
+    bank.update_normaliser(torch.tensor(3.0, dtype=torch.float64), momentum=0.9)
+    assert bank.Z.item() == pytest.approx(60)
+    bank.update_normaliser(torch.tensor(5.0, dtype=torch.float64), momentum=0.9)
+    assert bank.Z.item() == pytest.approx(0.9 * 60 + 0.1 * 100)
+    bank.update_normaliser(torch.tensor(5.0, dtype=torch.float64))
+    assert bank.Z.item() == pytest.approx(100)
+
+
+def test_bank_file(tmp_path):
+    keys = clip_keys(["a"] * 6, "uvwxyz")
+    bank = MemoryBank(6, 8, keys=keys, seed=5)
+    bank.update(torch.tensor([2]), unit(1, 8))
+    large = math.exp(100) * 6  # beyond float32
+    bank.update_normaliser(torch.tensor(math.exp(100), dtype=torch.float64))
+    path = tmp_path / "memory_bank.safetensors"
+    bank.save(path)
+    state = load_file(path)
+    assert set(state) == {"vectors", "Z", "keys"}
+    assert (state["vectors"].dtype, state["Z"].dtype, state["keys"].dtype) == (
+        torch.float32,
+        torch.float64,
+        torch.uint8,
+    )
+    again = MemoryBank.load(path, momentum=0.25)
+    assert again.momentum == 0.25
+    assert again.Z.item() == bank.Z.item() == pytest.approx(large)
+    assert torch.equal(again.vectors, bank.vectors) and torch.equal(again.keys, keys)
+
+
+BANK = {"vectors": torch.ones(3, 4), "Z": torch.zeros((), dtype=torch.float64), "keys": torch.zeros(3, 16).byte()}
+NOT_BANKS = {
+    "a model's weights": {"conv.weight": torch.ones(2)},
+    "no Z": {name: tensor for name, tensor in BANK.items() if name != "Z"},
+    "one tensor more": BANK | {"other": torch.ones(1)},
+    "too few keys": BANK | {"keys": torch.zeros(2, 16).byte()},
+    "vectors without rows": BANK | {"vectors": torch.ones(0, 4)},
+    "one vector only": BANK | {"vectors": torch.ones(3)},
+    "vectors of three dimensions": BANK | {"vectors": torch.ones(3, 4, 2)},
+}
+
+
+@pytest.mark.parametrize("what", [*NOT_BANKS, "truncated", "text", "empty"])
+def test_load_names_a_file_that_is_no_bank(tmp_path, what):
+    path = tmp_path / "other.safetensors"
+    if what in NOT_BANKS:
+        save_file(NOT_BANKS[what], path)
+    else:
+        save_file(BANK, path)
+        path.write_bytes({"truncated": path.read_bytes()[:-10], "text": b"not a bank", "empty": b""}[what])
+    with pytest.raises(ValueError, match=r"other\.safetensors is not a memory bank"):
+        MemoryBank.load(path)
+
+
+def test_clip_keys():
+    keys = clip_keys(["esc10", "esc10", "us8k"], ["1-100032-A", "1-2-B", "1-2-B"])
+    for row, name in zip(keys, ["esc10/1-100032-A", "esc10/1-2-B", "us8k/1-2-B"], strict=True):
+        assert bytes(row.tolist()) == hashlib.blake2b(name.encode(), digest_size=16).digest()
+    assert len({bytes(row.tolist()) for row in keys}) == 3
+    swapped = clip_keys(["us8k", "esc10"], ["1-2-B", "1-100032-A"])
+    assert torch.equal(swapped, keys[[2, 0]])
+    assert clip_keys([], []).shape == (0, 16)
+    with pytest.raises(ValueError):
+        clip_keys(["esc10"], [])
+
+
+# Objectives
+
+
+def slow_nce(vectors, embeddings, candidates, temperature, normaliser):
+    """FACTS of the method, term by term: -[log P/(P + K Pn) + sum_k log K Pn/(P_k + K Pn)]."""
+    N, K = len(vectors), candidates.shape[1] - 1
+    noise = K * (1 / N)
+    losses = []
+    for embedding, row in zip(embeddings, candidates.tolist(), strict=True):
+        probabilities = []
+        for j in row:
+            similarity = sum(embedding[d] * vectors[j, d] for d in range(len(embedding)))
+            probabilities.append(torch.exp(similarity / temperature) / normaliser)
+        loss = torch.log(probabilities[0] / (probabilities[0] + noise))
+        for probability in probabilities[1:]:
+            loss = loss + torch.log(noise / (probability + noise))
+        losses.append(-loss)
+    return torch.stack(losses)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.4, 1.0])
+@pytest.mark.parametrize("num_negatives", [1, 7])
+def test_nce_loss_and_gradients(num_negatives, temperature):
+    bank = MemoryBank(30, 6)
+    indices = torch.tensor([4, 29, 0])
+    noise = torch.randint(30, (3, num_negatives), generator=generator())
+    candidates = torch.cat([indices[:, None], noise], dim=1)
+    embeddings = unit(3, 6, seed=1, dtype=torch.float64).requires_grad_()
+    normaliser = torch.tensor(123.4, dtype=torch.float64)
+
+    loss = nce_loss(nce_logits(bank, embeddings, candidates, temperature), normaliser, len(bank))
+    (gradient,) = torch.autograd.grad(loss.sum(), embeddings)
+    expected = slow_nce(bank.vectors.double(), embeddings, candidates, temperature, normaliser)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), embeddings)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
+
+    # float32, as in training
+    single = nce_loss(nce_logits(bank, embeddings.detach().float(), candidates, temperature), normaliser, len(bank))
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), expected.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_nce_at_a_temperature_whose_exponential_overflows_float32():
+    bank = MemoryBank(20, 6)
+    embeddings = bank.vectors[:4].clone().requires_grad_()  # similarity 1: exp(100) is infinite in float32
+    objective = InstanceDiscrimination(bank, num_negatives=16, temperature=0.01)
+    (candidates,) = objective.candidates([torch.arange(4)], [torch.arange(4)], 4, 0)
+    assert torch.isinf(torch.tensor(100.0).exp())
+    mean = objective.mean_exp(embeddings, candidates)
+    assert mean.dtype == torch.float64 and math.isfinite(mean.item())
+    bank.update_normaliser(mean)
+    loss = objective.loss(embeddings, torch.arange(4), candidates)
+    loss.sum().backward()
+    assert loss.dtype == torch.float32
+    assert torch.isfinite(loss).all() and torch.isfinite(embeddings.grad).all()
+    expected = slow_nce(bank.vectors.double(), embeddings.detach().double(), candidates, 0.01, bank.Z)
+    torch.testing.assert_close(loss.detach().double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_normaliser_is_the_mean_over_the_batch_and_its_candidates_times_the_clips():
+    bank = MemoryBank(25, 6)
+    objective = InstanceDiscrimination(bank, num_negatives=5, temperature=0.3)
+    indices = torch.tensor([3, 8, 20])
+    (candidates,) = objective.candidates([indices], [torch.arange(3)], 3, 0)
+    embeddings = unit(3, 6, seed=2)
+    assert objective.needs_normaliser()
+    bank.update_normaliser(objective.mean_exp(embeddings, candidates))
+    assert not objective.needs_normaliser()
+    values = []
+    for embedding, row in zip(embeddings.double(), candidates.tolist(), strict=True):
+        values += [math.exp(float(bank.vectors[j].double() @ embedding) / 0.3) for j in row]
+    assert bank.Z.item() == pytest.approx(sum(values) / len(values) * 25, rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 0.4])
+def test_softmax_loss_and_gradients(temperature):
+    bank = MemoryBank(12, 6)
+    indices = torch.tensor([11, 0, 5, 5])
+    embeddings = unit(4, 6, seed=1, dtype=torch.float64).requires_grad_()
+    loss = softmax_loss(bank, embeddings, indices, temperature)
+    expected = []
+    for embedding, index in zip(embeddings, indices.tolist(), strict=True):
+        scores = [sum(row[d] * embedding[d] for d in range(6)) / temperature for row in bank.vectors.double()]
+        largest = max(score.item() for score in scores)
+        total = sum(torch.exp(score - largest) for score in scores)
+        expected.append(-(scores[index] - largest - torch.log(total)))
+    expected = torch.stack(expected)
+    torch.testing.assert_close(loss, expected, rtol=1e-10, atol=1e-12)
+    (gradient,) = torch.autograd.grad(loss.sum(), embeddings, retain_graph=True)
+    (expected_gradient,) = torch.autograd.grad(expected.sum(), embeddings)
+    torch.testing.assert_close(gradient, expected_gradient, rtol=1e-9, atol=1e-12)
+
+    objective = InstanceDiscrimination(bank, "softmax", temperature=temperature)
+    assert not objective.needs_normaliser()
+    assert objective.candidates([indices, indices], [torch.arange(4)] * 2, 4, 0) == [None, None]
+    torch.testing.assert_close(objective.loss(embeddings, indices, None), loss)
+    single = embeddings.detach().float()
+    torch.testing.assert_close(
+        softmax_loss(bank, single, indices, temperature).double(), loss.detach(), rtol=1e-4, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("arguments", [{"objective": "infonce"}, {"bank": MemoryBank(1, 4), "exclude_positive": True}])
+def test_objective_refuses(arguments):
+    with pytest.raises(ValueError):
+        InstanceDiscrimination(**{"bank": MemoryBank(4, 4), **arguments})
+
+
+# Candidates
+
+
+@pytest.mark.parametrize("exclude_positive", [False, True])
+def test_candidates_are_the_clip_and_then_uniform_noise(exclude_positive):
+    clips, batch, num_negatives = 6, 30, 2000
+    objective = InstanceDiscrimination(
+        MemoryBank(clips, 4), num_negatives=num_negatives, exclude_positive=exclude_positive
+    )
+    indices = torch.arange(batch) % clips
+    (candidates,) = objective.candidates([indices], [torch.arange(batch)], batch, 0)
+    assert candidates.dtype == torch.int64 and candidates.shape == (batch, 1 + num_negatives)
+    assert torch.equal(candidates[:, 0], indices)
+    noise = candidates[:, 1:]
+    assert noise.min() == 0 and noise.max() == clips - 1
+    for clip in range(clips):
+        drawn = torch.bincount(noise[indices == clip].flatten(), minlength=clips).double()
+        expected = torch.full((clips,), drawn.sum().item() / (clips - exclude_positive), dtype=torch.float64)
+        if exclude_positive:
+            expected[clip] = 0
+            assert drawn[clip] == 0
+        # 10,000 draws: seven standard deviations of a count
+        assert (drawn - expected).abs().max() < 7 * expected.max().sqrt()
+
+
+@pytest.mark.parametrize("exclude_positive", [False, True])
+def test_candidates_do_not_depend_on_how_the_global_batch_is_split(exclude_positive):
+    objective = InstanceDiscrimination(MemoryBank(50, 4), num_negatives=9, exclude_positive=exclude_positive, seed=7)
+    indices, places = torch.randperm(50, generator=generator())[:16], torch.arange(16)
+    (whole,) = objective.candidates([indices], [places], 16, step=3)
+    accumulated = objective.candidates(list(indices.split(4)), list(places.split(4)), 16, step=3)
+    assert torch.equal(torch.cat(accumulated), whole)
+    # Two processes with two batches of four each: the first has places 0..3 and 8..11.
+    for process in range(2):
+        own = torch.cat([places[first : first + 4] for first in (4 * process, 8 + 4 * process)])
+        parts = objective.candidates(list(indices[own].split(4)), list(own.split(4)), 16, step=3)
+        assert torch.equal(torch.cat(parts), whole[own])
+
+
+def test_candidates_depend_on_seed_and_step_alone():
+    def drawn(seed, step):
+        torch.manual_seed(seed * 31 + step * 17)  # the global state has no say, and is left as it was
+        objective = InstanceDiscrimination(MemoryBank(1000, 4), num_negatives=9, seed=seed)
+        state = torch.get_rng_state()
+        (candidates,) = objective.candidates([torch.arange(8)], [torch.arange(8)], 8, step)
+        assert torch.equal(torch.get_rng_state(), state)
+        return candidates
+
+    first = drawn(1, 5)
+    torch.rand(3)
+    assert torch.equal(drawn(1, 5), first)
+    # Neither may one be swapped for the other.
+    others = [drawn(1, 6), drawn(2, 5), drawn(5, 1)]
+    assert all(not torch.equal(other[:, 1:], first[:, 1:]) for other in others)
+
+
+# Weighted k-NN
+
+
+def slow_knn(queries, references, labels, num_classes, k, sigma):
+    predictions = []
+    for query in queries.double().numpy():
+        ranked = sorted(
+            ((float(query @ reference), int(label)) for reference, label in zip(references, labels, strict=True)),
+            reverse=True,
+        )[:k]
+        votes = [0.0] * num_classes
+        for similarity, label in ranked:
+            # Relative to the nearest: exp(1 / 0.001) is infinite even in float64.
+            votes[label] += math.exp((similarity - ranked[0][0]) / sigma)
+        predictions.append(votes.index(max(votes)))
+    return predictions
+
+
+@pytest.mark.parametrize("sigma", [0.001, 0.01, 0.4, 100.0])
+@pytest.mark.parametrize(("num_classes", "k"), [(2, 1), (10, 5), (3, 40), (10, 1000)])
+def test_weighted_knn(num_classes, k, sigma):
+    references, queries = unit(40, 8, seed=1), unit(23, 8, seed=2)
+    labels = torch.randint(num_classes, (40,), generator=generator())
+    expected = slow_knn(queries, references.double().numpy(), labels, num_classes, k, sigma)
+    for chunk_size in (1, 7, 23, 4096):
+        predicted = weighted_knn(queries, references, labels, num_classes, k, sigma, chunk_size)
+        assert predicted.dtype == torch.int64
+        assert predicted.tolist() == expected
+
+
+def test_weighted_knn_is_no_majority_vote_and_no_nearest_neighbour():
+    query = torch.tensor([[1.0, 0.0]])
+    angles = torch.tensor([0.0, 0.5, 0.6])
+    references = torch.stack([angles.cos(), angles.sin()], dim=1)
+    labels = torch.tensor([1, 0, 0])
+    assert weighted_knn(query, references, labels, 2, k=3, sigma=0.01).tolist() == [1]  # the nearest outweighs two
+    assert weighted_knn(query, references, labels, 2, k=3, sigma=10).tolist() == [0]  # almost equal votes
+
+
+@pytest.mark.parametrize("chunk_size", [1, 4096])
+def test_weighted_knn_without_queries(chunk_size):
+    predicted = weighted_knn(torch.empty(0, 4), unit(5, 4), torch.arange(5), 5, chunk_size=chunk_size)
+    assert predicted.shape == (0,) and predicted.dtype == torch.int64
+
+
+def test_knn_accuracy_by_fold():
+    embeddings, folds = unit(60, 6), torch.arange(60) % 4 + 1
+    labels = torch.randint(3, (60,), generator=generator(1))
+    accuracies = knn_accuracy_by_fold(embeddings, labels, folds, [2, 4], k=3, sigma=0.2)
+    assert list(accuracies) == [2, 4]
+    for fold in (2, 4):
+        inside, outside = (folds == fold).nonzero().flatten(), (folds != fold).nonzero().flatten()
+        predicted = slow_knn(embeddings[inside], embeddings[outside].double().numpy(), labels[outside], 3, 3, 0.2)
+        hits = sum(p == label for p, label in zip(predicted, labels[inside].tolist(), strict=True))
+        assert accuracies[fold] == pytest.approx(hits / len(inside))
+
+
+def test_knn_accuracy_with_a_class_that_is_in_the_held_out_fold_alone():
+    embeddings = unit(6, 4)
+    accuracies = knn_accuracy_by_fold(
+        embeddings, torch.tensor([0, 1, 0, 1, 2, 2]), torch.tensor([1, 1, 1, 1, 2, 2]), [2], k=5, sigma=0.4
+    )
+    assert accuracies == {2: 0.0}
+
+
+# One optimizer step, however it is split
+
+
+class Clips(torch.utils.data.Dataset):
+    """Noise of different lengths, as TrainingClips gives it."""
+
+    def __init__(self, num_clips):
+        self.num_clips = num_clips
+
+    def __len__(self):
+        return self.num_clips
+
+    def __getitem__(self, key):
+        epoch, index = key
+        noise = generator(index)
+        return {
+            "index": index,
+            "label": -1,
+            "waveform": torch.randn(1, 3000 + 200 * index, generator=noise) / 10,
+            "draws": torch.rand(3, generator=generator(1000 * epoch + index), dtype=torch.float64),
+        }
+
+
+def pretext(tmp_path, batch_size, accumulation, num_clips=8, training=False, **objective):
+    """A step over a tiny network, with batch norm in evaluation mode unless `training`, and its loop and bank."""
+    torch.manual_seed(0)
+    config = ESResNetConfig.from_preset("tiny", embedding_dim=8)
+    model = ESResNetForInstanceDiscrimination(config).train(training)
+    args = SimpleNamespace(
+        seed=0,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        optimizer="sgd",
+        learning_rate=0.1,
+        weight_decay=1e-4,
+        lr_scheduler_type="constant",
+        clip_seconds=0.1,
+        audio_channels=1,
+        num_train_epochs=2,
+        max_train_steps=None,
+        checkpointing_steps="epoch",
+        checkpoints_total_limit=1,
+    )
+    loader = DataLoader(
+        Clips(num_clips), batch_size, sampler=ShuffledClips(num_clips, 8, 0), collate_fn=collate_training
+    )
+    accelerator = Accelerator(cpu=True)
+    loop = TrainingLoop(args, accelerator, model, loader, lambda folder: None, tmp_path, None, {})
+    bank = MemoryBank(num_clips, 8)
+    extractor = ESResNetFeatureExtractor.from_preset("tiny", max_length=4000, audio_channels=1)
+    step = PretextStep(accelerator, loop, InstanceDiscrimination(bank, num_negatives=4, **objective), extractor)
+    return step, loop, bank
+
+
+@pytest.fixture
+def counted_updates(monkeypatch):
+    calls = []
+    update = MemoryBank.update
+
+    def count(self, indices, embeddings):
+        calls.append(indices.tolist())
+        update(self, indices, embeddings)
+
+    monkeypatch.setattr(MemoryBank, "update", count)
+    return calls
+
+
+@pytest.mark.parametrize("num_clips", [8, 14])  # 14: a second global batch of 6, split 4 + 2
+@pytest.mark.parametrize("objective", [{}, {"z_momentum": 0.5}, {"objective": "softmax"}])
+def test_accumulated_batches_are_one_batch(tmp_path, objective, num_clips, counted_updates):
+    outcomes = []
+    for batch_size, accumulation in ((8, 1), (4, 2)):
+        counted_updates.clear()
+        step, loop, bank = pretext(tmp_path, batch_size, accumulation, num_clips, **objective)
+        losses = []
+        for batch in loop.global_batches():
+            losses.append(step(batch).item())
+            # As the loop does.
+            loop.progress.step += 1
+            loop.progress.batches += len(batch.batches)
+        assert [len(indices) for indices in counted_updates] == ([8] if num_clips == 8 else [8, 6])
+        outcomes.append((losses, loop.model.state_dict(), bank.state_dict(), list(counted_updates)))
+    (losses, weights, bank, updates), (split_losses, split_weights, split_bank, split_updates) = outcomes
+    assert updates == split_updates
+    assert losses == pytest.approx(split_losses, rel=1e-5)
+    for name, tensor in weights.items():
+        torch.testing.assert_close(split_weights[name], tensor, rtol=1e-4, atol=1e-6)
+    for name in ("vectors", "Z"):
+        torch.testing.assert_close(split_bank[name], bank[name], rtol=1e-5, atol=1e-5)
+    start = MemoryBank(num_clips, 8).vectors
+    assert (bank["vectors"] - start).norm(dim=-1).min() > 1e-3  # every clip's row moved
+
+
+def test_the_step_moves_the_network_along_the_mean_gradient(tmp_path):
+    step, loop, bank = pretext(tmp_path, 4, 2, objective="softmax")
+    (batch,) = loop.global_batches()
+    before = {name: p.detach().clone() for name, p in loop.model.named_parameters()}
+    losses = []
+    for part in batch.batches:
+        embeddings = loop.model(make_views(part, step.augmentation, step.extractor)).embeddings
+        losses += softmax_loss(bank, embeddings, part["index"], 0.4).unbind()
+    gradients = torch.autograd.grad(sum(losses) / 8, list(loop.model.parameters()))
+    total = step(batch)
+    assert total.item() == pytest.approx(sum(loss.item() for loss in losses), rel=1e-5)
+    for (name, parameter), gradient in zip(loop.model.named_parameters(), gradients, strict=True):
+        expected = before[name] - 0.1 * (gradient + 1e-4 * before[name])
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("sizes", [(4, 4), (6, 2), (1, 7)])
+def test_first_normaliser_does_not_depend_on_the_split(tmp_path, sizes):
+    step, loop, bank = pretext(tmp_path, 8, 1)
+    (batch,) = loop.global_batches()
+    views = make_views(batch.batches[0], step.augmentation, step.extractor)
+    candidates = step.objective.candidates([batch.batches[0]["index"]], batch.places, batch.slots, 0)
+    step.estimate_normaliser([views], candidates)
+    whole = bank.Z.item()
+    bank.Z.zero_()
+    step.estimate_normaliser(views.split(sizes), candidates[0].split(sizes))
+    assert bank.Z.item() == pytest.approx(whole, rel=1e-5)
+
+
+def test_first_normaliser_leaves_batch_norm_statistics_alone(tmp_path):
+    step, loop, bank = pretext(tmp_path, 8, 1, training=True)
+    (batch,) = loop.global_batches()
+    before = {name: tensor.clone() for name, tensor in loop.model.state_dict().items()}
+    views = [torch.randn(4, 1, 3, 32, 64), torch.randn(4, 1, 3, 32, 64)]
+    step.estimate_normaliser(views, step.objective.candidates([torch.arange(4)] * 2, [torch.arange(4)] * 2, 8, 0))
+    assert bank.Z.item() > 0
+    for name, tensor in loop.model.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    step(batch)  # and a step does move them
+    running = "running_mean"
+    assert any(
+        running in name and not torch.equal(tensor, before[name]) for name, tensor in loop.model.state_dict().items()
+    )
+
+
+def test_normaliser_is_estimated_once_or_kept_running(tmp_path):
+    for z_momentum in (None, 0.5):
+        step, loop, bank = pretext(tmp_path, 4, 1, z_momentum=z_momentum)
+        estimates = []
+        for batch in loop.global_batches():
+            step(batch)
+            estimates.append(bank.Z.item())
+        assert (estimates[0] == estimates[1]) == (z_momentum is None)
+
+
+def test_clips_that_fill_up_a_ragged_batch_do_not_count_in_the_loss(tmp_path):
+    _, loop, _ = pretext(tmp_path, 8, 1)
+    weight = next(loop.model.parameters())
+    first = weight.detach().flatten()[0].item()
+    losses = torch.arange(1.0, 9.0)
+    batch = GlobalBatch([{}], [torch.arange(8)], slots=8, clips=6, step=0)
+    loss_sum = loop.optimize(batch, lambda _: losses * weight.flatten()[0])
+    assert loss_sum.item() == pytest.approx(21 * first)
+    # The mean over the six clips that count, at learning rate 0.1, with weight decay.
+    assert weight.flatten()[0].item() == pytest.approx(first - 0.1 * (21 / 6 + 1e-4 * first), rel=1e-5)
+
+
+def test_going_on_within_an_epoch_gives_its_remaining_batches(tmp_path):
+    _, loop, _ = pretext(tmp_path, 4, 1, num_clips=14)
+
+    def remaining(epoch, batches):
+        loop.progress.epoch, loop.progress.batches = epoch, batches
+        seen = []
+        for batch in loop.global_batches():
+            seen.append((batch.batches[0]["index"].tolist(), batch.places[0].tolist(), batch.clips))
+            loop.progress.batches += 1
+        return seen
+
+    whole = remaining(epoch=2, batches=0)
+    assert [clips for _, _, clips in whole] == [4, 4, 4, 2]
+    assert remaining(epoch=2, batches=2) == whole[2:]
+    assert remaining(epoch=0, batches=0) != whole
