@@ -487,6 +487,16 @@ def test_what_a_checkpoint_lacks_is_initialised_and_what_it_has_is_kept(tmp_path
     assert torch.isfinite(model(pictures()).logits).all()
 
 
+def test_half_loaded_modules_keep_the_loaded_half(tmp_path):
+    saved = randomised(ESResNetModel, tiny_config())
+    lost = {"attention.conv_point.bias", "attention.bn.running_var", "attention.bn.weight"}
+    saved.save_pretrained(tmp_path, state_dict={k: v for k, v in saved.state_dict().items() if k not in lost})
+    model = ESResNetModel.from_pretrained(tmp_path)
+    assert_same_state(model, {name: tensor for name, tensor in saved.state_dict().items() if name not in lost})
+    assert not model.attention.conv_point.bias.any()
+    assert (model.attention.bn.running_var == 1).all() and (model.attention.bn.weight == 1).all()
+
+
 def test_a_new_label_set_needs_ignore_mismatched_sizes(tmp_path):
     torch.manual_seed(0)
     saved = randomised(ESResNetForAudioClassification, tiny_config())
