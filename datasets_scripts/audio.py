@@ -42,7 +42,7 @@ _BLOCK = 1 << 20
 
 
 class AudioFacts(NamedTuple):
-    """What one whole decoding of a file showed: its content's SHA-256, its rate in Hz, channels and length."""
+    """What one whole decoding of a file showed: its content's digest, its rate in Hz, channels and length."""
 
     digest: str
     sampling_rate: int
@@ -57,7 +57,8 @@ def decode_audio(audio: dict) -> tuple[np.ndarray, int]:
         audio: `{"bytes", "path"}`, as a column with `Audio(decode=False)` gives it. Bytes win over the path.
 
     Returns:
-        float32 samples of shape (channels, samples), integer formats scaled to ±1, and the sampling rate in Hz.
+        float32 samples of shape (channels, samples) and the sampling rate in Hz. Integer formats are scaled to ±1;
+        float files are taken as they are.
 
     Raises:
         AudioError: the file is missing, empty, truncated, undecodable, or holds NaN or infinite samples.
@@ -90,11 +91,16 @@ def inspect_audio(path: str | os.PathLike) -> AudioFacts:
         if frames < sound.frames:
             raise ValueError(f"is truncated: {frames} of {sound.frames} frames can be decoded")
         rate, channels = sound.samplerate, sound.channels
-    digest = hashlib.sha256()
+    digest = new_digest()
     with open(path, "rb") as file:
         while part := file.read(_BLOCK):
             digest.update(part)
     return AudioFacts(digest.hexdigest(), rate, channels, frames)
+
+
+def new_digest(content: bytes = b""):
+    """BLAKE2b with 128 bits (`b2sum -l 128`): as good as SHA-256 for telling files apart, in half the time."""
+    return hashlib.blake2b(content, digest_size=16)
 
 
 @contextmanager

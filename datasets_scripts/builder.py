@@ -17,7 +17,7 @@ from .audio import AudioFacts, inspect_audio
 from .corpus import Clip, Corpus, common_features, walk_files
 from .errors import AudioError, CorpusError
 
-SCHEMA_VERSION = "1.0.0"  # in every cache key: raise it when the columns or the checks change
+SCHEMA_VERSION = "1.1.0"  # in every cache key: raise it when the columns or the checks change
 _SHOWN = 5
 _REPORT_MARK = "\n\nCorpus report: "
 
@@ -67,7 +67,7 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
         listing = self.corpus.read(self.root)
         _check_identities(listing.clips, self.root)
-        if not listing.clips:
+        if not listing.clips and not listing.missing:
             raise CorpusError(f"{self.root}: holds no clip of {self.corpus.name}; expected {self.corpus.layout}")
         shortfalls = _shortfalls(listing.clips, self.corpus)
         if not self.config.allow_partial:
@@ -85,7 +85,7 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
             self._refuse({"wrong duration": wrong})
         read, duplicates = _without_repeats(read, self.root) if self.corpus.unique_content else (read, [])
         if not read:
-            raise CorpusError(f"{self.root}: none of the {len(facts)} sound files can be read; {unreadable[0]}")
+            raise CorpusError(f"{self.root}: none of the {len(facts)} sound files can be read; {unreadable[:1]}")
         report = {
             "corpus": self.corpus.name,
             "clips": len(read),
@@ -154,7 +154,7 @@ def corpus_report(dataset: datasets.Dataset) -> dict:
 def _fingerprint(name: str, root: Path, options: dict) -> str:
     digest = hashlib.sha256(json.dumps([SCHEMA_VERSION, name, os.fspath(root), options]).encode())
     for entry in walk_files(root):
-        stat = entry.stat()
+        stat = entry.stat(follow_symlinks=os.path.exists(entry.path))
         digest.update(f"{os.fsencode(entry.path)!r} {stat.st_size} {stat.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:32]
 

@@ -148,7 +148,7 @@ def walk_files(root: Path) -> Iterator[os.DirEntry]:
         for entry in found:
             if entry.is_dir():
                 yield from walk(entry.path)
-            elif entry.is_file():
+            elif entry.is_file() or entry.is_symlink():  # a link to nothing is reported as unreadable, not passed over
                 yield entry
 
     try:

@@ -1,6 +1,5 @@
 """The synthetic corpus: clips from `sounds`, generated into Arrow."""
 
-import hashlib
 import io
 import os
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ import datasets
 import pyarrow as pa
 import soundfile
 
+from .audio import new_digest
 from .builder import SCHEMA_VERSION, describe_with_report
 from .corpus import common_features
 from .errors import CorpusError
@@ -49,7 +49,8 @@ class SyntheticConfig(datasets.BuilderConfig):
         }
         for option, (low, high) in limits.items():
             value = getattr(self, option)
-            if not low <= value <= high or (option != "clip_seconds" and value != int(value)):
+            whole = isinstance(value, int)
+            if not (whole or (option == "clip_seconds" and isinstance(value, float))) or not low <= value <= high:
                 raise CorpusError(f"synthetic: {option} must be from {low} to {high}, not {value}")
 
 
@@ -102,7 +103,7 @@ class SyntheticBuilder(datasets.ArrowBasedBuilder):
             "fold": take % FOLDS + 1,
             "clip_id": clip_id,
             "source_id": clip_id,
-            "digest": hashlib.sha256(file.getbuffer()).hexdigest(),
+            "digest": new_digest(file.getvalue()).hexdigest(),
             "sampling_rate": config.sampling_rate,
             "num_channels": 1,
             "num_frames": len(samples),

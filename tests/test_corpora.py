@@ -345,6 +345,18 @@ def test_audiofolder_keeps_one_of_identical_files(tmp_path, cache, caplog):
     assert "1 files left out" in caplog.text
 
 
+def test_audiofolder_table_that_points_outside_and_link_to_nothing(tmp_path, cache):
+    root = make_folder(tmp_path / "s", ["a.wav"])
+    make_folder(tmp_path, ["secret.wav"])
+    write_table(root / "metadata.csv", [{"file_name": "../secret.wav", "label": "x"}])
+    with pytest.raises(CorpusError, match=r"1 listed but absent: \.\./secret\.wav"):
+        load_corpus("audiofolder", root, cache_dir=cache)
+    (root / "metadata.csv").unlink()
+    (root / "b.wav").symlink_to(tmp_path / "gone.wav")
+    with pytest.raises(CorpusError, match=r"1 unreadable: b\.wav: the file does not exist"):
+        load_corpus("audiofolder", root, cache_dir=cache)
+
+
 def test_audiofolder_follows_links_but_not_in_circles(tmp_path, cache):
     root = make_folder(tmp_path / "s", ["a.wav"])
     make_folder(tmp_path / "elsewhere", ["b.wav", "c.wav"])
