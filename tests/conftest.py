@@ -1,7 +1,9 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 
 
 @pytest.fixture(scope="session")
@@ -10,4 +12,23 @@ def shared_dir() -> Path:
     folder = Path(os.environ.get("DLS_SHARED") or Path(__file__).resolve().parents[2] / "shared")
     if not (folder / "data").is_dir():
         pytest.skip(f"no real clips in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sound_folder(tmp_path_factory) -> Path:
+    """A folder of 40 half-second sounds in four classes, with a metadata.csv that gives labels and two folds."""
+    folder = tmp_path_factory.mktemp("sounds")
+    random = np.random.default_rng(0)
+    time = np.arange(4000) / 8000
+    rows = ["file_name,label,fold"]
+    for clip in range(40):
+        label = clip % 4
+        tone = np.sin(2 * np.pi * 200 * 2**label * random.uniform(0.9, 1.1) * time)
+        sound = 0.3 * tone * (random.uniform(0, 1) + np.sin(2 * np.pi * 4 * time)) + 0.01 * random.standard_normal(
+            4000
+        )
+        soundfile.write(folder / f"{clip:02d}.wav", sound / 2, 8000)
+        rows.append(f"{clip:02d}.wav,class-{label},{clip // 4 % 2 + 1}")
+    (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
     return folder

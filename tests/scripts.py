@@ -1,0 +1,43 @@
+"""Running the project's scripts as a user does: in a process of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+# Enough for a tiny network and the half-second clips of `sound_folder`.
+SMALL = [
+    "--preset", "tiny", "--clip_seconds", "0.5", "--per_device_train_batch_size", "8", "--dataloader_num_workers", "1",
+    "--report_to", "none",
+]  # fmt: skip
+
+
+def start(command: list, **options) -> subprocess.Popen:
+    """Starts `python SCRIPT …` (or `accelerate launch SCRIPT …`, `python -m MODULE …`) from another folder."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **options.pop("env", {})}
+    return subprocess.Popen(
+        [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,
+        **options,
+    )  # fmt: skip
+
+
+def run_script(script: str, *options, launcher: list | None = None, **popen_options) -> tuple[int, str]:
+    """Exit code, and what was printed to either stream."""
+    process = start([*(launcher or [sys.executable]), ROOT / script, *options], **popen_options)
+    output = process.communicate(timeout=600)[0]
+    return process.returncode, output
+
+
+def succeed(script: str, *options, **popen_options) -> str:
+    code, output = run_script(script, *options, **popen_options)
+    assert code == 0, output
+    return output
+
+
+def fail(script: str, *options, **popen_options) -> str:
+    """A run that ends in one clear message: exit code 2, no traceback. Returns the message."""
+    code, output = run_script(script, *options, **popen_options)
+    assert code == 2, output
+    assert "Traceback" not in output, output
+    return output.splitlines()[-1]

@@ -1,0 +1,181 @@
+"""train_classification.py through the command line, in processes of its own."""
+
+import json
+import shutil
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from scripts import ROOT, SMALL, fail, start, succeed
+from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
+
+import modeling_dls  # noqa: F401 (registers the Auto classes)
+from datasets_scripts import decode_audio, load_corpus, train_test_folds
+
+
+def results_of(folder):
+    return json.loads((folder / "all_results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def options(sound_folder):
+    return [*SMALL, "--corpus", f"audiofolder={sound_folder}", "--num_train_epochs", "3", "--learning_rate", "3e-3"]
+
+
+@pytest.fixture(scope="module")
+def pretrained(sound_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained") / "npid"
+    common = [*SMALL, "--corpus", f"audiofolder={sound_folder}", "--num_train_epochs", "2"]
+    succeed("train_npid.py", *common, "--output_dir", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def all_folds(options, pretrained, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "all"
+    succeed("train_classification.py", *options, "--model_name_or_path", pretrained, "--output_dir", folder)
+    return folder
+
+
+def test_cross_validation(all_folds, sound_folder):
+    results = results_of(all_folds)
+    assert results["arm"] == "npid" and results["corpus"] == "audiofolder" and results["seed"] == 0
+    assert results["command"].startswith("train_classification.py --preset tiny")
+    assert results["pretraining"]["clips"] == {"audiofolder": 40}
+    curves = np.array([results["folds"][fold]["accuracy_per_epoch"] for fold in ("1", "2")])
+    assert curves.shape == (2, 3) and curves.min() >= 0 and curves.max() <= 1
+    np.testing.assert_allclose(results["mean_accuracy_per_epoch"], curves.mean(axis=0))
+    np.testing.assert_allclose(results["std_accuracy_per_epoch"], curves.std(axis=0))
+    root, first = (load_file(all_folds / name / "model.safetensors") for name in (".", "fold-1"))
+    assert all(torch.equal(root[key], first[key]) for key in root)
+    card = (all_folds / "README.md").read_text()
+    assert "fold 1 held out" in card and f"{curves.mean(axis=0)[-1]:.3f} ±" in card
+
+
+def test_reported_accuracy_is_that_of_the_saved_model(all_folds, sound_folder):
+    """Scored again, a clip at a time, with nothing of the training code."""
+    corpus = load_corpus("audiofolder", sound_folder)
+    for fold in (1, 2):
+        folder = all_folds / f"fold-{fold}"
+        model = AutoModelForAudioClassification.from_pretrained(folder).eval()
+        extractor = AutoFeatureExtractor.from_pretrained(folder)
+        correct = []
+        for clip in train_test_folds(corpus, fold)[1]:
+            samples, rate = decode_audio(clip["audio"])
+            samples = np.repeat(samples[0], 44100 // rate) if rate == 44100 else resample(samples, rate)
+            with torch.no_grad():
+                logits = model(**extractor(samples, sampling_rate=44100, return_tensors="pt")).logits
+            correct.append(logits.argmax().item() == clip["label"])
+        assert np.mean(correct) == results_of(all_folds)["folds"][str(fold)]["accuracy_per_epoch"][-1]
+
+
+def resample(samples, rate):
+    import torchaudio
+
+    return torchaudio.functional.resample(torch.from_numpy(samples), rate, 44100)
+
+
+def test_learns(options, tmp_path):
+    """Four classes an octave apart are learned from scratch within a few epochs."""
+    succeed(
+        "train_classification.py",
+        *options,
+        "--fold",
+        "2",
+        "--num_train_epochs",
+        "12",
+        "--output_dir",
+        tmp_path / "run",
+    )
+    results = results_of(tmp_path / "run")
+    assert results["arm"] == "scratch" and list(results["folds"]) == ["2"]
+    assert results["mean_accuracy_per_epoch"][-1] >= 0.8
+    model = AutoModelForAudioClassification.from_pretrained(tmp_path / "run")
+    assert model.config.id2label == {i: f"class-{i}" for i in range(4)}
+
+
+def test_killed_within_and_between_folds(options, pretrained, all_folds, tmp_path):
+    """Resumed, every fold ends as in the uninterrupted run; a finished fold is not run again."""
+    command = [
+        *options,
+        "--model_name_or_path",
+        pretrained,
+        "--output_dir",
+        tmp_path / "run",
+        "--checkpointing_steps",
+        "1",
+    ]
+    resume = ["--resume_from_checkpoint", "latest"]
+    for wanted in ("fold-1/checkpoint-2", "fold-2/checkpoint-2"):
+        process = start([sys.executable, ROOT / "train_classification.py", *command, *resume])
+        while not (tmp_path / "run" / wanted).exists():
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.005)
+        process.kill()
+        process.communicate()
+    log = succeed("train_classification.py", *command, *resume)
+    assert "fold 1 was finished before" in log
+    for fold in ("fold-1", "fold-2"):
+        first, second = (load_file(f / fold / "model.safetensors") for f in (tmp_path / "run", all_folds))
+        assert all(torch.equal(first[key], second[key]) for key in first)
+    for key in ("mean_accuracy_per_epoch", "std_accuracy_per_epoch"):
+        assert results_of(tmp_path / "run")[key] == results_of(all_folds)[key]
+
+
+def test_init_scratch_keeps_only_the_settings(options, pretrained, tmp_path):
+    """The same network and signal settings as the checkpoint's, other weights: those of a run without checkpoint."""
+    common = [*options, "--fold", "1", "--max_train_steps", "2"]
+    scratch = ["--model_name_or_path", pretrained, "--init", "scratch"]
+    succeed("train_classification.py", *common, *scratch, "--output_dir", tmp_path / "a")
+    succeed("train_classification.py", *common, "--output_dir", tmp_path / "b")
+    assert results_of(tmp_path / "a")["arm"] == "scratch" and results_of(tmp_path / "a")["pretraining"] is None
+    a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_freeze_backbone(options, pretrained, tmp_path):
+    """Only the classifier moves: not even the backbone's batch-norm statistics do."""
+    frozen = ["--model_name_or_path", pretrained, "--freeze_backbone", "--fold", "1"]
+    succeed("train_classification.py", *options, *frozen, "--output_dir", tmp_path / "run")
+    before, after = load_file(pretrained / "model.safetensors"), load_file(tmp_path / "run" / "model.safetensors")
+    backbone = [key for key in after if key.startswith("esresnet.")]
+    assert backbone and all(torch.equal(before[key], after[key]) for key in backbone)
+
+
+def test_fine_tunes_for_another_label_set(options, all_folds, tmp_path):
+    """A classifier of four classes is a start for three."""
+    corpus = options[options.index("--corpus") + 1].partition("=")[2]
+    sounds = tmp_path / "sounds"
+    shutil.copytree(corpus, sounds)
+    lines = (sounds / "metadata.csv").read_text().splitlines()
+    kept = [line for line in lines if "class-3" not in line]
+    for line in set(lines) - set(kept):
+        (sounds / line.split(",")[0]).unlink()
+    (sounds / "metadata.csv").write_text("\n".join(kept) + "\n")
+    succeed(
+        "train_classification.py", *options, "--corpus", f"audiofolder={sounds}", "--model_name_or_path", all_folds,
+        "--fold", "1", "--max_train_steps", "1", "--output_dir", tmp_path / "run",
+    )  # fmt: skip
+    assert AutoModelForAudioClassification.from_pretrained(tmp_path / "run").config.num_labels == 3
+
+
+def test_bad_input(options, sound_folder, tmp_path):
+    script, output = "train_classification.py", ["--output_dir", tmp_path / "run"]
+    assert "--fold 7" in fail(script, *options, "--fold", "7", *output)
+    assert "--init" in fail(script, *options, "--init", "pretrained", *output)
+    assert "--freeze_backbone" in fail(script, *options, "--freeze_backbone", *output)
+    assert "--corpus" in fail(script, *options, "--corpus", "synthetic", *output)
+    unlabelled = tmp_path / "unlabelled"
+    unlabelled.mkdir()
+    for path in sound_folder.glob("*.wav"):
+        shutil.copy(path, unlabelled)
+    without_corpus = [*SMALL, "--corpus", f"audiofolder={unlabelled}"]
+    assert "no labels" in fail(script, *without_corpus, *output)
+    for label in "ab":
+        (unlabelled / label).mkdir()
+    for i, path in enumerate(sorted(unlabelled.glob("*.wav"))):
+        path.rename(unlabelled / "ab"[i % 2] / path.name)
+    assert "no folds" in fail(script, *without_corpus, *output)

@@ -1,0 +1,310 @@
+"""train_npid.py through the command line, in processes of its own."""
+
+import json
+import os
+import signal
+import sys
+import time
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file
+from scripts import ROOT, SMALL, fail, run_script, start, succeed
+from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioXVector
+
+import modeling_dls  # noqa: F401 (registers the Auto classes)
+
+ACCELERATE = [sys.executable, "-m", "accelerate.commands.launch"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517"]
+
+
+def results_of(folder):
+    return json.loads((folder / "all_results.json").read_text())
+
+
+def assert_same_outcome(folder, other):
+    """Two runs ended with the same weights, bank and metrics, bit for bit."""
+    for name in ("model.safetensors", "memory_bank.safetensors"):
+        first, second = load_file(folder / name), load_file(other / name)
+        assert first.keys() == second.keys()
+        for key in first:
+            assert torch.equal(first[key], second[key]), f"{name}: {key}"
+    histories = [
+        [{k: v for k, v in entry.items() if k != "clips_per_second"} for entry in results_of(f)["history"]]
+        for f in (folder, other)
+    ]
+    assert histories[0] == histories[1]
+
+
+@pytest.fixture(scope="module")
+def options(sound_folder):
+    return [*SMALL, "--corpus", f"audiofolder={sound_folder}", "--num_train_epochs", "4"]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(options, tmp_path_factory):
+    """A finished run, started through accelerate's launcher, and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "npid"
+    tracked = [*options[: options.index("--report_to")], *options[options.index("--report_to") + 2 :]]
+    log = succeed("train_npid.py", *tracked, "--knn_interval", "2", "--output_dir", folder, launcher=ACCELERATE)
+    return folder, log
+
+
+def test_plain_launch_uses_every_core(uninterrupted):
+    first = next(line for line in uninterrupted[1].splitlines() if "process(es)" in line)
+    assert f"1 process(es) x {len(os.sched_getaffinity(0))} thread(s)" in first
+
+
+def test_output_folder(uninterrupted, sound_folder):
+    folder, log = uninterrupted
+    results = results_of(folder)
+    assert results["task"] == "npid" and results["clips"] == {"audiofolder": 40}
+    history = results["history"]
+    assert [entry["epoch"] for entry in history] == [0, 1, 2, 3, 4]
+    assert [entry["epoch"] for entry in history if "knn_accuracy" in entry] == [0, 2, 4]
+    assert all(0 <= entry["knn_accuracy"]["audiofolder"] <= 1 for entry in history if "knn_accuracy" in entry)
+    assert history[-1]["loss"] < history[1]["loss"]
+    assert "clips/s" in log and "epoch 4, step 20" in log
+    bank = load_file(folder / "memory_bank.safetensors")
+    assert set(bank) == {"vectors", "Z", "keys"} and bank["vectors"].shape == (40, 128) and bank["Z"] > 0
+    torch.testing.assert_close(bank["vectors"].norm(dim=1), torch.ones(40))
+    assert len(np.unique(bank["keys"].numpy(), axis=0)) == 40
+    assert sorted(path.name for path in folder.glob("checkpoint-*")) == ["checkpoint-15", "checkpoint-20"]
+    assert list((folder / "logs").rglob("events.out.tfevents*"))
+    assert f"| 4 | {history[-1]['knn_accuracy']['audiofolder']:.3f} |" in (folder / "README.md").read_text()
+    assert not list(folder.glob(".*"))
+
+
+def test_output_folder_loads(uninterrupted):
+    folder = uninterrupted[0]
+    extractor = AutoFeatureExtractor.from_pretrained(folder)
+    assert extractor.max_length == 22050 and extractor.audio_channels == 1
+    inputs = extractor(np.zeros(22050, np.float32), sampling_rate=44100, return_tensors="pt")
+    embeddings = AutoModelForAudioXVector.from_pretrained(folder).eval()(**inputs).embeddings
+    torch.testing.assert_close(embeddings.norm(dim=1), torch.ones(1))
+    assert AutoModel.from_pretrained(folder).config.depths == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_saves_and_resumes_exactly(number, code, uninterrupted, options, tmp_path):
+    """The signal falls into an epoch; the resumed run ends where the uninterrupted one did, bit for bit."""
+    command = [
+        sys.executable,
+        ROOT / "train_npid.py",
+        *options,
+        "--knn_interval",
+        "2",
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    process = start([*command, "--checkpointing_steps", "1"])
+    while not list((tmp_path / "run").glob("checkpoint-*")):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    process.send_signal(number)
+    log = process.communicate(timeout=120)[0]
+    assert process.returncode == code, log
+    assert "Traceback" not in log and "--resume_from_checkpoint latest" in log
+    assert not (tmp_path / "run" / "all_results.json").exists()
+    log = succeed("train_npid.py", *command[2:], "--resume_from_checkpoint", "latest")
+    assert "going on from" in log
+    assert_same_outcome(tmp_path / "run", uninterrupted[0])
+
+
+def test_killed_run_resumes_exactly(uninterrupted, options, tmp_path):
+    """SIGKILL at once, and again while a checkpoint is being written."""
+    command = [*options, "--knn_interval", "2", "--output_dir", tmp_path / "run", "--checkpointing_steps", "3"]
+    resume = ["--resume_from_checkpoint", "latest"]
+    for wanted in ("checkpoint-*", ".checkpoint-*"):
+        process = start([sys.executable, ROOT / "train_npid.py", *command, *resume])
+        while not list((tmp_path / "run").glob(wanted)) and process.poll() is None:
+            time.sleep(0.001)
+        process.kill()
+        process.communicate()
+    succeed("train_npid.py", *command, *resume)
+    assert_same_outcome(tmp_path / "run", uninterrupted[0])
+    assert not list((tmp_path / "run").glob(".*")), "leftovers of the killed runs"
+
+
+def test_resume_skips_an_incomplete_checkpoint(uninterrupted, options, tmp_path):
+    """The newest checkpoint lost a file's end: the one before it is taken, and the outcome is the same."""
+    run = ["--output_dir", tmp_path / "run", "--knn_interval", "2"]
+    succeed("train_npid.py", *options, *run)
+    newest = tmp_path / "run" / "checkpoint-20"
+    os.truncate(newest / "model.safetensors", 1000)
+    log = succeed("train_npid.py", *options, *run, "--resume_from_checkpoint", "latest")
+    assert "checkpoint-20 is incomplete and skipped" in log and "epoch 4, step 15" in log
+    assert_same_outcome(tmp_path / "run", uninterrupted[0])
+
+
+def test_longer_run_goes_on_from_a_shorter_one(uninterrupted, options, tmp_path):
+    """--max_train_steps may end within an epoch; a later run may go further."""
+    constant = [*options, "--lr_scheduler_type", "constant"]
+    succeed("train_npid.py", *constant, "--output_dir", tmp_path / "whole")
+    succeed("train_npid.py", *constant, "--output_dir", tmp_path / "parts", "--max_train_steps", "8")
+    assert results_of(tmp_path / "parts")["history"][-1]["step"] == 8
+    resume = ["--resume_from_checkpoint", tmp_path / "parts" / "checkpoint-8"]
+    succeed("train_npid.py", *constant, "--output_dir", tmp_path / "parts", *resume)
+    assert_same_outcome(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_every_option(sound_folder, tmp_path):
+    """The options that no other test sets, each seen in its effect."""
+    log = succeed(
+        "train_npid.py", *SMALL, "--corpus", f"audiofolder={sound_folder}", "--output_dir", tmp_path / "run",
+        "--objective", "softmax", "--nce_t", "0.2", "--embedding_dim", "16", "--bank_momentum", "0.9",
+        "--exclude_fold", "audiofolder=1", "--knn_k", "3", "--audio_channels", "2", "--seed", "7",
+        "--gradient_accumulation_steps", "2", "--optimizer", "adamw", "--learning_rate", "1e-3", "--weight_decay", "0",
+        "--lr_scheduler_type", "linear", "--mixed_precision", "bf16", "--checkpoints_total_limit", "1",
+        "--num_train_epochs", "2", "--skip_unreadable", "--allow_partial",
+    )  # fmt: skip
+    assert "precision bf16" in log and "20 clips" in log
+    results = results_of(tmp_path / "run")
+    assert results["clips"] == {"audiofolder": 20} and results["excluded_folds"] == {"audiofolder": [1]}
+    assert results["history"][-1]["step"] == 4  # 20 clips in 3 batches, 2 batches a step
+    assert results["history"][-1]["learning_rate"] == 0
+    assert results["objective"] == "softmax" and results["seed"] == 7
+    bank = load_file(tmp_path / "run" / "memory_bank.safetensors")
+    assert bank["vectors"].shape == (20, 16) and bank["Z"] == 0
+    extractor = AutoFeatureExtractor.from_pretrained(tmp_path / "run")
+    assert extractor.audio_channels == 2
+    assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
+
+
+def test_nce_options(sound_folder, tmp_path):
+    """A running Z and excluded positives change the outcome; K and t are the checkpoint's identity."""
+    common = [*SMALL, "--corpus", f"audiofolder={sound_folder}", "--max_train_steps", "4", "--nce_k", "4"]
+    banks = {}
+    for name, extra in {
+        "plain": [],
+        "running": ["--nce_z_momentum", "0.5"],
+        "others": ["--nce_exclude_positive"],
+    }.items():
+        succeed("train_npid.py", *common, *extra, "--output_dir", tmp_path / name)
+        banks[name] = load_file(tmp_path / name / "memory_bank.safetensors")
+    assert banks["plain"]["Z"] != banks["running"]["Z"]
+    assert not torch.equal(banks["plain"]["vectors"], banks["others"]["vectors"])
+    resume = ["--output_dir", tmp_path / "plain", "--resume_from_checkpoint", "latest", "--nce_k", "8"]
+    assert "nce_k is 8 but was 4" in fail("train_npid.py", *common, *resume)
+
+
+def test_starts_from_a_checkpoint(uninterrupted, options, tmp_path):
+    one_step = ["--max_train_steps", "1", "--learning_rate", "0", "--weight_decay", "0"]
+    without_preset = [*options[2:], *one_step, "--model_name_or_path", uninterrupted[0]]
+    succeed("train_npid.py", *without_preset, "--output_dir", tmp_path / "run")
+    before, after = (load_file(f / "model.safetensors") for f in (uninterrupted[0], tmp_path / "run"))
+    assert torch.equal(before["projection.weight"], after["projection.weight"])
+
+
+def test_two_processes_share_one_bank(sound_folder, tmp_path):
+    """torchrun over gloo: one run, one bank, one set of files."""
+    log = succeed(
+        "train_npid.py", *SMALL, "--corpus", f"audiofolder={sound_folder}", "--num_train_epochs", "2",
+        "--output_dir", tmp_path / "run", launcher=TORCHRUN, env={"ACCELERATE_USE_CPU": "true"},
+    )  # fmt: skip
+    assert "2 process(es) x" in log
+    results = results_of(tmp_path / "run")
+    assert results["environment"]["processes"] == 2 and results["history"][-1]["step"] == 6  # 40 clips, 16 a step
+    assert load_file(tmp_path / "run" / "memory_bank.safetensors")["vectors"].shape == (40, 128)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_esresnet50_at_full_resolution_takes_a_step_of_eight(precision, tmp_path):
+    random = np.random.default_rng(0)
+    for clip in range(8):
+        soundfile.write(tmp_path / f"{clip}.wav", 0.1 * random.standard_normal(220500), 44100)
+    succeed(
+        "train_npid.py", "--corpus", f"audiofolder={tmp_path}", "--max_train_steps", "1", "--report_to", "none",
+        "--per_device_train_batch_size", "8", "--mixed_precision", precision, "--output_dir", tmp_path / "run",
+    )  # fmt: skip
+    entry = results_of(tmp_path / "run")["history"][-1]
+    assert entry["step"] == 1 and np.isfinite(entry["loss"])
+    extractor = AutoFeatureExtractor.from_pretrained(tmp_path / "run")
+    assert (extractor.spec_height, extractor.spec_width) == (None, None)
+
+
+def test_help_is_quick_and_explains_defaults():
+    started = time.perf_counter()
+    text = succeed("train_npid.py", "--help")
+    assert time.perf_counter() - started < 4
+    assert "The defaults are the papers'" in text and "--nce_t" in text
+
+
+# Bad input
+
+
+def test_corpus_problems(tmp_path):
+    (tmp_path / "empty").mkdir()
+    output = ["--output_dir", tmp_path / "run"]
+    assert "nowhere" in fail("train_npid.py", *SMALL, "--corpus", f"esc10={tmp_path / 'nowhere'}", *output)
+    assert "empty" in fail("train_npid.py", *SMALL, "--corpus", f"audiofolder={tmp_path / 'empty'}", *output)
+    assert "layout" in fail("train_npid.py", *SMALL, "--corpus", f"esc50={tmp_path / 'empty'}", *output)
+    assert "esc10" in fail("train_npid.py", *SMALL, "--corpus", "fsd50k=/data", *output)
+
+
+def test_unreadable_files_are_named_or_skipped(sound_folder, tmp_path):
+    """One NaN, one empty and one truncated file among good ones."""
+    for path in list(sound_folder.glob("*.wav"))[:20]:
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "empty.wav").touch()
+    (tmp_path / "cut.wav").write_bytes((tmp_path / "00.wav").read_bytes()[:3000])
+    soundfile.write(tmp_path / "nan.wav", np.full(4000, np.nan, np.float32), 8000, subtype="FLOAT")
+    common = [
+        *SMALL,
+        "--corpus",
+        f"audiofolder={tmp_path}",
+        "--max_train_steps",
+        "1",
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    message = run_script("train_npid.py", *common)[1]
+    assert all(name in message for name in ("empty.wav", "cut.wav", "nan.wav")) and "Traceback" not in message
+    log = succeed("train_npid.py", *common, "--skip_unreadable")
+    assert "nan.wav" in log
+    skipped = results_of(tmp_path / "run")["skipped_files"]["audiofolder"]
+    assert len(skipped) == 3 and {"empty.wav", "cut.wav", "nan.wav"} == {name.rsplit("/")[-1] for name in skipped}
+
+
+def test_output_dir_problems(options, uninterrupted, tmp_path):
+    (tmp_path / "file").write_text("precious")
+    assert "--output_dir" in fail("train_npid.py", *options, "--output_dir", tmp_path / "file")
+    assert "--output_dir" in fail("train_npid.py", *options, "--output_dir", tmp_path / "file" / "run")
+    assert (tmp_path / "file").read_text() == "precious"
+    before = (uninterrupted[0] / "model.safetensors").read_bytes()
+    assert "holds an earlier run" in fail("train_npid.py", *options, "--output_dir", uninterrupted[0])
+    assert (uninterrupted[0] / "model.safetensors").read_bytes() == before
+
+
+def test_checkpoint_problems(options, uninterrupted, tmp_path):
+    output = ["--output_dir", tmp_path / "run"]
+    other = ["--preset", "esresnet18", "--model_name_or_path", uninterrupted[0]]
+    assert "another preset" in fail("train_npid.py", *options, *other, *output)
+    assert "nowhere" in fail("train_npid.py", *options[2:], "--model_name_or_path", tmp_path / "nowhere", *output)
+    assert "not a complete checkpoint" in fail(
+        "train_npid.py", *options, *output, "--resume_from_checkpoint", tmp_path
+    )
+    (tmp_path / "run").mkdir(exist_ok=True)
+    resume = ["--resume_from_checkpoint", uninterrupted[0] / "checkpoint-20", *output]
+    assert "seed is 9 but was 0" in fail("train_npid.py", *options, "--seed", "9", *resume)
+    other_network = ["--preset", "esresnet18", *options[2:]]
+    assert "belongs to a different run" in fail("train_npid.py", *other_network, *resume)
+
+
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        (["--clip_seconds", "0"], "--clip_seconds"),
+        (["--clip_seconds", "0.051", "--exclude_fold", "9"], "--exclude_fold 9"),
+        (["--per_device_train_batch_size", "1"], "--per_device_train_batch_size"),
+        (["--num_train_epochs", "many"], "--num_train_epochs"),
+        (["--bank_momentum", "1"], "--bank_momentum"),
+        (["--mixed_precision", "fp16"], "--mixed_precision fp16"),
+        (["--checkpointing_steps", "0"], "--checkpointing_steps"),
+    ],
+)
+def test_wrong_options_are_named(wrong, named, options, tmp_path):
+    assert named in fail("train_npid.py", *options, *wrong, "--output_dir", tmp_path / "run")
