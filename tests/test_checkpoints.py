@@ -1,0 +1,514 @@
+"""Writing that never leaves half a file, and going on from what was written."""
+
+import json
+import logging
+import os
+import pickle
+import resource
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch.utils.data import DataLoader
+
+from dls_training.arguments import UserError
+from dls_training.checkpoints import (
+    STATE_FILE,
+    TENSOR_FILE,
+    Progress,
+    checkpoint_number,
+    claim_output_dir,
+    files_moved_into_place,
+    find_checkpoint,
+    folder_moved_into_place,
+    load_checkpoint,
+    save_checkpoint,
+    write_json,
+)
+from dls_training.loop import TrainingLoop
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL_FILE = "model.bin"
+RUN = {"seed": 1, "preset": "tiny", "hidden_sizes": [16, 32]}
+
+
+def save(folder, step, limit=100, content=b"weights", run=RUN, **progress):
+    def save_model(checkpoint):
+        (checkpoint / MODEL_FILE).write_bytes(content)
+
+    save_checkpoint(folder, Progress(step=step, **progress), save_model, {"optimizer": {"step": step}}, run, limit)
+    return folder / f"checkpoint-{step}"
+
+
+def tree(folder):
+    """Every file below a folder with its content."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Moved into place
+
+
+def test_folder_appears_only_when_it_is_complete(tmp_path):
+    final = tmp_path / "new" / "model"
+    with folder_moved_into_place(final) as folder:
+        (folder / "a").write_text("1")
+        assert not final.exists()
+        assert folder.stat().st_dev == final.parent.stat().st_dev  # or the move would copy
+    assert tree(final) == {"a": b"1"}
+    assert names(final.parent) == ["model"]
+    # As readable as any folder, which temporary ones are not.
+    (tmp_path / "plain").mkdir()
+    assert final.stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+def test_folder_replaces_the_old_one_whole(tmp_path):
+    final = tmp_path / "model"
+    for content in ("a", "b"):
+        with folder_moved_into_place(final) as folder:
+            (folder / content).write_text(content)
+    assert tree(final) == {"b": b"b"} and names(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
+def test_folder_that_fails_leaves_the_old_one_and_nothing_else(tmp_path, error):
+    final = tmp_path / "model"
+    with folder_moved_into_place(final) as folder:
+        (folder / "a").write_text("old")
+    with pytest.raises(UserError if error is OSError else error), folder_moved_into_place(final) as folder:
+        (folder / "a").write_text("new")
+        raise error("half way")
+    assert tree(final) == {"a": b"old"} and names(tmp_path) == ["model"]
+
+
+def test_files_join_the_folder_only_when_all_are_written(tmp_path):
+    with files_moved_into_place(tmp_path / "runs") as folder:
+        (folder / "a").write_text("1")
+        (folder / "b").write_text("1")
+        assert not (tmp_path / "runs" / "a").exists()
+    (tmp_path / "runs" / "kept").write_text("kept")
+    with files_moved_into_place(tmp_path / "runs") as folder:
+        (folder / "b").write_text("2")
+    assert tree(tmp_path / "runs") == {"a": b"1", "b": b"2", "kept": b"kept"}
+    assert names(tmp_path / "runs") == ["a", "b", "kept"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, OSError])
+def test_files_that_fail_leave_the_old_ones_and_nothing_else(tmp_path, error):
+    (tmp_path / "a").write_text("old")
+    with pytest.raises(UserError if error is OSError else error), files_moved_into_place(tmp_path) as folder:
+        (folder / "a").write_text("new")
+        (folder / "b").write_text("new")
+        raise error("half way")
+    assert tree(tmp_path) == {"a": b"old"} and names(tmp_path) == ["a"]
+
+
+def test_write_json(tmp_path):
+    write_json(tmp_path / "a.json", {"café": [1, None]})
+    text = (tmp_path / "a.json").read_text(encoding="utf-8")
+    assert json.loads(text) == {"café": [1, None]}
+    assert text.endswith("}\n") and "café" in text
+
+
+# Saving
+
+
+def test_checkpoint_round_trip(tmp_path):
+    progress = Progress(4, 123, 2, 6.5, 32, 78.9, [{"epoch": 1, "loss": 0.1, "knn_accuracy": {"esc10": 0.5}}])
+    state = {"momentum": torch.randn(3), "lr": 0.1}
+    torch.manual_seed(5)
+    save_checkpoint(tmp_path, progress, lambda folder: None, {"optimizer": state, "scheduler": {"last": 3}}, RUN, 2)
+    expected = torch.rand(4)
+    torch.manual_seed(99)
+    again, tensors = load_checkpoint(tmp_path / "checkpoint-123", RUN)
+    assert again == progress and asdict(again) == asdict(progress)
+    assert torch.equal(torch.rand(4), expected)  # the random state went on
+    assert set(tensors) == {"optimizer", "scheduler"} and tensors["scheduler"] == {"last": 3}
+    assert torch.equal(tensors["optimizer"]["momentum"], state["momentum"])
+
+
+def test_rotation_keeps_the_newest_by_number_and_what_is_not_a_checkpoint(tmp_path):
+    for other in ("checkpoint-best", "checkpoint-", "checkpoint-1a", "logs"):
+        (tmp_path / other).mkdir()
+    (tmp_path / "checkpoint-notes.txt").write_text("mine")
+    others = names(tmp_path)
+    for step in (8, 9, 10, 100):
+        save(tmp_path, step, limit=2)
+    assert names(tmp_path) == sorted([*others, "checkpoint-10", "checkpoint-100"])
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_rotation_after_going_on_from_an_earlier_checkpoint_keeps_what_it_wrote(tmp_path, limit):
+    for step in (5, 10, 15):
+        save(tmp_path, step)
+    # 10 and 15 belong to a continuation that was given up, or cannot be read.
+    save(tmp_path, 6, limit=limit)
+    kept = {1: [6], 2: [5, 6], 3: [5, 6, 15]}[limit]
+    assert sorted(checkpoint_number(path) for path in tmp_path.iterdir()) == kept
+
+
+def test_the_old_checkpoint_goes_only_when_the_new_one_is_there(tmp_path, monkeypatch):
+    seen = []
+    remove = __import__("shutil").rmtree
+
+    def watch(path, *arguments, **options):
+        if Path(path).name.startswith("checkpoint-"):
+            seen.append((Path(path).name, find_checkpoint("latest", tmp_path).name))
+        remove(path, *arguments, **options)
+
+    save(tmp_path, 1, limit=1)
+    monkeypatch.setattr("dls_training.checkpoints.shutil.rmtree", watch)
+    with pytest.raises(ZeroDivisionError):
+        save_checkpoint(tmp_path, Progress(step=2), lambda folder: 1 / 0, {}, RUN, 1)
+    assert not seen and names(tmp_path) == ["checkpoint-1"]
+    save(tmp_path, 2, limit=1)
+    assert seen == [("checkpoint-1", "checkpoint-2")] and names(tmp_path) == ["checkpoint-2"]
+
+
+def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):
+    save(tmp_path, 3, content=b"old", limit=1)
+    save(tmp_path, 3, content=b"newer", limit=1)
+    assert (tmp_path / "checkpoint-3" / MODEL_FILE).read_bytes() == b"newer"
+    assert names(tmp_path) == ["checkpoint-3"] and find_checkpoint("latest", tmp_path) is not None
+
+
+def test_saving_below_a_file_is_the_users_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"checkpoint-1 cannot be written \((Not a directory|File exists)\)"):
+        save(tmp_path / "file", 1)
+    with pytest.raises(UserError, match="file cannot be written"), files_moved_into_place(tmp_path / "file"):
+        pass
+    assert tree(tmp_path) == {"file": b"in the way"}
+
+
+FULL_DISK = """
+import resource, sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from dls_training.arguments import UserError
+from dls_training.checkpoints import Progress, files_moved_into_place, save_checkpoint
+
+folder, large = Path(sys.argv[1]), {"tensor": torch.zeros(100_000)}
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+
+def save_tensors(path):
+    save_checkpoint(folder, Progress(step=2), lambda folder: None, {"optimizer": large}, {}, 1)
+
+
+def save_model(path):
+    save_checkpoint(folder, Progress(step=2), lambda path: save_file(large, path / "model"), {}, {}, 1)
+
+
+def save_text(path):
+    save_checkpoint(folder, Progress(step=2), lambda path: (path / "text").write_text("a" * 200_000), {}, {}, 1)
+
+
+def save_results(path):
+    with files_moved_into_place(folder) as temporary:
+        save_file(large, temporary / "model.bin")
+
+
+for save in (save_tensors, save_model, save_text, save_results):
+    try:
+        save(folder)
+    except UserError as error:
+        print(error)
+"""
+
+
+def test_full_disk(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / MODEL_FILE).write_text("final")
+    before = tree(tmp_path)
+    run = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    messages = run.stdout.splitlines()
+    assert len(messages) == 4 and all("cannot be written (" in message for message in messages), messages
+    assert all("checkpoint-2" in message and "is intact" in message for message in messages[:3])
+    assert str(tmp_path) in messages[3]
+    assert tree(tmp_path) == before and names(tmp_path) == ["checkpoint-1", MODEL_FILE]
+    assert find_checkpoint("latest", tmp_path).name == "checkpoint-1"
+    assert load_checkpoint(tmp_path / "checkpoint-1", RUN)[0].step == 1
+
+
+def test_the_limit_of_this_process_is_left_alone():
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+# Finding
+
+
+def test_no_choice_starts_from_the_beginning(tmp_path):
+    save(tmp_path, 1)
+    assert find_checkpoint(None, tmp_path) is None
+
+
+def test_latest_is_the_highest_number(tmp_path):
+    for step in (9, 10, 2):
+        save(tmp_path, step)
+    assert find_checkpoint("latest", tmp_path) == tmp_path / "checkpoint-10"
+
+
+@pytest.mark.parametrize("folder", ["", "missing"])
+def test_latest_of_none(tmp_path, folder):
+    assert find_checkpoint("latest", tmp_path / folder) is None
+
+
+DAMAGE = {
+    "missing model": lambda folder: (folder / MODEL_FILE).unlink(),
+    "missing tensors": lambda folder: (folder / TENSOR_FILE).unlink(),
+    "missing state": lambda folder: (folder / STATE_FILE).unlink(),
+    "truncated model": lambda folder: (folder / MODEL_FILE).write_bytes(b"wei"),
+    "truncated tensors": lambda folder: os.truncate(folder / TENSOR_FILE, 100),
+    "truncated state": lambda folder: os.truncate(folder / STATE_FILE, 50),
+    "empty state": lambda folder: os.truncate(folder / STATE_FILE, 0),
+    "zeros for a state": lambda folder: (folder / STATE_FILE).write_bytes(bytes(500)),
+    "no text": lambda folder: (folder / STATE_FILE).write_bytes(b"\xff\xfe\x80"),
+    "a list": lambda folder: (folder / STATE_FILE).write_text("[]"),
+    "a number": lambda folder: (folder / STATE_FILE).write_text("7"),
+    "null": lambda folder: (folder / STATE_FILE).write_text("null"),
+    "no files": lambda folder: (folder / STATE_FILE).write_text("{}"),
+    "a list of files": lambda folder: (folder / STATE_FILE).write_text('{"files": ["a"]}'),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_an_incomplete_checkpoint_is_skipped_and_named(tmp_path, damage, caplog):
+    for step in (1, 2, 3):
+        save(tmp_path, step)
+    DAMAGE[damage](tmp_path / "checkpoint-3")
+    with caplog.at_level(logging.WARNING, logger="dls"):
+        assert find_checkpoint("latest", tmp_path) == tmp_path / "checkpoint-2"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'checkpoint-3'} is incomplete and skipped"
+    ]
+    with pytest.raises(UserError, match="checkpoint-3 is not a complete checkpoint"):
+        find_checkpoint(str(tmp_path / "checkpoint-3"), tmp_path)
+    for step in (1, 2):
+        DAMAGE[damage](tmp_path / f"checkpoint-{step}")
+    assert find_checkpoint("latest", tmp_path) is None
+
+
+def test_a_named_folder(tmp_path):
+    for step in (1, 2):
+        save(tmp_path, step)
+    assert find_checkpoint(str(tmp_path / "checkpoint-1"), tmp_path / "elsewhere") == tmp_path / "checkpoint-1"
+    for bad in (tmp_path, tmp_path / "checkpoint-7", tmp_path / "checkpoint-1" / MODEL_FILE):
+        with pytest.raises(UserError, match=r"--resume_from_checkpoint .* is not a complete checkpoint"):
+            find_checkpoint(str(bad), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [("checkpoint-12", 12), ("checkpoint-0", 0), ("checkpoint-", -1), ("checkpoint--3", -1), ("checkpoint-²", -1),
+     ("checkpoint-best", -1), ("12", -1), (".checkpoint-12", -1)],
+)  # fmt: skip
+def test_checkpoint_number(name, number):
+    assert checkpoint_number(Path("/runs") / name) == number
+
+
+# Loading
+
+
+@pytest.mark.parametrize(
+    ("run", "named", "not_named"),
+    [
+        (RUN | {"seed": 2}, ["seed is 2 but was 1"], ["preset", "hidden_sizes"]),
+        (RUN | {"seed": 2, "preset": "esresnet18"}, ["seed", "preset is 'esresnet18' but was 'tiny'"], ["hidden"]),
+        # Another script's run
+        ({"labels": ["dog"]}, ["seed is None but was 1", "preset", "hidden_sizes"], []),
+    ],
+)
+def test_another_run_is_refused_by_what_differs(tmp_path, run, named, not_named):
+    folder = save(tmp_path, 1)
+    state = torch.get_rng_state()
+    with pytest.raises(UserError) as error:
+        load_checkpoint(folder, run)
+    assert str(folder) in str(error.value)
+    assert all(name in str(error.value) for name in named)
+    assert not any(name in str(error.value) for name in not_named)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def redeclare(folder):
+    """The checkpoint's sizes are made to agree with its files."""
+    state = json.loads((folder / STATE_FILE).read_text())
+    state["files"] = {name: (folder / name).stat().st_size for name in state["files"]}
+    write_json(folder / STATE_FILE, state)
+
+
+@pytest.mark.parametrize("form", ["pickle", "torch"])
+def test_no_code_in_a_checkpoint_is_run(tmp_path, form):
+    folder, trace = save(tmp_path, 1), tmp_path / "executed"
+    payload = {"optimizer": Malicious(trace), "random": torch.get_rng_state()}
+    if form == "torch":
+        torch.save(payload, folder / TENSOR_FILE)
+    else:
+        (folder / TENSOR_FILE).write_bytes(pickle.dumps(payload, protocol=2))
+    redeclare(folder)
+    assert find_checkpoint("latest", tmp_path) == folder
+    with pytest.raises(UserError, match=f"{TENSOR_FILE} is damaged, or is not what a training run wrote"):
+        load_checkpoint(folder, RUN)
+    assert not trace.exists()
+    # The payload would have worked.
+    if form == "torch":
+        torch.load(folder / TENSOR_FILE, weights_only=False)
+    else:
+        pickle.loads((folder / TENSOR_FILE).read_bytes())
+    assert trace.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"damaged", b"PK\x03\x04 damaged", {"optimizer": {}}, [1]])
+def test_tensors_that_cannot_be_read_are_named(tmp_path, content):
+    folder = save(tmp_path, 1)
+    path = folder / TENSOR_FILE
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    redeclare(folder)
+    with pytest.raises(UserError, match=f"{TENSOR_FILE} is damaged"):
+        load_checkpoint(folder, RUN)
+
+
+# The output folder
+
+
+def claim(folder, resuming=False):
+    claim_output_dir(SimpleNamespace(is_main_process=True), folder, resuming)
+
+
+def test_claim_makes_the_folder(tmp_path):
+    claim(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir() and not names(tmp_path / "a" / "b")
+
+
+def test_only_the_main_process_claims(tmp_path):
+    claim_output_dir(SimpleNamespace(is_main_process=False), tmp_path / "a", False)
+    assert not (tmp_path / "a").exists()
+
+
+def test_claim_refuses_a_file_and_what_is_below_one(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match=r"--output_dir .*file is a file"):
+        claim(tmp_path / "file")
+    with pytest.raises(UserError, match=r"--output_dir .*below cannot be written: Not a directory"):
+        claim(tmp_path / "file" / "below")
+
+
+@pytest.mark.parametrize("earlier", ["checkpoint-5", "fold-1", "all_results.json"])
+def test_claim_refuses_an_earlier_run_unless_it_goes_on(tmp_path, earlier):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    claim(tmp_path)  # what is not a run is no matter
+    (tmp_path / earlier).mkdir()
+    before = names(tmp_path)
+    with pytest.raises(UserError, match=f"holds an earlier run \\({earlier}\\).*--resume_from_checkpoint latest"):
+        claim(tmp_path)
+    claim(tmp_path, resuming=True)
+    assert names(tmp_path) == before
+
+
+def test_claim_clears_what_a_killed_run_left(tmp_path):
+    save(tmp_path, 1)
+    save(tmp_path / "fold-1", 1)
+    for leftover in (".checkpoint-2.abc", ".unfinished.abc", "fold-1/.checkpoint-2.abc", "fold-1/.unfinished.abc"):
+        (tmp_path / leftover / "checkpoint-2").mkdir(parents=True)
+        (tmp_path / leftover / "checkpoint-2" / MODEL_FILE).write_text("half")
+    (tmp_path / ".hidden").mkdir()
+    claim(tmp_path, resuming=True)
+    assert names(tmp_path) == [".hidden", "checkpoint-1", "fold-1"]
+    assert names(tmp_path / "fold-1") == ["checkpoint-1"]
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+
+from dls_training.checkpoints import Progress, save_checkpoint
+
+
+def die(folder):
+    (folder / "model.bin").write_text("half")
+    os.kill(os.getpid(), 9)
+
+
+save_checkpoint(Path(sys.argv[1]), Progress(step=2), die, {}, {}, 1)
+"""
+
+
+def test_a_run_killed_while_it_saves_can_go_on(tmp_path):
+    save(tmp_path, 1)
+    run = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=ROOT)
+    assert run.returncode == -9
+    assert any(name.startswith(".checkpoint-2.") for name in names(tmp_path))
+    claim(tmp_path, resuming=True)
+    assert names(tmp_path) == ["checkpoint-1"]
+    assert find_checkpoint("latest", tmp_path) == tmp_path / "checkpoint-1"
+
+
+# The loop's own use of it
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_loop_that_goes_on_ends_where_one_that_never_stopped_does(tmp_path, optimizer):
+    class Rows(torch.utils.data.Dataset):
+        def __len__(self):
+            return 12
+
+        def __getitem__(self, index):
+            return {"index": index, "x": torch.randn(3, 1, 1, generator=torch.Generator().manual_seed(index))}
+
+    def run(folder, steps, checkpoint=None):
+        torch.manual_seed(0)
+        model = torch.nn.Conv2d(3, 2, 1)
+        if checkpoint:
+            model.load_state_dict(torch.load(checkpoint / MODEL_FILE))
+        args = SimpleNamespace(
+            seed=0, per_device_train_batch_size=4, gradient_accumulation_steps=1, optimizer=optimizer,
+            learning_rate=0.1, weight_decay=0.01, lr_scheduler_type="linear", clip_seconds=1.0, audio_channels=1,
+            num_train_epochs=2, max_train_steps=6, checkpointing_steps=1, checkpoints_total_limit=1,
+        )  # fmt: skip
+        loop = TrainingLoop(
+            args, Accelerator(cpu=True), model, DataLoader(Rows(), 4),
+            lambda folder: torch.save(model.state_dict(), folder / MODEL_FILE), folder, checkpoint, {"what": "test"},
+        )  # fmt: skip
+        while loop.progress.step < steps:
+            for batch in loop.global_batches():
+                loss_sum = loop.optimize(batch, lambda n, b=batch: model(b.batches[n]["x"]).square().sum((1, 2, 3)))
+                loop.progress.step += 1
+                loop.progress.batches += 1
+                assert loss_sum.item() > 0
+                if loop.progress.step == steps:
+                    break
+            else:
+                loop.progress.epoch, loop.progress.batches = loop.progress.epoch + 1, 0
+        loop.checkpoint()
+        return model, loop
+
+    whole, _ = run(tmp_path / "whole", 6)
+    _, stopped = run(tmp_path / "parts", 2)
+    resumed, loop = run(tmp_path / "parts", 6, find_checkpoint("latest", tmp_path / "parts"))
+    assert stopped.progress.step == 2 and loop.progress.step == 6
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
