@@ -62,6 +62,15 @@ def assert_same_state(model, expected):
         assert torch.equal(state[name], tensor), name
 
 
+@pytest.fixture(autouse=True)
+def threads(request):
+    """One thread for the tiny networks, whose threads only wait for each other on a busy machine."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(count if "original" in request.fixturenames else 1)
+    yield
+    torch.set_num_threads(count)
+
+
 # --- Parity with the original ---
 
 
@@ -593,18 +602,3 @@ def test_training_on_a_single_clip_needs_a_network_without_attention():
         model(pictures(1))
     model(pictures(1, audio_channels=2))
     ESResNetForAudioClassification(tiny_config(attention=False)).train()(pictures(1))
-
-
-def test_a_few_steps_learn_a_handful_of_clips():
-    torch.manual_seed(0)
-    model = ESResNetForAudioClassification(tiny_config()).train()
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
-    x, labels = pictures(8), torch.arange(8) % 4
-    losses = []
-    for _ in range(15):
-        loss = model(x, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < 0.2 * losses[0]
