@@ -25,10 +25,8 @@ def sound_folder(tmp_path_factory) -> Path:
     for clip in range(40):
         label = clip % 4
         tone = np.sin(2 * np.pi * 200 * 2**label * random.uniform(0.9, 1.1) * time)
-        sound = 0.3 * tone * (random.uniform(0, 1) + np.sin(2 * np.pi * 4 * time)) + 0.01 * random.standard_normal(
-            4000
-        )
-        soundfile.write(folder / f"{clip:02d}.wav", sound / 2, 8000)
+        sound = 0.2 * tone * (1 + random.uniform(0, 1) * np.sin(2 * np.pi * 4 * time))
+        soundfile.write(folder / f"{clip:02d}.wav", sound + 0.005 * random.standard_normal(4000), 8000)
         rows.append(f"{clip:02d}.wav,class-{label},{clip // 4 % 2 + 1}")
     (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
     return folder

@@ -90,16 +90,8 @@ def test_output_folder_loads(uninterrupted):
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_saves_and_resumes_exactly(number, code, uninterrupted, options, tmp_path):
     """The signal falls into an epoch; the resumed run ends where the uninterrupted one did, bit for bit."""
-    command = [
-        sys.executable,
-        ROOT / "train_npid.py",
-        *options,
-        "--knn_interval",
-        "2",
-        "--output_dir",
-        tmp_path / "run",
-    ]
-    process = start([*command, "--checkpointing_steps", "1"])
+    command = [*options, "--knn_interval", "2", "--output_dir", tmp_path / "run"]
+    process = start([sys.executable, ROOT / "train_npid.py", *command, "--checkpointing_steps", "1"])
     while not list((tmp_path / "run").glob("checkpoint-*")):
         assert process.poll() is None, process.stdout.read()
         time.sleep(0.02)
@@ -108,7 +100,7 @@ def test_signal_saves_and_resumes_exactly(number, code, uninterrupted, options, 
     assert process.returncode == code, log
     assert "Traceback" not in log and "--resume_from_checkpoint latest" in log
     assert not (tmp_path / "run" / "all_results.json").exists()
-    log = succeed("train_npid.py", *command[2:], "--resume_from_checkpoint", "latest")
+    log = succeed("train_npid.py", *command, "--resume_from_checkpoint", "latest")
     assert "going on from" in log
     assert_same_outcome(tmp_path / "run", uninterrupted[0])
 
@@ -176,12 +168,9 @@ def test_every_option(sound_folder, tmp_path):
 def test_nce_options(sound_folder, tmp_path):
     """A running Z and excluded positives change the outcome; K and t are the checkpoint's identity."""
     common = [*SMALL, "--corpus", f"audiofolder={sound_folder}", "--max_train_steps", "4", "--nce_k", "4"]
+    variants = {"plain": [], "running": ["--nce_z_momentum", "0.5"], "others": ["--nce_exclude_positive"]}
     banks = {}
-    for name, extra in {
-        "plain": [],
-        "running": ["--nce_z_momentum", "0.5"],
-        "others": ["--nce_exclude_positive"],
-    }.items():
+    for name, extra in variants.items():
         succeed("train_npid.py", *common, *extra, "--output_dir", tmp_path / name)
         banks[name] = load_file(tmp_path / name / "memory_bank.safetensors")
     assert banks["plain"]["Z"] != banks["running"]["Z"]
