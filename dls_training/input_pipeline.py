@@ -14,7 +14,7 @@ from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Sampler
 
-from datasets_scripts import decode_audio, load_corpus
+from datasets_scripts import AudioError, decode_audio, load_corpus
 from modeling_dls.feature_extraction_esresnet import ESResNetFeatureExtractor, fit_length
 
 from .arguments import UserError
@@ -47,13 +47,16 @@ def load_waveform(audio: dict, extractor: ESResNetFeatureExtractor) -> torch.Ten
         (audio_channels, samples), float32.
 
     Raises:
-        AudioError: naming the file, if it cannot be decoded.
+        AudioError: naming the file, if it cannot be decoded, or has more channels than can be fitted.
     """
     samples, rate = decode_audio(audio)
     waveform = torch.from_numpy(samples)
     if rate != extractor.sampling_rate:
         waveform = _resampler(rate, extractor.sampling_rate)(waveform)
-    return extractor.fit_channels(waveform)
+    try:
+        return extractor.fit_channels(waveform)
+    except ValueError as error:
+        raise AudioError(f"{audio['path'] or 'embedded clip'}: {error}") from None
 
 
 class TrainingClips(torch.utils.data.Dataset):
