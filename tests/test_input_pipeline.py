@@ -1,0 +1,382 @@
+"""From sound files to batches, views and scores."""
+
+import contextlib
+import io
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from datasets import Dataset
+
+from datasets_scripts import AudioError
+from dls_training.arguments import UserError
+from dls_training.augmentation import WaveformAugmentation
+from dls_training.input_pipeline import (
+    MAX_VIEWS_PER_CLIP,
+    EvaluationClips,
+    ShuffledClips,
+    TrainingClips,
+    collate_evaluation,
+    collate_training,
+    evaluation_loader,
+    evaluation_windows,
+    load_corpora,
+    load_waveform,
+    make_views,
+    mean_over_windows,
+    training_loader,
+)
+from modeling_dls import ESResNetFeatureExtractor
+from modeling_dls.feature_extraction_esresnet import fit_length
+
+RATE = 4000
+LENGTH = 2000
+
+
+def make_extractor(audio_channels=1, **options):
+    sizes = {"n_fft": 256, "win_length": 200, "hop_length": 100, "spec_height": 8, "spec_width": 16}
+    settings = {"sampling_rate": RATE, "max_length": LENGTH, "audio_channels": audio_channels, **sizes, **options}
+    return ESResNetFeatureExtractor(**settings)
+
+
+def encoded(samples, rate=RATE):
+    """(channels, samples) -> a cell of an audio column."""
+    file = io.BytesIO()
+    soundfile.write(file, np.asarray(samples).T, rate, format="WAV", subtype="FLOAT")
+    return {"bytes": file.getvalue(), "path": "clip.wav"}
+
+
+def noise(samples, channels=1, seed=0):
+    return (np.random.default_rng(seed).normal(size=(channels, samples)) * 0.1).astype(np.float32)
+
+
+def make_rows(lengths=(2500, 100, 2000, 9000, 1999, 2001, 40, 3000, 2600), labels=True):
+    columns = {"audio": [encoded(noise(n, seed=i)) for i, n in enumerate(lengths)]}
+    if labels:
+        columns["label"] = [i % 3 for i in range(len(lengths))]
+    return Dataset.from_dict(columns)
+
+
+def options(**changes):
+    settings = {"per_device_train_batch_size": 4, "seed": 3, "dataloader_num_workers": 0}
+    return SimpleNamespace(**settings | changes)
+
+
+# One clip
+
+
+def test_a_clip_at_the_right_rate_is_not_touched():
+    samples = noise(777)
+    waveform = load_waveform(encoded(samples), make_extractor())
+    assert waveform.dtype == torch.float32
+    np.testing.assert_array_equal(waveform.numpy(), samples)
+
+
+@pytest.mark.parametrize(("source", "target"), [(22050, 44100), (48000, 44100), (8000, 44100), (96000, 44100)])
+def test_resampling_keeps_length_and_pitch(source, target):
+    seconds, frequency = 0.5, 1234.0
+    sine = 0.5 * np.sin(2 * np.pi * frequency * np.arange(int(seconds * source)) / source)
+    waveform = load_waveform(encoded(sine[None], source), ESResNetFeatureExtractor(target, audio_channels=1))
+    assert waveform.shape == (1, int(seconds * target))
+    # Phase and loudness as well; the filter has no past at the edges.
+    expected = 0.5 * np.sin(2 * np.pi * frequency * np.arange(waveform.shape[1]) / target)
+    inside = slice(200, -200)
+    np.testing.assert_allclose(waveform[0, inside].numpy(), expected[inside], atol=0.01)
+
+
+def test_resampling_down_does_not_alias():
+    sine = 0.5 * np.sin(2 * np.pi * 3000 * np.arange(8000) / 8000)
+    waveform = load_waveform(encoded(sine[None], 8000), make_extractor())  # 3000 Hz are beyond 4000 / 2
+    assert waveform.shape == (1, 4000) and waveform[:, 200:-200].abs().max() < 0.02
+
+
+def test_channels():
+    stereo = noise(500, channels=2)
+    mono = load_waveform(encoded(stereo), make_extractor(1))
+    np.testing.assert_allclose(mono.numpy(), stereo.mean(axis=0, keepdims=True), atol=1e-7)
+    np.testing.assert_array_equal(load_waveform(encoded(stereo), make_extractor(2)).numpy(), stereo)
+    doubled = load_waveform(encoded(stereo[:1]), make_extractor(2))
+    np.testing.assert_array_equal(doubled.numpy(), stereo[[0, 0]])
+    six = load_waveform(encoded(noise(500, channels=6)), make_extractor(1))
+    assert six.shape == (1, 500)
+
+
+UNUSABLE = {
+    "no sound": b"not a sound",
+    "empty": b"",
+    "six channels": encoded(noise(500, channels=6))["bytes"],
+    "not a number": encoded([[0.1, math.nan]])["bytes"],
+}
+
+
+@pytest.mark.parametrize(("what", "num_workers"), [*((what, 0) for what in UNUSABLE), ("six channels", 1)])
+@pytest.mark.parametrize("make_loader", [training_loader, evaluation_loader])
+def test_a_file_that_cannot_be_used_is_named(tmp_path, make_loader, what, num_workers):
+    path = tmp_path / "broken.wav"
+    path.write_bytes(UNUSABLE[what])
+    rows = Dataset.from_dict({"audio": [encoded(noise(500)), {"bytes": None, "path": str(path)}]})
+    loader = make_loader(rows, make_extractor(audio_channels=2), options(dataloader_num_workers=num_workers))
+    with pytest.raises(AudioError, match=r"broken\.wav"):
+        list(loader)
+
+
+# Training
+
+
+def by_index(loader, epoch):
+    """Row -> what a view is made from, and the view."""
+    loader.sampler.set_epoch(epoch)
+    clips = {}
+    for batch in loader:
+        views = WaveformAugmentation(LENGTH)(batch["waveform"], batch["lengths"], batch["draws"])
+        for row, index in enumerate(batch["index"].tolist()):
+            assert index not in clips
+            samples = batch["waveform"][row, :, : batch["lengths"][row]]
+            clips[index] = (batch["labels"][row], batch["draws"][row], samples, views[row])
+    return clips
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("audio_channels", [1, 2])
+def test_a_view_depends_on_seed_epoch_and_clip_alone(audio_channels):
+    rows, extractor = make_rows(), make_extractor(audio_channels)
+    reference = by_index(training_loader(rows, extractor, options()), epoch=5)
+    assert len(reference) == 8  # nine clips in batches of four leave one out
+    for changes in (
+        {},
+        {"per_device_train_batch_size": 3},
+        {"per_device_train_batch_size": 9},
+        {"dataloader_num_workers": 2},
+        {"dataloader_num_workers": 2, "per_device_train_batch_size": 5},
+    ):
+        torch.manual_seed(len(changes))  # the global states have no say
+        np.random.seed(len(changes))
+        clips = by_index(training_loader(rows, extractor, options(**changes)), epoch=5)
+        common = set(clips) & set(reference)
+        assert len(common) >= 8
+        assert all(same(clips[index], reference[index]) for index in common)
+    another_epoch = by_index(training_loader(rows, extractor, options()), epoch=6)
+    another_seed = by_index(training_loader(rows, extractor, options(seed=4)), epoch=5)
+    for clips in (another_epoch, another_seed):
+        assert not any(torch.equal(clips[i][1], reference[i][1]) for i in set(clips) & set(reference))
+
+
+def test_training_clip():
+    rows, extractor = make_rows(), make_extractor()
+    clips = TrainingClips(rows, extractor, seed=1)
+    assert len(clips) == len(rows)
+    item = clips[4, 2]
+    assert item["index"] == 2 and item["label"] == 2
+    np.testing.assert_array_equal(item["waveform"].numpy(), noise(2000, seed=2))
+    assert item["draws"].shape == (3,) and item["draws"].dtype == torch.float64
+    assert ((item["draws"] >= 0) & (item["draws"] < 1)).all()
+    # Every clip, epoch and seed has numbers of its own.
+    draws = [
+        TrainingClips(rows, extractor, seed)[epoch, i]["draws"] for seed in (1, 2) for epoch in (1, 2) for i in (1, 2)
+    ]
+    assert len({tuple(draw.tolist()) for draw in draws}) == 8
+
+
+def test_a_long_recording_is_cut_to_a_random_stretch():
+    longest = MAX_VIEWS_PER_CLIP * LENGTH
+    ramp = np.arange(1.0, 3 * longest + 1)[None]
+    clips = TrainingClips(Dataset.from_dict({"audio": [encoded(ramp)]}), make_extractor(), seed=0)
+    starts = []
+    for epoch in range(60):
+        waveform = clips[epoch, 0]["waveform"][0]
+        starts.append(int(waveform[0]) - 1)
+        np.testing.assert_array_equal(waveform.numpy(), ramp[0, starts[-1] : starts[-1] + longest])
+    assert min(starts) < longest / 4 and max(starts) > 1.75 * longest and len(set(starts)) > 50
+
+
+@pytest.mark.parametrize("surplus", [-1, 0, 1])
+def test_a_recording_just_as_long_as_is_kept(surplus):
+    longest = MAX_VIEWS_PER_CLIP * LENGTH
+    samples = noise(longest + surplus)
+    clips = TrainingClips(Dataset.from_dict({"audio": [encoded(samples)]}), make_extractor(), seed=0)
+    starts = set()
+    for epoch in range(20):
+        waveform = clips[epoch, 0]["waveform"].numpy()
+        assert waveform.shape == (1, min(longest, longest + surplus))
+        (start,) = [s for s in (0, 1) if np.array_equal(waveform, samples[:, s : s + longest])]
+        starts.add(start)
+    assert starts == ({0, 1} if surplus == 1 else {0})
+
+
+@pytest.mark.parametrize("rows", [make_rows(labels=False), make_rows().add_column("other", range(9))])
+def test_clips_without_a_label_get_minus_one(rows):
+    if "label" in rows.column_names:
+        rows = rows.map(lambda row, i: {"label": None if i else 2}, with_indices=True)
+    for loader in (
+        training_loader(rows, make_extractor(), options()),
+        evaluation_loader(rows, make_extractor(), options()),
+    ):
+        labels = {i: label for b in loader for i, label in zip(b["index"].tolist(), b["labels"].tolist(), strict=True)}
+        expected = {i: 2 if i == 0 and "label" in rows.column_names else -1 for i in labels}
+        assert len(labels) >= 8 and labels == expected
+
+
+def test_collate_training():
+    lengths = [3, 10, 1]
+    items = [
+        {"index": 7 + i, "label": i - 1, "waveform": torch.randn(2, n), "draws": torch.rand(3, dtype=torch.float64)}
+        for i, n in enumerate(lengths)
+    ]
+    batch = collate_training(items)
+    assert batch["index"].tolist() == [7, 8, 9] and batch["labels"].tolist() == [-1, 0, 1]
+    assert batch["lengths"].tolist() == lengths and batch["lengths"].dtype == torch.int64
+    assert batch["waveform"].shape == (3, 2, 10) and batch["waveform"].is_contiguous()
+    assert batch["draws"].dtype == torch.float64
+    for row, item in enumerate(items):
+        assert torch.equal(batch["waveform"][row, :, : lengths[row]], item["waveform"])
+        assert torch.equal(batch["draws"][row], item["draws"])
+
+
+@pytest.mark.parametrize("audio_channels", [1, 2])
+def test_make_views_is_augmentation_and_spectrogram_of_each_clip(audio_channels):
+    extractor, augmentation = make_extractor(audio_channels), WaveformAugmentation(LENGTH)
+    clips = TrainingClips(make_rows(), extractor, seed=1)
+    for indices in ([0, 1, 2, 3, 4], [5], [3, 6]):
+        items = [clips[0, i] for i in indices]
+        views = make_views(collate_training(items), augmentation, extractor)
+        assert views.shape == (len(indices), audio_channels, 3, 8, 16) and views.dtype == torch.float32
+        for view, item in zip(views, items, strict=True):
+            samples = item["waveform"]
+            alone = augmentation(samples[None], torch.tensor([samples.shape[1]]), item["draws"][None])
+            torch.testing.assert_close(view, extractor.spectrogram(alone)[0], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("num_clips", [0, 1])
+def test_too_few_clips_to_train_on(num_clips):
+    with pytest.raises(UserError, match=f"{num_clips} clip"):
+        training_loader(make_rows().select(range(num_clips)), make_extractor(), options())
+
+
+# Order
+
+
+@pytest.mark.parametrize(("num_clips", "batch_size"), [(2, 64), (64, 64), (66, 64), (400, 64), (7, 4)])
+def test_order_is_a_permutation_of_seed_and_epoch(num_clips, batch_size):
+    orders = {}
+    for seed in (0, 1):
+        for epoch in (0, 1, 2):
+            sampler = ShuffledClips(num_clips, batch_size, seed)
+            sampler.set_epoch(epoch)
+            order = list(sampler)
+            assert len(order) == len(sampler) == num_clips
+            assert {e for e, _ in order} == {epoch}
+            assert sorted(i for _, i in order) == list(range(num_clips))
+            assert list(sampler) == order  # asked again, the same
+            orders[seed, epoch] = tuple(i for _, i in order)
+    if num_clips > 5:
+        assert len(set(orders.values())) == 6 and tuple(range(num_clips)) not in orders.values()
+
+
+@pytest.mark.parametrize(("num_clips", "batch_size"), [(9, 4), (3, 2), (65, 64)])
+def test_a_last_batch_of_one_waits_and_it_is_not_always_the_same_clip(num_clips, batch_size):
+    sampler = ShuffledClips(num_clips, batch_size, seed=0)
+    left_out = []
+    for epoch in range(40):
+        sampler.set_epoch(epoch)
+        used = [index for _, index in sampler]
+        assert len(used) == len(set(used)) == len(sampler) == num_clips - 1
+        (missing,) = set(range(num_clips)) - set(used)
+        left_out.append(missing)
+    assert len(set(left_out)) >= min(num_clips, 20)
+
+
+# Evaluation
+
+
+@pytest.mark.parametrize(
+    "samples", [1, 30, 999, 1000, 1001, 1099, 1100, 1101, 1500, 2000, 2099, 2101, 2500, 6000, 6001]
+)
+@pytest.mark.parametrize("channels", [1, 2])
+def test_windows_cover_a_clip(samples, channels):
+    length = 1000
+    waveform = torch.from_numpy(noise(samples, channels))
+    windows = evaluation_windows(waveform, length)
+    assert windows.shape[1:] == (channels, length)
+    if samples <= 1100:
+        assert torch.equal(windows, fit_length(waveform, length)[None])
+        return
+    # One window for each thousand samples, and another where more than a hundred remain.
+    full, rest = divmod(samples, length)
+    assert len(windows) == full + (rest > 100)
+    covered = np.zeros(samples, bool)
+    for number, window in enumerate(windows):
+        start = number * length if (number + 1) * length <= samples else samples - length
+        assert torch.equal(window, waveform[:, start : start + length])
+        covered[start : start + length] = True
+    assert covered[: full * length].all()
+    assert covered.all() == (rest == 0 or rest > 100)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0.5, 1), (4.9, 1), (5, 1), (5.2, 1), (7.5, 2), (10, 2), (12.5, 3), (30, 6), (30.3, 6), (31, 7)],
+)
+def test_number_of_windows_at_full_rate(seconds, expected):
+    assert len(evaluation_windows(torch.zeros(1, round(seconds * 44100)), 5 * 44100)) == expected
+
+
+def test_evaluation_clips_come_in_order_with_all_their_windows():
+    rows, extractor = make_rows(), make_extractor()
+    for changes in ({}, {"dataloader_num_workers": 2}, {"per_device_train_batch_size": 2}):
+        batches = list(evaluation_loader(rows, extractor, options(**changes)))
+        assert torch.cat([batch["index"] for batch in batches]).tolist() == list(range(len(rows)))
+        assert torch.cat([batch["labels"] for batch in batches]).tolist() == rows["label"][:]
+        windows = [part for batch in batches for part in batch["windows"].split(batch["counts"].tolist())]
+        for found, row in zip(windows, rows, strict=True):
+            assert torch.equal(found, evaluation_windows(load_waveform(row["audio"], extractor), LENGTH))
+    clips = EvaluationClips(rows, extractor)
+    batch = collate_evaluation([clips[3], clips[1]])
+    assert batch["index"].tolist() == [3, 1] and batch["counts"].tolist() == [5, 1]
+    assert batch["windows"].shape == (6, 1, LENGTH)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
+def test_mean_over_windows(batch_size):
+    extractor = make_extractor()
+    counts = [3, 1, 4, 2]
+    windows = torch.from_numpy(noise(10 * LENGTH).reshape(10, 1, LENGTH))
+    calls = []
+
+    def score(input_values):
+        calls.append(len(input_values))
+        flat = input_values.flatten(1)
+        return torch.stack([flat.mean(1), flat.amax(1), flat[:, 0]], dim=1).to(torch.float64)
+
+    batch = {"windows": windows, "counts": torch.tensor(counts)}
+    means = mean_over_windows(batch, extractor, score, batch_size)
+    assert means.dtype == torch.float32 and max(calls) <= batch_size and sum(calls) == 10
+    first = 0
+    for mean, count in zip(means, counts, strict=True):
+        scores = [score(extractor.spectrogram(windows[i : i + 1]))[0] for i in range(first, first + count)]
+        torch.testing.assert_close(mean.double(), sum(scores) / count, rtol=1e-5, atol=1e-5)
+        first += count
+
+
+def test_mean_over_windows_keeps_no_gradient():
+    weight = torch.nn.Parameter(torch.ones(()))
+    batch = {"windows": torch.from_numpy(noise(LENGTH))[None], "counts": torch.tensor([1])}
+    assert not mean_over_windows(batch, make_extractor(), lambda x: x.flatten(1) * weight, 4).requires_grad
+
+
+# Corpora
+
+
+def test_load_corpora_hands_the_options_on(monkeypatch):
+    calls = []
+    monkeypatch.setattr("dls_training.input_pipeline.load_corpus", lambda *a, **o: calls.append((a, o)) or len(calls))
+    args = SimpleNamespace(corpus=[("esc10", "/a"), ("synthetic", None)], allow_partial=True, skip_unreadable=False)
+    accelerator = SimpleNamespace(main_process_first=contextlib.nullcontext)
+    assert load_corpora(args, accelerator) == [("esc10", 1), ("synthetic", 2)]
+    expected = {"allow_partial": True, "skip_unreadable": False}
+    assert calls == [(("esc10", "/a"), expected), (("synthetic", None), expected)]
