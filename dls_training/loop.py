@@ -60,6 +60,7 @@ class TrainingLoop:
         model: Prepared by Accelerate.
         progress: Where the run is, with one history entry per epoch.
         finished: Whether all steps are done.
+        evaluated: Whether the newest step's evaluation is in the history.
     """
 
     def __init__(
@@ -113,6 +114,10 @@ class TrainingLoop:
     def finished(self) -> bool:
         return self.progress.step >= self.total_steps
 
+    @property
+    def evaluated(self) -> bool:
+        return any(entry.get("step") == self.progress.step for entry in self.progress.history)
+
     def train(self, step: Callable[[GlobalBatch], torch.Tensor], evaluate: Callable[[int, bool], dict]) -> None:
         """Trains until all steps are done.
 
@@ -125,7 +130,8 @@ class TrainingLoop:
             UserError: if the loss is no longer a number.
         """
         with SignalWatch() as watch:
-            while not self.finished:
+            # A run that was stopped between its last step and the end of the evaluation has that still to do.
+            while not (self.finished and self.evaluated):
                 self.train_epoch(step, evaluate, watch)
 
     def train_epoch(self, step, evaluate, watch) -> None:
@@ -180,7 +186,9 @@ class TrainingLoop:
                 self.checkpoint()
 
     def global_batches(self) -> Iterator[GlobalBatch]:
-        """What is left of the current epoch."""
+        """What is left of the current epoch; nothing once all steps are done."""
+        if self.finished:
+            return
         progress, processes = self.progress, self.accelerator.num_processes
         self.loader.set_epoch(progress.epoch)
         batches = iter(skip_first_batches(self.loader, progress.batches) if progress.batches else self.loader)

@@ -46,7 +46,10 @@ def run_script(main: Callable[[], None]) -> int:
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except (UserError, CorpusError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        message = str(error)
+        if "Original Traceback" in message:  # from a decoding process: the error's own words are in the last line
+            message = message.strip().splitlines()[-1].partition(": ")[2]
+        print(f"error: {message}", file=sys.stderr)
         return 2
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -5,6 +5,7 @@ import logging
 import os
 import pickle
 import resource
+import signal
 import subprocess
 import sys
 from dataclasses import asdict
@@ -30,7 +31,9 @@ from dls_training.checkpoints import (
     save_checkpoint,
     write_json,
 )
+from dls_training.input_pipeline import ShuffledClips
 from dls_training.loop import TrainingLoop
+from dls_training.runtime import Interrupted
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_FILE = "model.bin"
@@ -470,45 +473,105 @@ def test_a_run_killed_while_it_saves_can_go_on(tmp_path):
 # The loop's own use of it
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_loop_that_goes_on_ends_where_one_that_never_stopped_does(tmp_path, optimizer):
-    class Rows(torch.utils.data.Dataset):
-        def __len__(self):
-            return 12
+class Rows(torch.utils.data.Dataset):
+    def __len__(self):
+        return 12
 
-        def __getitem__(self, index):
-            return {"index": index, "x": torch.randn(3, 1, 1, generator=torch.Generator().manual_seed(index))}
+    def __getitem__(self, key):
+        return {"index": key[1], "x": torch.randn(3, 1, 1, generator=torch.Generator().manual_seed(key[1]))}
 
-    def run(folder, steps, checkpoint=None):
+
+class Run:
+    """A tiny training run in a folder, which goes on from the latest checkpoint there.
+
+    Attributes:
+        loop: Of 12 clips in batches of 4: three steps an epoch.
+        seen: The clips of each step that this run took.
+    """
+
+    def __init__(self, folder, optimizer="sgd", stop_after=None, fail_in_epoch=None, **changes):
+        settings = {
+            "seed": 0, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "optimizer": optimizer,
+            "learning_rate": 0.1, "weight_decay": 0.01, "lr_scheduler_type": "linear", "clip_seconds": 1.0,
+            "audio_channels": 1, "num_train_epochs": 2, "max_train_steps": None, "checkpointing_steps": "epoch",
+            "checkpoints_total_limit": 1,
+        }  # fmt: skip
+        self.stop_after, self.fail_in_epoch, self.seen = stop_after, fail_in_epoch, []
         torch.manual_seed(0)
-        model = torch.nn.Conv2d(3, 2, 1)
+        self.model = torch.nn.Conv2d(3, 2, 1)
+        checkpoint = find_checkpoint("latest", folder)
         if checkpoint:
-            model.load_state_dict(torch.load(checkpoint / MODEL_FILE))
-        args = SimpleNamespace(
-            seed=0, per_device_train_batch_size=4, gradient_accumulation_steps=1, optimizer=optimizer,
-            learning_rate=0.1, weight_decay=0.01, lr_scheduler_type="linear", clip_seconds=1.0, audio_channels=1,
-            num_train_epochs=2, max_train_steps=6, checkpointing_steps=1, checkpoints_total_limit=1,
+            self.model.load_state_dict(torch.load(checkpoint / MODEL_FILE))
+        self.loop = TrainingLoop(
+            SimpleNamespace(**settings | changes), Accelerator(cpu=True), self.model,
+            DataLoader(Rows(), 4, sampler=ShuffledClips(12, 4, 0)),
+            lambda path: torch.save(self.model.state_dict(), path / MODEL_FILE), folder, checkpoint, {"what": "test"},
         )  # fmt: skip
-        loop = TrainingLoop(
-            args, Accelerator(cpu=True), model, DataLoader(Rows(), 4),
-            lambda folder: torch.save(model.state_dict(), folder / MODEL_FILE), folder, checkpoint, {"what": "test"},
-        )  # fmt: skip
-        while loop.progress.step < steps:
-            for batch in loop.global_batches():
-                loss_sum = loop.optimize(batch, lambda n, b=batch: model(b.batches[n]["x"]).square().sum((1, 2, 3)))
-                loop.progress.step += 1
-                loop.progress.batches += 1
-                assert loss_sum.item() > 0
-                if loop.progress.step == steps:
-                    break
-            else:
-                loop.progress.epoch, loop.progress.batches = loop.progress.epoch + 1, 0
-        loop.checkpoint()
-        return model, loop
 
-    whole, _ = run(tmp_path / "whole", 6)
-    _, stopped = run(tmp_path / "parts", 2)
-    resumed, loop = run(tmp_path / "parts", 6, find_checkpoint("latest", tmp_path / "parts"))
-    assert stopped.progress.step == 2 and loop.progress.step == 6
-    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(a, b)
+    def step(self, batch):
+        self.seen.append(batch.batches[0]["index"].tolist())
+        if batch.step + 1 == self.stop_after:
+            os.kill(os.getpid(), signal.SIGINT)
+        return self.loop.optimize(batch, lambda n: self.model(batch.batches[n]["x"]).square().sum((1, 2, 3)))
+
+    def evaluate(self, epoch, is_last):
+        if epoch == self.fail_in_epoch:
+            raise InterruptedError("killed while it evaluated")
+        return {"score": self.model.weight.sum().item(), "is_last": is_last}
+
+    def train(self):
+        self.loop.train(self.step, self.evaluate)
+        return self
+
+    def outcome(self):
+        """Weights, and the history without what a clock measured."""
+        history = [{k: v for k, v in entry.items() if k != "clips_per_second"} for entry in self.loop.progress.history]
+        return [parameter.tolist() for parameter in self.model.parameters()], history
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_run_that_is_stopped_at_each_step_ends_where_one_that_never_stopped_does(tmp_path, optimizer):
+    whole = Run(tmp_path / "whole", optimizer).train()
+    assert [entry["step"] for entry in whole.loop.progress.history] == [3, 6]
+    seen = []
+    for step in range(1, 7):  # the last one included: its epoch's evaluation is still to do then
+        run = Run(tmp_path / "parts", optimizer, stop_after=step)
+        with pytest.raises(Interrupted, match="SIGINT"):
+            run.train()
+        seen += run.seen
+    last = Run(tmp_path / "parts", optimizer).train()
+    assert not last.seen and seen == whole.seen
+    assert last.outcome() == whole.outcome()
+    assert names(tmp_path / "parts") == ["checkpoint-6"]
+    # Once more changes nothing.
+    again = Run(tmp_path / "parts", optimizer).train()
+    assert not again.seen and again.outcome() == whole.outcome()
+
+
+@pytest.mark.parametrize("changes", [{}, {"checkpointing_steps": 1}, {"max_train_steps": 5}])
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_run_that_dies_while_it_evaluates_can_go_on(tmp_path, changes, epoch):
+    whole = Run(tmp_path / "whole", **changes).train()
+    with pytest.raises(InterruptedError):
+        Run(tmp_path / "parts", fail_in_epoch=epoch, **changes).train()
+    assert Run(tmp_path / "parts", **changes).train().outcome() == whole.outcome()
+
+
+def test_run_that_ended_within_an_epoch_goes_on_with_more_steps(tmp_path):
+    short = {"lr_scheduler_type": "constant"}
+    whole = Run(tmp_path / "whole", **short).train()
+    assert len(Run(tmp_path / "parts", max_train_steps=4, **short).train().loop.progress.history) == 2
+    longer = Run(tmp_path / "parts", **short).train()
+    assert longer.outcome() == whole.outcome()
+
+
+def test_loop_refuses_another_runs_checkpoint(tmp_path):
+    Run(tmp_path).train()
+    with pytest.raises(UserError, match="optimizer is 'adam' but was 'sgd'"):
+        Run(tmp_path, "adam")
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tmp_path):
+    run = Run(tmp_path, learning_rate=1e30)
+    with pytest.raises(UserError, match=r"loss is .* in epoch .*--learning_rate"):
+        run.train()

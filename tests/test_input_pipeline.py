@@ -29,6 +29,7 @@ from dls_training.input_pipeline import (
     mean_over_windows,
     training_loader,
 )
+from dls_training.runtime import run_script
 from modeling_dls import ESResNetFeatureExtractor
 from modeling_dls.feature_extraction_esresnet import fit_length
 
@@ -121,6 +122,14 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path, make_loader, what, num_wo
     loader = make_loader(rows, make_extractor(audio_channels=2), options(dataloader_num_workers=num_workers))
     with pytest.raises(AudioError, match=r"broken\.wav"):
         list(loader)
+
+
+def test_a_user_reads_one_line_about_a_file_that_a_worker_could_not_use(tmp_path, capsys):
+    rows = Dataset.from_dict({"audio": [{"bytes": None, "path": str(tmp_path / "missing.wav")}] * 2})
+    loader = training_loader(rows, make_extractor(), options(dataloader_num_workers=1))
+    assert run_script(lambda: list(loader)) == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and message.startswith(f"error: {tmp_path / 'missing.wav'}: the file does not")
 
 
 # Training
