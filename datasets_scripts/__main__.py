@@ -64,7 +64,7 @@ def _export(dataset, arguments: argparse.Namespace) -> None:
     # Without the folders: whoever reads the card has others, and should not learn ours.
     options = [f"--{option}" for option in ("allow_partial", "skip_unreadable") if getattr(arguments, option)]
     command = " ".join(["python -m datasets_scripts export", arguments.name, *options])
-    export_corpus(dataset, CORPORA.get(arguments.name), arguments.output_dir, command)
+    export_corpus(dataset, CORPORA[arguments.name], arguments.output_dir, command)
     print(
         f"{len(dataset)} clips written to {arguments.output_dir}; it loads with load_dataset({arguments.output_dir!r})"
     )
@@ -74,9 +74,8 @@ def _describe(dataset, arguments: argparse.Namespace) -> None:
     from .describing import class_table, draw_classes, measures, state, summarise
     from .loading import CORPORA
 
-    corpus, summary = CORPORA.get(arguments.name), summarise(dataset)
-    print(corpus.title if corpus else "Procedural everyday-like sounds")
-    print(f"licence: {(corpus.licence if corpus else 'CC0') or 'that of the files'}\n")
+    corpus, summary = CORPORA[arguments.name], summarise(dataset)
+    print(f"{corpus.title}\nlicence: {corpus.licence}\n")
     print(measures(summary), state(dataset), class_table(summary), sep="\n\n")
     picture = arguments.picture or Path(f"{arguments.name}-classes.png")
     draw_classes(dataset, picture)

@@ -21,7 +21,7 @@ import datasets
 from datasets.utils import tqdm
 from filelock import FileLock
 
-from .corpus import Archive, Corpus
+from .corpus import Archive, FolderCorpus
 from .errors import CorpusError
 
 RETRY_DELAYS = (1, 2, 4, 8)  # seconds before each further try, counted anew whenever some bytes arrived
@@ -29,18 +29,23 @@ TIMEOUT = 60  # seconds without a byte
 _BLOCK = 1 << 18
 
 
-def unpacked_official(corpus: Corpus, cache: Path) -> Path:
+def unpacked_official(corpus: FolderCorpus, cache: Path) -> Path:
     """The folder of a corpus's official archives, downloaded and unpacked in `cache` the first time.
 
     Raises:
         CorpusError: no network is allowed, the download failed, or the archive is not the publisher's.
     """
     key = hashlib.sha256(repr(corpus.archives).encode()).hexdigest()[:16]
-    place = cache / "dls_corpora" / f"{corpus.name}-{key}"
+    place = cache / "dls_corpora" / f"{corpus.archives[0].filename.split('.')[0]}-{key}"
     with _locked(place):
         if not place.exists():
             files = [download(archive, cache / "dls_downloads") for archive in corpus.archives]
-            _unpack_all(files, place)
+            try:
+                _unpack_all(files, place)
+            except CorpusError as error:
+                raise CorpusError(f"{error}. It was downloaded: delete it to download it again") from None
+            for file in files:  # as big as what was unpacked, and no longer needed
+                file.unlink()
     return place
 
 

@@ -2,15 +2,16 @@
 
 from pathlib import Path
 
-from .corpus import Clip, Corpus, Listing, read_table, sound_files, whole_number
+from .corpus import Clip, FolderCorpus, Listing, read_table, sound_files, whole_number
 from .errors import CorpusError
 
 _TABLE = "metadata.csv"
 
 
-class AudioFolder(Corpus):
+class AudioFolder(FolderCorpus):
     name = "audiofolder"
-    title = "a folder of sound files"
+    title = "A folder of sound files"
+    licence = "that of the sound files it was made from"
     layout = (
         "sound files (wav, flac, ogg, mp3, aiff, …) at any depth, "
         "optionally with metadata.csv: file_name,label,fold,source_id"

@@ -14,12 +14,16 @@ import pyarrow as pa
 from datasets.utils import tqdm
 
 from .audio import AudioFacts, inspect_audio
-from .corpus import Clip, Corpus, common_features, walk_files
+from .corpus import Clip, Corpus, FolderCorpus, common_features, walk_files
 from .errors import AudioError, CorpusError
 
 SCHEMA_VERSION = "1.1.0"  # in every cache key: raise it when the columns or the checks change
 _SHOWN = 5
 _REPORT_MARK = "\n\nCorpus report: "
+_REPAIR = "Repair the files, or leave them out with skip_unreadable=True (--skip_unreadable)."
+_COMPLETE = "Get what is missing, or use the copy as it is with allow_partial=True (--allow_partial)."
+
+Read = list[tuple[Clip, AudioFacts]]
 
 
 @dataclass
@@ -45,7 +49,12 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
     VERSION = datasets.Version(SCHEMA_VERSION)
 
     def __init__(
-        self, corpus: Corpus, root: Path, allow_partial: bool, skip_unreadable: bool, cache_dir: str | None = None
+        self,
+        corpus: FolderCorpus,
+        root: Path,
+        allow_partial: bool,
+        skip_unreadable: bool,
+        cache_dir: str | None = None,
     ):
         self.corpus, self.root = corpus, root
         options = {"allow_partial": allow_partial, "skip_unreadable": skip_unreadable}
@@ -69,33 +78,31 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
         _check_identities(listing.clips, self.root)
         if not listing.clips and not listing.missing:
             raise CorpusError(f"{self.root}: holds no clip of {self.corpus.name}; expected {self.corpus.layout}")
-        shortfalls = _shortfalls(listing.clips, self.corpus)
+        short = shortfalls([clip.fold for clip in listing.clips], [clip.label for clip in listing.clips], self.corpus)
         if not self.config.allow_partial:
-            self._refuse(
-                {"listed but absent": listing.missing, "present but not listed": listing.unlisted, "": shortfalls}
-            )
+            lists = {"listed but absent": listing.missing, "present but not listed": listing.unlisted, "": short}
+            self._refuse(lists, _COMPLETE)
         facts = _inspect_all([clip.path for clip in listing.clips], self.root)
         # Relative names: the report goes into published cards, where a user's own paths have no business.
         unreadable = [str(fact).removeprefix(f"{self.root}{os.sep}") for fact in facts if isinstance(fact, AudioError)]
         if not self.config.skip_unreadable:
-            self._refuse({"unreadable": unreadable})
+            self._refuse({"unreadable": unreadable}, _REPAIR)
         read = [(c, f) for c, f in zip(listing.clips, facts, strict=True) if not isinstance(f, AudioError)]
         wrong = _wrong_durations(read, listing.seconds, self.root)
         if not self.config.allow_partial:
-            self._refuse({"wrong duration": wrong})
+            self._refuse({"wrong duration": wrong}, _COMPLETE)
         read, duplicates = _without_repeats(read, self.root) if self.corpus.unique_content else (read, [])
         if not read:
             raise CorpusError(f"{self.root}: none of the {len(facts)} sound files can be read; {unreadable[:1]}")
-        report = {
-            "corpus": self.corpus.name,
-            "clips": len(read),
-            "shortfalls": shortfalls,
+        crossings = _crossings(read)
+        report = blank_report(self.corpus.name, len(read)) | {
+            "shortfalls": short,
             "missing": listing.missing,
             "unlisted": listing.unlisted,
             "skipped": unreadable,
             "wrong_durations": wrong,
             "duplicates": duplicates,
-            "crossings": (crossings := _crossings(read)),
+            "crossings": crossings,
             "unexpected_crossings": _unexpected(crossings, self.corpus.known_crossings),
         }
         self.info.description = describe_with_report(self.corpus.title, report)
@@ -106,24 +113,21 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
     def _generate_tables(self, table: pa.Table) -> Iterator[tuple[int, pa.Table]]:
         yield 0, table
 
-    def _refuse(self, problems: dict[str, list[str]]) -> None:
+    def _refuse(self, problems: dict[str, list[str]], advice: str) -> None:
         parts = [_summary(kind, names) for kind, names in problems.items() if names]
         if parts:
-            advice = (
-                "Repair the files, or leave them out with skip_unreadable=True (--skip_unreadable)."
-                if "unreadable" in problems
-                else "Unpack the official archive again, or use the copy as it is with allow_partial=True "
-                "(--allow_partial)."
-                if self.corpus.fold_sizes
-                else "Correct metadata.csv or the folder, or use what is there with allow_partial=True "
-                "(--allow_partial)."
-            )
             raise CorpusError(f"{self.corpus.name} in {self.root}: {'; '.join(parts)}. {advice}")
 
 
 def _summary(kind: str, names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return (f"{len(names)} {kind}: " if kind else "") + ", ".join(names[:_SHOWN]) + more
+
+
+def blank_report(corpus: str, clips: int) -> dict:
+    """The report on a corpus that nothing is wrong with; see `corpus_report`."""
+    lists = ["shortfalls", "missing", "unlisted", "skipped", "wrong_durations", "duplicates", "unexpected_crossings"]
+    return {"corpus": corpus, "clips": clips, **{key: [] for key in lists}, "crossings": {}}
 
 
 def describe_with_report(text: str, report: dict) -> str:
@@ -174,11 +178,11 @@ def _inspect_all(paths: list[Path], root: Path) -> list[AudioFacts | AudioError]
         return list(tqdm(pool.map(inspect, paths), total=len(paths), desc=f"Checking {root.name}", unit=" clips"))
 
 
-def _shortfalls(clips: list[Clip], corpus: Corpus) -> list[str]:
-    """Deviations from the official number of clips, as sentences."""
-    folds, classes = Counter(clip.fold for clip in clips), Counter(clip.label for clip in clips)
+def shortfalls(clip_folds: list[int], clip_labels: list[str | None], corpus: Corpus) -> list[str]:
+    """Deviations from the official number of clips, in all, per fold and per class, in words."""
+    folds, classes = Counter(clip_folds), Counter(clip_labels)
     total = sum(corpus.fold_sizes.values())
-    found = [f"{len(clips)} clips instead of {total}"] if total and len(clips) != total else []
+    found = [f"{len(clip_folds)} clips instead of {total}"] if total and len(clip_folds) != total else []
     if corpus.fold_sizes:
         found += [
             f"fold {fold}: {n} clips, official is none" for fold, n in folds.items() if fold not in corpus.fold_sizes
@@ -190,7 +194,7 @@ def _shortfalls(clips: list[Clip], corpus: Corpus) -> list[str]:
     return found
 
 
-def _wrong_durations(read: list[tuple[Clip, AudioFacts]], seconds: tuple[float, float], root: Path) -> list[str]:
+def _wrong_durations(read: Read, seconds: tuple[float, float], root: Path) -> list[str]:
     low, high = seconds
     lengths = ((clip.path.relative_to(root).as_posix(), fact.num_frames / fact.sampling_rate) for clip, fact in read)
     return [
@@ -200,9 +204,7 @@ def _wrong_durations(read: list[tuple[Clip, AudioFacts]], seconds: tuple[float, 
     ]
 
 
-def _without_repeats(
-    read: list[tuple[Clip, AudioFacts]], root: Path
-) -> tuple[list[tuple[Clip, AudioFacts]], list[str]]:
+def _without_repeats(read: Read, root: Path) -> tuple[Read, list[str]]:
     first, kept, repeats = {}, [], []
     for clip, fact in read:
         name = clip.path.relative_to(root).as_posix()
@@ -214,7 +216,7 @@ def _without_repeats(
     return kept, repeats
 
 
-def _crossings(read: list[tuple[Clip, AudioFacts]]) -> dict[str, list[int]]:
+def _crossings(read: Read) -> dict[str, list[int]]:
     folds: dict[str, set[int]] = {}
     for clip, _ in read:
         folds.setdefault(clip.source_id, set()).add(clip.fold)
@@ -239,7 +241,7 @@ def _check_identities(clips: list[Clip], root: Path) -> None:
             )
 
 
-def _table(read: list[tuple[Clip, AudioFacts]], features: datasets.Features) -> pa.Table:
+def _table(read: Read, features: datasets.Features) -> pa.Table:
     label_of = features["label"].str2int
     rows = [
         {

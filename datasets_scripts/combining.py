@@ -88,4 +88,5 @@ def _plain(name: str, dataset: datasets.Dataset) -> datasets.Dataset:
     labels = dataset.with_format(None)["label"][:]
     dataset = dataset.remove_columns([column for column in dataset.column_names if column not in _KEPT_COLUMNS])
     dataset = dataset.remove_columns("label").add_column("label", labels, feature=datasets.Value("int64"))
+    dataset.info.description = ""  # a report on one corpus would be wrong for several
     return dataset.add_column("corpus", [name] * len(dataset), feature=datasets.Value("string"))

@@ -61,8 +61,8 @@ class Listing:
     seconds: tuple[float, float] = (0.0, float("inf"))
 
 
-class Corpus(ABC):
-    """One corpus: its facts and how to read its folder.
+class Corpus:
+    """The facts about one corpus.
 
     Attributes:
         name: the name `load_corpus` knows it by.
@@ -75,9 +75,6 @@ class Corpus(ABC):
         fold_sizes: official number of clips per fold; empty where there is nothing official.
         class_sizes: official number of clips per class, in the official order.
         known_crossings: how many recordings are in several folds in the official split, by those folds.
-        archives: official archives; empty where there is nothing to download.
-        layout: what a folder of this corpus looks like, for messages.
-        unique_content: whether byte-identical files are one clip.
     """
 
     name: ClassVar[str]
@@ -90,6 +87,17 @@ class Corpus(ABC):
     fold_sizes: ClassVar[dict[int, int]] = {}
     class_sizes: ClassVar[dict[str, int]] = {}
     known_crossings: ClassVar[dict[tuple[int, ...], int]] = {}
+
+
+class FolderCorpus(Corpus, ABC):
+    """A corpus that comes as a folder of sound files.
+
+    Attributes:
+        archives: official archives; empty where there is nothing to download.
+        layout: what its folder looks like, for messages.
+        unique_content: whether byte-identical files are one clip.
+    """
+
     archives: ClassVar[tuple[Archive, ...]] = ()
     layout: ClassVar[str]
     unique_content: ClassVar[bool] = False

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import datasets
 
-from .corpus import Archive, Clip, Corpus, Listing, sound_files
+from .corpus import Archive, Clip, FolderCorpus, Listing, sound_files
 
 # Both parts use the same file names, so the part belongs to a clip's identity.
 _PARTS = {"scenes_stereo": ("development", 1), "scenes_stereo_testset": ("evaluation", 2)}
@@ -26,7 +26,7 @@ _COLUMNS = {"subset": datasets.Value("string")}
 _FOLD_SIZES = {1: 100, 2: 100}
 
 
-class DCASE2013(Corpus):
+class DCASE2013(FolderCorpus):
     name = "dcase2013"
     title = "DCASE2013 acoustic scene classification, 10 classes"
     licence = "Creative Commons (check the terms at the publisher before you share the sound)"

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import datasets
 
-from .corpus import Archive, Clip, Corpus, Listing, first_with, read_table, sound_files, whole_number
+from .corpus import Archive, Clip, FolderCorpus, Listing, first_with, read_table, sound_files, whole_number
 from .errors import CorpusError
 
 # Position = the official target number.
@@ -45,7 +45,7 @@ _TABLE = "meta/esc50.csv"
 _COLUMNS = {"esc10": datasets.Value("bool"), "take": datasets.Value("string")}
 
 
-class ESC50(Corpus):
+class ESC50(FolderCorpus):
     name = "esc50"
     title = "ESC-50: Environmental Sound Classification, 50 classes"
     licence = "Creative Commons Attribution-NonCommercial 3.0 (CC BY-NC 3.0)"

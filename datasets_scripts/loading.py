@@ -1,6 +1,7 @@
 """`load_corpus`: one call for every corpus, wherever it comes from."""
 
 import logging
+import os
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,21 +11,21 @@ from datasets.exceptions import DatasetGenerationError
 from .archives import unpacked, unpacked_official
 from .audiofolder import AudioFolder
 from .builder import FolderBuilder, corpus_report
-from .corpus import Corpus
+from .corpus import Corpus, FolderCorpus
 from .dcase2013 import DCASE2013
 from .describing import STATES
 from .errors import CorpusError
 from .esc import ESC10, ESC50
 from .exporting import is_export, is_hub_id, load_export
-from .synthetic import SyntheticBuilder, SyntheticConfig
+from .synthetic import Synthetic, SyntheticBuilder, SyntheticConfig
 from .urbansound8k import UrbanSound8K
 
 logger = logging.getLogger(__name__)
 
 CORPORA: dict[str, Corpus] = {
-    corpus.name: corpus for corpus in (ESC10(), ESC50(), UrbanSound8K(), DCASE2013(), AudioFolder())
+    corpus.name: corpus for corpus in (ESC10(), ESC50(), UrbanSound8K(), DCASE2013(), Synthetic(), AudioFolder())
 }
-CORPUS_NAMES = [*CORPORA, "synthetic"]
+CORPUS_NAMES = list(CORPORA)
 _SYNTHETIC_OPTIONS = {f.name for f in fields(SyntheticConfig)} - {f.name for f in fields(datasets.BuilderConfig)}
 
 
@@ -78,11 +79,10 @@ def load_corpus(
 def _load(
     name: str, data_dir: str | Path | None, allow_partial: bool, skip_unreadable: bool, cache: Path, options: dict
 ) -> datasets.Dataset:
-    corpus = CORPORA.get(name)
+    corpus = CORPORA[name]
     if data_dir is not None and _is_export(data_dir):
-        classes = list(corpus.class_sizes) if corpus else []
-        return load_export(name, str(data_dir), classes, corpus.columns if corpus else {}, str(cache))
-    if corpus:
+        return load_export(corpus, os.path.expanduser(data_dir), str(cache))
+    if isinstance(corpus, FolderCorpus):
         root = _find_root(corpus, data_dir, cache)
         builder = FolderBuilder(corpus, root, allow_partial, skip_unreadable, str(cache))
     elif data_dir is None:
@@ -92,7 +92,7 @@ def _load(
     try:
         builder.download_and_prepare()
     except CorpusError as error:
-        if corpus and data_dir is None:
+        if data_dir is None:
             raise CorpusError(f"{error} This copy was downloaded: delete {root} to download it again.") from None
         raise
     return builder.as_dataset(split="train")
@@ -103,7 +103,7 @@ def _is_export(data_dir: str | Path) -> bool:
     return is_export(source) if source.exists() else is_hub_id(str(data_dir))
 
 
-def _find_root(corpus: Corpus, data_dir: str | Path | None, cache: Path) -> Path:
+def _find_root(corpus: FolderCorpus, data_dir: str | Path | None, cache: Path) -> Path:
     """The corpus's root in a folder, in archives on disk, or downloaded."""
     if data_dir is None:
         if not corpus.archives:
@@ -125,7 +125,7 @@ def _find_root(corpus: Corpus, data_dir: str | Path | None, cache: Path) -> Path
     return root
 
 
-def _archives_beside(file: Path, corpus: Corpus) -> list[Path]:
+def _archives_beside(file: Path, corpus: FolderCorpus) -> list[Path]:
     """An archive and, if it is one of several official ones, the others in its folder."""
     official = [archive.filename for archive in corpus.archives]
     if file.name not in official:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import datasets
 
-from .corpus import Archive, Clip, Corpus, Listing, first_with, read_table, sound_files, whole_number
+from .corpus import Archive, Clip, FolderCorpus, Listing, first_with, read_table, sound_files, whole_number
 from .errors import CorpusError
 
 _TABLE = "metadata/UrbanSound8K.csv"
@@ -34,7 +34,7 @@ _CLASS_SIZES = {
 _KNOWN_CROSSINGS = {(1, 4): 2, (1, 8): 1, (1, 9): 1, (2, 7): 1}
 
 
-class UrbanSound8K(Corpus):
+class UrbanSound8K(FolderCorpus):
     name = "urbansound8k"
     title = "UrbanSound8K: urban sounds, 10 classes"
     licence = "Creative Commons Attribution-NonCommercial (CC BY-NC; 3.0 or 4.0, the publisher's pages disagree)"

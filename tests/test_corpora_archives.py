@@ -198,6 +198,14 @@ def test_download_is_kept(server, official, tmp_path):
     assert len(load_corpus("dcase2013", cache_dir=tmp_path)) == 200
     assert len(load_corpus("dcase2013", cache_dir=tmp_path)) == 200
     assert server.ranges == [None], "one request in all"
+    assert not list((tmp_path / "dls_downloads").glob("*.zip*[!k]")), "the archive takes room and is of no more use"
+
+
+def test_downloaded_archive_that_leads_out(server, monkeypatch, tmp_path):
+    server.content = zip_with(tmp_path, "../escaped.txt").read_bytes()
+    monkeypatch.setattr(type(CORPORA["esc50"]), "archives", (Archive(server.url, "ESC-50-master.zip"),))
+    with pytest.raises(CorpusError, match=r"ESC-50-master\.zip: refused.*delete it to download it again"):
+        load_corpus("esc50", cache_dir=tmp_path / "cache")
 
 
 def test_interrupted_transfer_is_resumed(server, official, tmp_path):
@@ -222,10 +230,11 @@ def test_server_that_cannot_resume_starts_again(server, official, tmp_path):
 
 
 def test_file_that_changed_on_the_server_is_not_patched_together(server, official, tmp_path):
+    published, server.content = server.content, bytes(len(server.content))
     server.script = ["cut", 404]
     with pytest.raises(CorpusError):
         load_corpus("dcase2013", cache_dir=tmp_path)
-    server.etag = '"two"'
+    server.content, server.etag = published, '"two"'
     assert len(load_corpus("dcase2013", cache_dir=tmp_path)) == 200
 
 
@@ -272,7 +281,10 @@ def test_offline_mode_downloads_nothing(server, official, monkeypatch, tmp_path)
 
 
 def test_official_addresses():
-    urls = {name: [archive.url for archive in corpus.archives] for name, corpus in CORPORA.items()}
+    urls = {
+        name: [archive.url for archive in CORPORA[name].archives]
+        for name in ("esc10", "esc50", "urbansound8k", "dcase2013")
+    }
     assert urls["esc10"] == urls["esc50"] == ["https://github.com/karoldvl/ESC-50/archive/master.zip"]
     assert urls["urbansound8k"] == ["https://zenodo.org/record/1203745/files/UrbanSound8K.tar.gz"]
     assert [os.path.basename(url) for url in urls["dcase2013"]] == ["scenes_stereo.zip", "scenes_stereo_testset.zip"]

@@ -3,6 +3,7 @@
 import io
 import os
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -64,7 +65,7 @@ def test_export_is_accepted_as_the_corpus(exported, tmp_path):
     assert corpus_report(dataset) == corpus_report(original)
     assert [len(part) for part in train_test_folds(dataset, 1)] == [100, 100]
     assert (decode_audio(dataset[7]["audio"])[0] == decode_audio(original[7]["audio"])[0]).all()
-    with pytest.raises(CorpusError, match="its card says dcase2013, expected an export of esc10"):
+    with pytest.raises(CorpusError, match="an export of dcase2013, expected one of esc10"):
         load_corpus("esc10", exported / "out", cache_dir=tmp_path)
 
 
@@ -82,6 +83,16 @@ def test_card(exported):
     ):
         assert part in text
     assert str(exported) not in text, "the card gives away a path of this machine"
+
+
+def test_export_after_datasets_own_upload(exported, tmp_path):
+    """`push_to_hub` writes a card of its own; the clips are then counted instead."""
+    target = tmp_path / "out"
+    shutil.copytree(exported / "out" / "data", target / "data")
+    dataset = load_corpus("dcase2013", target, cache_dir=tmp_path / "cache")
+    assert corpus_report(dataset) == corpus_report(load_corpus("dcase2013", exported / "out", cache_dir=tmp_path))
+    with pytest.raises(CorpusError, match="not an export of esc50: columns label, esc10, take"):
+        load_corpus("esc50", target, cache_dir=tmp_path / "cache")
 
 
 def test_spoiled_export(exported, tmp_path):
@@ -143,7 +154,10 @@ def test_describe_picture_that_cannot_be_written(exported):
     [
         (["export", "esc51", "--output_dir", "o"], "choose one of"),
         (["export", "esc50", "--data_dir", "no/such/folder", "--output_dir", "o"], "no/such/folder: no such folder"),
-        (["export", "esc50", "--data_dir", "no/such", "--output_dir", "o"], "no/such: neither an existing folder"),
+        (
+            ["export", "esc50", "--data_dir", "no/such", "--output_dir", "o"],
+            "no/such: no such folder or archive, and no Hub id",
+        ),
         (["export", "esc50", "--data_dir", "tree", "--output_dir", "o"], "tree: not the layout of esc50"),
         (["export", "esc50", "--output_dir", "o"], "HF_HUB_OFFLINE"),
         (["export", "dcase2013", "--data_dir", "tree", "--output_dir", "tree"], "not an empty folder"),
