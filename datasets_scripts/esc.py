@@ -107,7 +107,7 @@ class ESC50(FolderCorpus):
             raise CorpusError(
                 f"{table}: {row['filename']} has category {row['category']!r}, but target {target} is {official}"
             )
-        if row["esc10"] not in ("True", "False"):
+        if row["esc10"].lower() not in ("true", "false"):
             raise CorpusError(f"{table}: {row['filename']} has esc10 {row['esc10']!r}; expected True or False")
         return Clip(
             path=root / "audio" / row["filename"],
@@ -115,7 +115,7 @@ class ESC50(FolderCorpus):
             fold=fold,
             clip_id=f"{fold}-{row['src_file']}-{row['take']}",
             source_id=row["src_file"],
-            extra={"esc10": row["esc10"] == "True", "take": row["take"]},
+            extra={"esc10": row["esc10"].lower() == "true", "take": row["take"]},
         )
 
 

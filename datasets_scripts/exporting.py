@@ -96,8 +96,8 @@ dataset = load_dataset("path/to/this/folder/or/its/hub/id", split="train")
 samples, sampling_rate = soundfile.read(io.BytesIO(dataset[0]["audio"]["bytes"]))
 ```
 
-One split, `train`, with the official folds in the column `fold`: hold one fold out for testing at a time, and never
-shuffle clips between folds. Columns: {columns}.
+One split, `train`. The folds are in the column `fold` (0: there are none): hold one out for testing at a time, and
+never shuffle clips between them. Columns: {columns}.
 The `audio` column holds each file's own bytes, unchanged;
 with torchcodec installed, `dataset.cast_column("audio", datasets.Audio())` decodes them.
 

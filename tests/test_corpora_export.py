@@ -13,7 +13,7 @@ import pytest
 import yaml
 from corpora_trees import make_dcase2013, wav, write_table
 
-from datasets_scripts import CorpusError, corpus_report, decode_audio, load_corpus, train_test_folds
+from datasets_scripts import CorpusError, corpus_report, decode_audio, exporting, load_corpus, train_test_folds
 from datasets_scripts.__main__ import main
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -93,6 +93,21 @@ def test_export_after_datasets_own_upload(exported, tmp_path):
     assert corpus_report(dataset) == corpus_report(load_corpus("dcase2013", exported / "out", cache_dir=tmp_path))
     with pytest.raises(CorpusError, match="not an export of esc50: columns label, esc10, take"):
         load_corpus("esc50", target, cache_dir=tmp_path / "cache")
+
+
+def test_hub_id_is_handed_to_datasets(exported, tmp_path, monkeypatch):
+    """No Hub here: what would be asked of it is answered from the folder."""
+    load, asked = datasets.load_dataset, []
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, **kw: asked.append(name) or load(str(exported / "out"), **kw)
+    )
+    card = exporting.DatasetCard.load
+    monkeypatch.setattr(
+        exporting.DatasetCard, "load", lambda name: asked.append(name) or card(exported / "out/README.md")
+    )
+    monkeypatch.chdir(tmp_path)
+    assert len(load_corpus("dcase2013", "you/dcase2013", cache_dir=tmp_path)) == 200
+    assert (asked[0], asked[-1]) == ("you/dcase2013", "you/dcase2013")
 
 
 def test_spoiled_export(exported, tmp_path):
