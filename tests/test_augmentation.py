@@ -172,6 +172,16 @@ def test_quiet_crops(case, channels, offset):
     np.testing.assert_allclose(slow_view(clip, draws, LENGTH), clip[:, start:end])
 
 
+@pytest.mark.parametrize(("ratio", "stays"), [(0.45, False), (0.55, True)])
+def test_quiet_means_below_half_of_the_clips_standard_deviation(ratio, stays):
+    clip = np.where(np.arange(1000) % 2, 1.0, -1.0)[None]
+    # The crop's amplitude for which its deviation is `ratio` of the whole clip's.
+    clip[:, 400:600] *= (0.8 * ratio**2 / (1 - 0.2 * ratio**2)) ** 0.5
+    draws = torch.tensor([[0.9, 0.5, 0.5]], dtype=torch.float64)
+    view = WaveformAugmentation(LENGTH)(torch.from_numpy(clip)[None], torch.tensor([1000]), draws)
+    np.testing.assert_array_equal(view[0].numpy(), clip[:, 400:600] if stays else clip[:, :200])
+
+
 def test_a_quiet_crop_among_loud_ones():
     """Only the clips that are quiet give way, and each to its own head or tail."""
     clips = [clip for clip, _, _ in QUIET.values()]
