@@ -66,12 +66,11 @@ from datasets import Dataset
 
 from datasets_scripts import corpus_report, train_test_folds
 from dls_training.arguments import plain_options
-from dls_training.augmentation import WaveformAugmentation
 from dls_training.checkpoints import claim_output_dir, files_moved_into_place, find_checkpoint, write_json
 from dls_training.input_pipeline import (
+    ViewMaker,
     evaluation_loader,
     load_corpora,
-    make_views,
     mean_over_windows,
     training_loader,
 )
@@ -121,7 +120,7 @@ class FoldRun:
     def __init__(self, args, accelerator: Accelerator, extractor: ESResNetFeatureExtractor, config: ESResNetConfig,
                  train: Dataset, test: Dataset, output_dir: Path, log_prefix: str):  # fmt: skip
         self.args, self.accelerator, self.extractor = args, accelerator, extractor
-        self.augmentation = WaveformAugmentation(extractor.max_length)
+        self.make_views = ViewMaker(extractor, args.augmentation)
         # Every fold, and every arm, starts from the same seed, whatever ran before it in this process.
         set_seed(args.seed)
         checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
@@ -149,7 +148,7 @@ class FoldRun:
 
         def clip_losses(number):
             part = batch.batches[number]
-            logits = self.loop.model(make_views(part, self.augmentation, self.extractor)).logits
+            logits = self.loop.model(self.make_views(part)).logits
             return F.cross_entropy(logits, part["labels"], reduction="none")
 
         return self.loop.optimize(batch, clip_losses)

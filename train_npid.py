@@ -52,6 +52,7 @@ ARGS = parse_args() if __name__ == "__main__" else None
 import hashlib
 import logging
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -60,12 +61,11 @@ from datasets import Dataset
 
 from datasets_scripts import combine_corpora, corpus_report
 from dls_training.arguments import UserError, plain_options
-from dls_training.augmentation import WaveformAugmentation
 from dls_training.checkpoints import claim_output_dir, files_moved_into_place, find_checkpoint, write_json
 from dls_training.input_pipeline import (
+    ViewMaker,
     evaluation_loader,
     load_corpora,
-    make_views,
     mean_over_windows,
     training_loader,
 )
@@ -111,6 +111,20 @@ def training_clips(args, corpora: list[tuple[str, Dataset]]) -> tuple[Dataset, d
         "skipped_files": {name: skipped for name, d in corpora if (skipped := corpus_report(d)["skipped"])},
         "excluded_folds": {name: sorted(excluded) for name, _ in corpora if (excluded := excluded_folds(args, name))},
     }
+
+
+def make_bank(args, checkpoint: Path | None, keys: torch.Tensor, embedding_dim: int) -> MemoryBank:
+    """The checkpoint's memory bank, or a new one.
+
+    Raises:
+        UserError: if the checkpoint has none.
+    """
+    if checkpoint is None:
+        return MemoryBank(len(keys), embedding_dim, args.bank_momentum, keys, args.seed)
+    try:
+        return MemoryBank.load(checkpoint / BANK_FILE, args.bank_momentum)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{checkpoint} is not a checkpoint of train_npid.py: {error}") from error
 
 
 class NearestNeighbourTests:
@@ -159,13 +173,12 @@ class NearestNeighbourTests:
 class PretextStep:
     """One optimizer step of instance discrimination, over however many processes and batches it is split."""
 
-    def __init__(self, accelerator, loop: TrainingLoop, objective: InstanceDiscrimination, extractor):
-        self.accelerator, self.loop, self.objective, self.extractor = accelerator, loop, objective, extractor
-        self.augmentation = WaveformAugmentation(extractor.max_length)
+    def __init__(self, accelerator, loop: TrainingLoop, objective: InstanceDiscrimination, make_views: ViewMaker):
+        self.accelerator, self.loop, self.objective, self.make_views = accelerator, loop, objective, make_views
 
     def __call__(self, batch: GlobalBatch) -> torch.Tensor:
         """Updates the network, and then, once, the bank. Returns the loss summed over the clips."""
-        views = [make_views(part, self.augmentation, self.extractor) for part in batch.batches]
+        views = [self.make_views(part) for part in batch.batches]
         indices = [part["index"] for part in batch.batches]
         candidates = self.objective.candidates(indices, batch.places, batch.slots, batch.step)
         if self.objective.needs_normaliser():
@@ -210,11 +223,7 @@ def main() -> None:
 
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     model = make_model(ESResNetForInstanceDiscrimination, checkpoint or args.model_name_or_path, config)
-    bank = (
-        MemoryBank.load(checkpoint / BANK_FILE, args.bank_momentum)
-        if checkpoint
-        else MemoryBank(len(clips), config.embedding_dim, args.bank_momentum, keys, args.seed)
-    ).to(accelerator.device)
+    bank = make_bank(args, checkpoint, keys, config.embedding_dim).to(accelerator.device)
     objective = InstanceDiscrimination(
         bank, args.objective, args.nce_k, args.nce_t, args.nce_exclude_positive, args.nce_z_momentum, args.seed
     )
@@ -236,7 +245,7 @@ def main() -> None:
     if not loop.progress.history:
         loop.progress.history.append({"epoch": 0} | evaluate(0, is_last=False))
         logger.info(f"untrained: {describe(loop.progress.history[0])}")
-    loop.train(PretextStep(accelerator, loop, objective, extractor), evaluate)
+    loop.train(PretextStep(accelerator, loop, objective, ViewMaker(extractor, args.augmentation)), evaluate)
 
     results = {
         "task": "npid",

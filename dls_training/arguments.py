@@ -69,6 +69,11 @@ def make_parser(description: str, defaults: dict, reasons: str) -> argparse.Argu
         default=1,
         help="1 averages channels, 2 doubles mono (default: 1)",
     )
+    data.add_argument(
+        "--augmentation", choices=("waveform", "spectrogram", "both"), default="waveform",
+        help="waveform: ESResNet's; spectrogram: crops, mixing, gain and masks instead, which keep small corpora from "
+        "being memorised (default: waveform)",
+    )  # fmt: skip
     data.add_argument("--allow_partial", action="store_true", help="accept a corpus that lacks some of its clips")
     data.add_argument("--skip_unreadable", action="store_true", help="leave unreadable files out and report them")
     data.add_argument(

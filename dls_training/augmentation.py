@@ -1,4 +1,4 @@
-"""ESResNet's waveform augmentation, a batch at a time and on any device.
+"""Augmentation of waveforms (ESResNet's) and of power spectrograms, a batch at a time and on any device.
 
 Every random choice is made from numbers in [0, 1) that the caller draws for each clip, so that a clip's view depends
 on the seed, the epoch and the clip alone, not on the batch, the worker or the process that it falls to.
@@ -7,18 +7,21 @@ on the seed, the epoch and the clip alone, not on the batch, the worker or the p
 import torch
 import torch.nn.functional as F
 
-NUM_DRAWS = 3  # per clip: time inversion, time scaling, position
+from modeling_dls.feature_extraction_esresnet import POWER_FLOOR
 
 
 class WaveformAugmentation:
     """Time inversion, time scaling, then random padding up to or random crop down to a fixed length (ESResNet).
 
     Attributes:
+        NUM_DRAWS: Random numbers per clip, for inversion, scale and position; further ones are ignored.
         length: Samples of a view.
         max_scale: A clip is stretched by max_scale^U(-1, 1), linearly interpolated.
         p_inversion: Probability of playing a clip backwards. (The original's code flips the channel axis instead; this
             does what its paper says.)
     """
+
+    NUM_DRAWS = 3
 
     def __init__(self, length: int, max_scale: float = 1.25, p_inversion: float = 0.5):
         self.length = length
@@ -31,7 +34,7 @@ class WaveformAugmentation:
         Args:
             waveform: (batch, channels, samples), each clip filled up to the longest with anything.
             lengths: (batch,), samples of each clip, int64.
-            draws: (batch, 3) in [0, 1), float64.
+            draws: (batch, NUM_DRAWS) in [0, 1), float64.
 
         Returns:
             (batch, channels, length). Padding repeats the mean over channels of the first and of the last sample; a
@@ -74,6 +77,100 @@ class WaveformAugmentation:
         view = torch.lerp(waveform.gather(2, index), waveform[..., 1:].gather(2, index), fraction)
         # Beyond a clip's ends, its first or last sample: of several channels, their mean.
         return view if inside is None else torch.where(inside, view, view.mean(dim=1, keepdim=True))
+
+
+class SpectrogramAugmentation:
+    """Strong augmentation of power spectrograms, without which small corpora are memorised clip by clip.
+
+    Random resized crop in time and, within each band, in frequency; time inversion; mixing with another clip of the
+    batch; gain; masks in time and, for each band, in frequency.
+
+    Attributes:
+        NUM_DRAWS: Random numbers per clip.
+        min_time, min_frequency: Smallest share of the picture that a crop keeps.
+        max_mix: Largest share of another clip's power.
+        gain_db: Largest change of level, in dB, up or down.
+        max_time_mask, max_frequency_mask: Largest share of the picture that one mask hides.
+    """
+
+    NUM_MASKS = 2
+    NUM_BANDS = 3
+    NUM_DRAWS = 7 + 2 * NUM_MASKS * (1 + NUM_BANDS)
+
+    def __init__(
+        self,
+        min_time: float = 0.4,
+        min_frequency: float = 0.8,
+        max_mix: float = 0.3,
+        gain_db: float = 8.0,
+        max_time_mask: float = 1 / 6,
+        max_frequency_mask: float = 1 / 4,
+    ):
+        self.min_time = min_time
+        self.min_frequency = min_frequency
+        self.max_mix = max_mix
+        self.gain_db = gain_db
+        self.max_time_mask = max_time_mask
+        self.max_frequency_mask = max_frequency_mask
+
+    def __call__(self, power: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """Makes one view of each clip.
+
+        Args:
+            power: (batch, audio_channels, 3, height, width), above zero.
+            draws: (batch, NUM_DRAWS) in [0, 1). The clip that is mixed in is the batch's previous one.
+
+        Returns:
+            The same shape, above zero; what is masked is as quiet as digital silence.
+        """
+        draws = draws.to(power.dtype)
+        crop, (inversion, mix, gain), masks = draws[:, :4], draws[:, 4:7].T, draws[:, 7:]
+        view = self.resized_crop(power, crop, inversion < 0.5)
+        share = per_clip(self.max_mix * mix)
+        view = torch.lerp(view, view.roll(1, dims=0), share)
+        view = view * per_clip(10 ** (self.gain_db * (2 * gain - 1) / 10))
+        return view.masked_fill(self.masked(masks, *power.shape[-2:])[:, None], POWER_FLOOR)
+
+    def resized_crop(self, power: torch.Tensor, draws: torch.Tensor, inverted: torch.Tensor) -> torch.Tensor:
+        """Stretches a random rectangle, the same in each channel and band, to the whole picture."""
+        width = self.min_time + (1 - self.min_time) * draws[:, 0]
+        height = self.min_frequency + (1 - self.min_frequency) * draws[:, 2]
+        # In the coordinates of grid_sample the picture reaches from -1 to 1.
+        centre_x, centre_y = (1 - width) * (2 * draws[:, 1] - 1), (1 - height) * (2 * draws[:, 3] - 1)
+        zero = torch.zeros_like(width)
+        to_source = torch.stack(
+            [torch.where(inverted, -width, width), zero, centre_x, zero, height, centre_y], dim=1
+        ).view(-1, 2, 3)
+        pictures = power.flatten(1, 2)
+        grid = F.affine_grid(to_source, pictures.shape, align_corners=False)
+        return F.grid_sample(pictures, grid, padding_mode="border", align_corners=False).view_as(power)
+
+    def masked(self, draws: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        """Which cells are hidden: (batch, 3, height, width), bool."""
+        in_time, in_frequency = draws.split([2 * self.NUM_MASKS, 2 * self.NUM_MASKS * self.NUM_BANDS], dim=1)
+        columns = hidden_stretches(in_time.view(-1, self.NUM_MASKS, 2), self.max_time_mask, width)
+        rows = hidden_stretches(in_frequency.reshape(-1, self.NUM_MASKS, 2), self.max_frequency_mask, height).view(
+            -1, self.NUM_BANDS, height
+        )
+        return columns[:, None, None, :] | rows[..., None]
+
+
+# What a clip's view is made from, whichever of the two are used: the numbers of one never shift those of the other.
+NUM_DRAWS = WaveformAugmentation.NUM_DRAWS + SpectrogramAugmentation.NUM_DRAWS
+
+
+def per_clip(values: torch.Tensor) -> torch.Tensor:
+    """(batch,) -> (batch, 1, 1, 1, 1)."""
+    return values[:, None, None, None, None]
+
+
+def hidden_stretches(draws: torch.Tensor, max_share: float, size: int) -> torch.Tensor:
+    """Stretches of random length and place: draws (rows, stretches, 2) -> (rows, size), bool."""
+    length = (draws[..., 0] * (max_share * size + 1)).floor()
+    first = (draws[..., 1] * (size - length + 1)).floor()
+    cell = torch.arange(size, device=draws.device)
+    inside = (cell >= first[..., None]) & (cell < (first + length)[..., None])
+    return inside.any(dim=1)
 
 
 def masked_std(waveform: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """From rows of a corpus to batches of waveforms; then, on the device, to views and spectrograms.
 
-file bytes -> decode, resample -> waveform augmentation, crop or pad -> power spectrogram -> decibel, normalisation
+file bytes -> decode, resample -> waveform augmentation, crop or pad -> power spectrogram -> spectrogram augmentation
+-> decibel, normalisation
 """
 
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from datasets_scripts import AudioError, decode_audio, load_corpus
 from modeling_dls.feature_extraction_esresnet import ESResNetFeatureExtractor, fit_length
 
 from .arguments import UserError
-from .augmentation import NUM_DRAWS, WaveformAugmentation
+from .augmentation import NUM_DRAWS, SpectrogramAugmentation, WaveformAugmentation
 
 # A recording much longer than a view is cut to a random stretch of this many views before augmentation, so that an
 # hour of audio is neither sent to the device nor padded to by its batch.
@@ -177,7 +178,7 @@ def load_corpora(args, accelerator: Accelerator) -> list[tuple[str, Dataset]]:
 
 
 def training_loader(rows: Dataset, extractor: ESResNetFeatureExtractor, args) -> DataLoader:
-    """Shuffled batches for `make_views`.
+    """Shuffled batches for a `ViewMaker`.
 
     Raises:
         UserError: if there are fewer than two clips: batch norm cannot normalise a batch of one.
@@ -206,11 +207,34 @@ def evaluation_loader(rows: Dataset, extractor: ESResNetFeatureExtractor, args) 
     )
 
 
-def make_views(batch: dict, augmentation: WaveformAugmentation, extractor: ESResNetFeatureExtractor) -> torch.Tensor:
-    """A training batch, on its device -> input_values (batch, audio_channels, 3, height, width)."""
-    part = CPU_PART if batch["waveform"].device.type == "cpu" else len(batch["waveform"])
-    parts = zip(*(batch[name].split(part) for name in ("waveform", "lengths", "draws")), strict=True)
-    return torch.cat([extractor.spectrogram(augmentation(*clips)) for clips in parts])
+class ViewMaker:
+    """A training batch, on its device -> augmented `input_values`.
+
+    Attributes:
+        extractor: Makes the spectrograms.
+        waveform_augmentation: Crops and pads to one length; with `"spectrogram"` it does nothing else.
+        spectrogram_augmentation: None with `"waveform"`.
+    """
+
+    def __init__(self, extractor: ESResNetFeatureExtractor, augmentation: str = "waveform"):
+        """
+        Args:
+            extractor: With `max_length`.
+            augmentation: `"waveform"`, `"spectrogram"` or `"both"`.
+        """
+        self.extractor = extractor
+        only_crop = {"max_scale": 1.0, "p_inversion": 0.0} if augmentation == "spectrogram" else {}
+        self.waveform_augmentation = WaveformAugmentation(extractor.max_length, **only_crop)
+        self.spectrogram_augmentation = None if augmentation == "waveform" else SpectrogramAugmentation()
+
+    def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """From `collate_training` -> (batch, audio_channels, 3, height, width)."""
+        part = CPU_PART if batch["waveform"].device.type == "cpu" else len(batch["waveform"])
+        parts = zip(*(batch[name].split(part) for name in ("waveform", "lengths", "draws")), strict=True)
+        power = torch.cat([self.extractor.power(self.waveform_augmentation(*clips)) for clips in parts])
+        if self.spectrogram_augmentation is not None:
+            power = self.spectrogram_augmentation(power, batch["draws"][:, WaveformAugmentation.NUM_DRAWS :])
+        return self.extractor.decibel(power)
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ FIXED_OPTIONS = (
     "optimizer",
     "clip_seconds",
     "audio_channels",
+    "augmentation",
 )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import set_seed
+from accelerate.utils import parse_flag_from_env, set_seed
 
 from datasets_scripts import CorpusError
 
@@ -110,15 +110,14 @@ def best_precision(device: torch.device) -> str:
 def make_accelerator(args) -> Accelerator:
     """Sets up threads, seed, logging and Accelerate, and says in the log's first line what the run has got."""
     use_every_core()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if torch.backends.mps.is_available():
-        device = torch.device("mps")
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
-        device = torch.device("cpu")
+    # Apple's GPUs have no float64, which Z and sums over an epoch need: there, the CPU computes.
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or torch.backends.mps.is_available()
+    device = torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
     precision = best_precision(device) if args.mixed_precision == "auto" else args.mixed_precision
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU: on this CPU choose bf16 or no")
     accelerator = Accelerator(
+        cpu=on_cpu,
         mixed_precision=precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=str(args.output_dir),

@@ -1,6 +1,5 @@
 """From waveform to `input_values`: ESResNet's three-band power spectrogram in decibels, normalisation included."""
 
-from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -105,7 +104,6 @@ def three_band_spectrogram(
     min_db: float | None = None,
     mean: float = 0.0,
     std: float = 1.0,
-    augment: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Three-band power spectrogram in decibels; with the defaults, ESResNet's own.
 
@@ -113,8 +111,6 @@ def three_band_spectrogram(
         waveform: (..., samples) in +-1, float32 or float64.
         n_fft, win_length, hop_length, spec_height, spec_width, resize_mode: See `three_band_power`.
         min_db, mean, std: See `power_to_decibel`.
-        augment: Applied to the power spectrogram (..., 3, height, width) before the logarithm; must keep it
-            above zero.
 
     Returns:
         (..., 3, height, width), in the waveform's dtype and on its device. 5 s at 44.1 kHz give (3, 341, 394).
@@ -123,7 +119,7 @@ def three_band_spectrogram(
         ValueError: if the waveform is shorter than half an FFT window.
     """
     power = three_band_power(waveform, n_fft, win_length, hop_length, spec_height, spec_width, resize_mode)
-    return power_to_decibel(power if augment is None else augment(power), min_db, mean, std)
+    return power_to_decibel(power, min_db, mean, std)
 
 
 def fit_length(waveform: torch.Tensor, length: int) -> torch.Tensor:
@@ -298,12 +294,12 @@ class ESResNetFeatureExtractor(FeatureExtractionMixin):
             raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
 
-    def spectrogram(
-        self, waveform: torch.Tensor, augment: Callable[[torch.Tensor], torch.Tensor] | None = None
-    ) -> torch.Tensor:
-        """`three_band_spectrogram` with this extractor's settings: (..., samples) -> (..., 3, height, width)."""
-        normalisation = {"min_db": self.min_db, "mean": self.mean, "std": self.std} if self.do_normalize else {}
-        return three_band_spectrogram(
+    def power(self, waveform: torch.Tensor) -> torch.Tensor:
+        """`three_band_power` with this extractor's settings: (..., samples) -> (..., 3, height, width).
+
+        Training augments between this and `decibel`; one after the other they are `three_band_spectrogram`.
+        """
+        return three_band_power(
             waveform,
             n_fft=self.n_fft,
             win_length=self.win_length,
@@ -311,9 +307,16 @@ class ESResNetFeatureExtractor(FeatureExtractionMixin):
             spec_height=self.spec_height,
             spec_width=self.spec_width,
             resize_mode=self.resize_mode,
-            augment=augment,
-            **normalisation,
         )
+
+    def decibel(self, power: torch.Tensor) -> torch.Tensor:
+        """`power_to_decibel` with this extractor's normalisation; any shape."""
+        normalisation = (self.min_db, self.mean, self.std) if self.do_normalize else ()
+        return power_to_decibel(power, *normalisation)
+
+    def spectrogram(self, waveform: torch.Tensor) -> torch.Tensor:
+        """`three_band_spectrogram` with this extractor's settings: (..., samples) -> (..., 3, height, width)."""
+        return self.decibel(self.power(waveform))
 
     def fit_channels(self, waveform: torch.Tensor) -> torch.Tensor:
         """(channels, samples) -> (audio_channels, samples).

@@ -1,10 +1,16 @@
-"""Waveform augmentation, clip by clip and sample by sample in slow words."""
+"""Augmentation, clip by clip and sample by sample in slow words."""
 
 import numpy as np
 import pytest
 import torch
 
-from dls_training.augmentation import NUM_DRAWS, WaveformAugmentation, masked_std
+from dls_training.augmentation import (
+    NUM_DRAWS,
+    SpectrogramAugmentation,
+    WaveformAugmentation,
+    hidden_stretches,
+    masked_std,
+)
 
 LAST = 1 - 2**-53  # the largest draw
 LENGTH = 200
@@ -234,3 +240,89 @@ def test_masked_std_of_a_faint_sound_on_a_constant(loudness, constant):
     clip = np.random.default_rng(0).normal(size=(1, 1, samples)) * loudness + constant
     found = masked_std(torch.from_numpy(clip).float(), torch.tensor([samples]))
     np.testing.assert_allclose(found.item(), clip.std(ddof=1), rtol=0.02)
+
+
+# Spectrograms
+
+
+def slow_picture(power, partner, draws, augmentation):
+    """The steps on one clip, cell by cell: (channels, 3, height, width) float64."""
+    height, width = power.shape[-2:]
+    share_x = augmentation.min_time + (1 - augmentation.min_time) * draws[0]
+    share_y = augmentation.min_frequency + (1 - augmentation.min_frequency) * draws[2]
+
+    def stretched(picture, share_x, share_y, draws):
+        """Bilinear, cells as areas: the middle of cell i lies at i + 0.5."""
+        left, top = (1 - share_x) * draws[1] * width, (1 - share_y) * draws[3] * height
+        out = np.empty_like(picture)
+        for i in range(height):
+            for j in range(width):
+                column = width - 1 - j if draws[4] < 0.5 else j
+                x = np.clip(left + (column + 0.5) * share_x - 0.5, 0, width - 1)
+                y = np.clip(top + (i + 0.5) * share_y - 0.5, 0, height - 1)
+                x0, y0 = int(x), int(y)
+                x1, y1 = min(x0 + 1, width - 1), min(y0 + 1, height - 1)
+                upper = (1 - x + x0) * picture[..., y0, x0] + (x - x0) * picture[..., y0, x1]
+                lower = (1 - x + x0) * picture[..., y1, x0] + (x - x0) * picture[..., y1, x1]
+                out[..., i, j] = (1 - y + y0) * upper + (y - y0) * lower
+        return out
+
+    view = stretched(power, share_x, share_y, draws)
+    share = augmentation.max_mix * draws[5]
+    view = (1 - share) * view + share * partner
+    view = view * 10 ** (augmentation.gain_db * (2 * draws[6] - 1) / 10)
+
+    def stretch(pair, max_share, size):
+        length = int(pair[0] * (max_share * size + 1))
+        first = int(pair[1] * (size - length + 1))
+        return slice(first, first + length)
+
+    pairs = np.asarray(draws[7:]).reshape(-1, 2)
+    for pair in pairs[:2]:
+        view[..., stretch(pair, augmentation.max_time_mask, width)] = 1e-18
+    for band in range(3):
+        for pair in pairs[2 + 2 * band : 4 + 2 * band]:
+            view[:, band, stretch(pair, augmentation.max_frequency_mask, height)] = 1e-18
+    return view, stretched(power, share_x, share_y, draws)
+
+
+def power_batch(clips, channels=1, height=9, width=14):
+    return torch.from_numpy(np.random.default_rng(1).uniform(0.1, 2, (clips, channels, 3, height, width)))
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_spectrogram_augmentation_against_cells(channels):
+    augmentation = SpectrogramAugmentation()
+    power = power_batch(6, channels)
+    draws = np.random.default_rng(2).random((6, augmentation.NUM_DRAWS))
+    draws[0], draws[1] = 0, LAST
+    views = augmentation(power, torch.from_numpy(draws))
+    stretched = [slow_picture(p, 0, d, augmentation)[1] for p, d in zip(power.numpy(), draws, strict=True)]
+    for i in range(6):
+        expected = slow_picture(power[i].numpy(), stretched[i - 1], draws[i], augmentation)[0]
+        np.testing.assert_allclose(views[i].numpy(), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_spectrogram_augmentation_stays_above_zero_and_keeps_dtype():
+    augmentation = SpectrogramAugmentation()
+    draws = torch.rand(50, augmentation.NUM_DRAWS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    views = augmentation(torch.full((50, 1, 3, 16, 32), 1e-18), draws)
+    assert views.dtype == torch.float32 and (views > 0).all() and torch.isfinite(views.log10()).all()
+
+
+def test_spectrogram_augmentation_can_do_nothing():
+    augmentation = SpectrogramAugmentation(1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
+    power = power_batch(4)
+    draws = torch.full((4, augmentation.NUM_DRAWS), 0.7, dtype=torch.float64)
+    torch.testing.assert_close(augmentation(power, draws), power)
+    draws[:, 4] = 0.3
+    torch.testing.assert_close(augmentation(power, draws), power.flip(-1))
+
+
+def test_masks_hide_the_promised_shares():
+    """Over many draws, a time mask is up to a sixth of the width, and every width and place occurs."""
+    draws = torch.rand(20_000, 1, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    hidden = hidden_stretches(draws, 1 / 6, 48)
+    assert sorted(hidden.sum(dim=1).unique().tolist()) == list(range(9))
+    assert hidden.any(dim=0).all()
+    assert hidden.double().mean().item() == pytest.approx(4 / 48, rel=0.02)

@@ -13,19 +13,19 @@ from datasets import Dataset
 
 from datasets_scripts import AudioError
 from dls_training.arguments import UserError
-from dls_training.augmentation import WaveformAugmentation
+from dls_training.augmentation import NUM_DRAWS, WaveformAugmentation
 from dls_training.input_pipeline import (
     MAX_VIEWS_PER_CLIP,
     EvaluationClips,
     ShuffledClips,
     TrainingClips,
+    ViewMaker,
     collate_evaluation,
     collate_training,
     evaluation_loader,
     evaluation_windows,
     load_corpora,
     load_waveform,
-    make_views,
     mean_over_windows,
     training_loader,
 )
@@ -183,7 +183,7 @@ def test_training_clip():
     item = clips[4, 2]
     assert item["index"] == 2 and item["label"] == 2
     np.testing.assert_array_equal(item["waveform"].numpy(), noise(2000, seed=2))
-    assert item["draws"].shape == (3,) and item["draws"].dtype == torch.float64
+    assert item["draws"].shape == (NUM_DRAWS,) and item["draws"].dtype == torch.float64
     assert ((item["draws"] >= 0) & (item["draws"] < 1)).all()
     # Every clip, epoch and seed has numbers of its own.
     draws = [
@@ -248,12 +248,12 @@ def test_collate_training():
 
 
 @pytest.mark.parametrize("audio_channels", [1, 2])
-def test_make_views_is_augmentation_and_spectrogram_of_each_clip(audio_channels):
+def test_views_are_augmentation_and_spectrogram_of_each_clip(audio_channels):
     extractor, augmentation = make_extractor(audio_channels), WaveformAugmentation(LENGTH)
     clips = TrainingClips(make_rows(), extractor, seed=1)
     for indices in ([0, 1, 2, 3, 4], [5], [3, 6]):
         items = [clips[0, i] for i in indices]
-        views = make_views(collate_training(items), augmentation, extractor)
+        views = ViewMaker(extractor)(collate_training(items))
         assert views.shape == (len(indices), audio_channels, 3, 8, 16) and views.dtype == torch.float32
         for view, item in zip(views, items, strict=True):
             samples = item["waveform"]

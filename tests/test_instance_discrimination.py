@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from dls_training import MemoryBank
-from dls_training.input_pipeline import ShuffledClips, collate_training, make_views
+from dls_training.input_pipeline import ShuffledClips, ViewMaker, collate_training
 from dls_training.instance_discrimination import (
     InstanceDiscrimination,
     clip_keys,
@@ -466,6 +466,7 @@ def pretext(tmp_path, batch_size, accumulation, num_clips=8, training=False, **o
         max_train_steps=None,
         checkpointing_steps="epoch",
         checkpoints_total_limit=1,
+        augmentation="waveform",
     )
     loader = DataLoader(
         Clips(num_clips), batch_size, sampler=ShuffledClips(num_clips, 8, 0), collate_fn=collate_training
@@ -474,7 +475,8 @@ def pretext(tmp_path, batch_size, accumulation, num_clips=8, training=False, **o
     loop = TrainingLoop(args, accelerator, model, loader, lambda folder: None, tmp_path, None, {})
     bank = MemoryBank(num_clips, 8)
     extractor = ESResNetFeatureExtractor.from_preset("tiny", max_length=4000, audio_channels=1)
-    step = PretextStep(accelerator, loop, InstanceDiscrimination(bank, num_negatives=4, **objective), extractor)
+    pretext_task = InstanceDiscrimination(bank, num_negatives=4, **objective)
+    step = PretextStep(accelerator, loop, pretext_task, ViewMaker(extractor))
     return step, loop, bank
 
 
@@ -523,7 +525,7 @@ def test_the_step_moves_the_network_along_the_mean_gradient(tmp_path):
     before = {name: p.detach().clone() for name, p in loop.model.named_parameters()}
     losses = []
     for part in batch.batches:
-        embeddings = loop.model(make_views(part, step.augmentation, step.extractor)).embeddings
+        embeddings = loop.model(step.make_views(part)).embeddings
         losses += softmax_loss(bank, embeddings, part["index"], 0.4).unbind()
     gradients = torch.autograd.grad(sum(losses) / 8, list(loop.model.parameters()))
     total = step(batch)
@@ -537,7 +539,7 @@ def test_the_step_moves_the_network_along_the_mean_gradient(tmp_path):
 def test_first_normaliser_does_not_depend_on_the_split(tmp_path, sizes):
     step, loop, bank = pretext(tmp_path, 8, 1)
     (batch,) = loop.global_batches()
-    views = make_views(batch.batches[0], step.augmentation, step.extractor)
+    views = step.make_views(batch.batches[0])
     candidates = step.objective.candidates([batch.batches[0]["index"]], batch.places, batch.slots, 0)
     step.estimate_normaliser([views], candidates)
     whole = bank.Z.item()
