@@ -68,8 +68,8 @@ def load_and_read(root: Path, cache: Path) -> int:
     from datasets_scripts import decode_audio, load_corpus
 
     dataset = load_corpus("urbansound8k", root, cache_dir=cache)
-    for row in dataset:
-        decode_audio(row["audio"])
+    for audio in dataset["audio"]:
+        decode_audio(audio)
     return len(dataset)
 
 
@@ -79,7 +79,8 @@ def load_and_read_in_workers(root: Path, cache: Path) -> int:
 
     from datasets_scripts import decode_audio, load_corpus
 
-    dataset = load_corpus("urbansound8k", root, cache_dir=cache).with_transform(
+    dataset = load_corpus("urbansound8k", root, cache_dir=cache).select_columns("audio")
+    dataset = dataset.with_transform(
         lambda rows: {"samples": [torch.from_numpy(decode_audio(audio)[0]) for audio in rows["audio"]]}
     )
 

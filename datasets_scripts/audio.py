@@ -1,6 +1,5 @@
 """Sound files to samples, through soundfile, refusing what libsndfile silently accepts."""
 
-import hashlib
 import io
 import os
 import re
@@ -10,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import soundfile
+import xxhash
 
 from .errors import AudioError
 
@@ -42,7 +42,11 @@ _BLOCK = 1 << 20
 
 
 class AudioFacts(NamedTuple):
-    """What one whole decoding of a file showed: its content's digest, its rate in Hz, channels and length."""
+    """What one whole decoding of a file showed: its content's digest, its rate in Hz, channels and length.
+
+    The digest is XXH3 with 128 bits (`xxhsum -H2`): it tells files apart as surely as SHA-256 does as long as nobody
+    makes two collide on purpose, and costs a hundredth, where SHA-256 would take longer than the decoding.
+    """
 
     digest: str
     sampling_rate: int
@@ -91,16 +95,11 @@ def inspect_audio(path: str | os.PathLike) -> AudioFacts:
         if frames < sound.frames:
             raise ValueError(f"is truncated: {frames} of {sound.frames} frames can be decoded")
         rate, channels = sound.samplerate, sound.channels
-    digest = new_digest()
+    digest = xxhash.xxh3_128()
     with open(path, "rb") as file:
         while part := file.read(_BLOCK):
             digest.update(part)
     return AudioFacts(digest.hexdigest(), rate, channels, frames)
-
-
-def new_digest(content: bytes = b""):
-    """BLAKE2b with 128 bits (`b2sum -l 128`): as good as SHA-256 for telling files apart, in half the time."""
-    return hashlib.blake2b(content, digest_size=16)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from .audio import AudioFacts, inspect_audio
 from .corpus import Clip, Corpus, FolderCorpus, common_features, walk_files
 from .errors import AudioError, CorpusError
 
-SCHEMA_VERSION = "1.1.0"  # in every cache key: raise it when the columns or the checks change
+SCHEMA_VERSION = "1.2.0"  # in every cache key: raise it when the columns or the checks change
 _SHOWN = 5
 _REPORT_MARK = "\n\nCorpus report: "
 _REPAIR = "Repair the files, or leave them out with skip_unreadable=True (--skip_unreadable)."
@@ -173,7 +173,7 @@ def _inspect_all(paths: list[Path], root: Path) -> list[AudioFacts | AudioError]
         except AudioError as error:
             return error
 
-    # libsndfile and hashlib work outside Python's lock, so threads are enough to use every core.
+    # libsndfile and xxhash work outside Python's lock, so threads are enough to use every core.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(tqdm(pool.map(inspect, paths), total=len(paths), desc=f"Checking {root.name}", unit=" clips"))
 

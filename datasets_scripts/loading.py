@@ -53,7 +53,7 @@ def load_corpus(
     Returns:
         A dataset with the columns audio (`{"bytes", "path"}`, for `decode_audio`), label (ClassLabel, the official
         names in official order; None where there are no labels), fold (from 1; 0: no folds), clip_id, source_id, the
-        corpus's own columns, and digest (128-bit BLAKE2b of the file), sampling_rate (Hz), num_channels, num_frames.
+        corpus's own columns, and digest (128-bit XXH3 of the file), sampling_rate (Hz), num_channels, num_frames.
         `corpus_report` tells what was left out or is lacking.
 
     Raises:
