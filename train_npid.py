@@ -54,7 +54,6 @@ import logging
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
@@ -95,21 +94,14 @@ def training_clips(args, corpora: list[tuple[str, Dataset]]) -> tuple[Dataset, d
     for corpus, fold in args.exclude_fold:
         if not any(corpus in (None, name) and fold in dataset["fold"][:] for name, dataset in corpora):
             raise UserError(f"--exclude_fold {corpus + '=' if corpus else ''}{fold}: no --corpus has this fold")
-    held_out, kept = [], []
-    for name, dataset in corpora:
-        excluded = np.isin(dataset["fold"][:], list(excluded_folds(args, name)))
-        held_out.append((f"{name} held out", dataset.select(np.flatnonzero(excluded))))
-        kept.append((name, dataset.select(np.flatnonzero(~excluded))))
-    # Held-out clips come first and own their identity: a copy of one in another corpus is not trained on either.
-    clips, combined = combine_corpora(held_out + kept)
-    clips = clips.select(np.flatnonzero(~np.char.endswith(clips["corpus"][:], " held out")))
-    counts = {name: combined["clips"][name] for name, _ in corpora}
-    logger.info(f"{len(clips)} clips: {counts}, {combined['removed']} duplicates removed")
+    excluded = {name: excluded_folds(args, name) for name, _ in corpora}
+    clips, combined = combine_corpora(corpora, excluded)
+    logger.info(f"{len(clips)} clips: {combined['clips']}, {combined['removed']} duplicates removed")
     return clips, {
-        "clips": counts,
+        "clips": combined["clips"],
         "duplicates_removed": combined["removed_pairs"],
         "skipped_files": {name: skipped for name, d in corpora if (skipped := corpus_report(d)["skipped"])},
-        "excluded_folds": {name: sorted(excluded) for name, _ in corpora if (excluded := excluded_folds(args, name))},
+        "excluded_folds": {name: sorted(folds) for name, folds in excluded.items() if folds},
     }
 
 

@@ -1,6 +1,7 @@
 """Official folds, and several corpora as one for pre-training."""
 
 from collections import Counter
+from collections.abc import Collection, Mapping
 from itertools import repeat
 
 import datasets
@@ -24,7 +25,7 @@ def train_test_folds(dataset: datasets.Dataset, fold: int) -> tuple[datasets.Dat
     Raises:
         CorpusError: there is no such fold, or nothing is left to train on.
     """
-    folds = np.asarray(dataset.with_format(None)["fold"][:])
+    folds = np.asarray(_folds(dataset))
     existing = sorted(set(folds.tolist()))
     if fold not in existing or len(existing) < 2:
         problem = f"fold {fold} cannot be held out" if fold in existing else f"there is no fold {fold}"
@@ -36,7 +37,9 @@ def train_test_folds(dataset: datasets.Dataset, fold: int) -> tuple[datasets.Dat
     return dataset.select(np.flatnonzero(folds != fold)), dataset.select(np.flatnonzero(folds == fold))
 
 
-def combine_corpora(corpora: list[tuple[str, datasets.Dataset]]) -> tuple[datasets.Dataset, dict]:
+def combine_corpora(
+    corpora: list[tuple[str, datasets.Dataset]], excluded_folds: Mapping[str, Collection[int]] | None = None
+) -> tuple[datasets.Dataset, dict]:
     """Several corpora as one unlabelled training set, every clip once.
 
     The first corpus that has a clip keeps it. Two clips are the same if their ESC identity is (ESC-10's and ESC-50's
@@ -44,19 +47,29 @@ def combine_corpora(corpora: list[tuple[str, datasets.Dataset]]) -> tuple[datase
 
     Args:
         corpora: pairs of a name and a dataset from `load_corpus`.
+        excluded_folds: folds to leave out, by corpus. Copies of their clips in other corpora are left out too: what is
+            to be tested on must not come back under another name.
 
     Returns:
         A dataset with columns audio, corpus, label (int64 or None, numbered as in its own corpus), fold, clip_id and
         source_id; and a dict: `clips` (kept per corpus), `removed` (in all), and `removed_pairs`, a list of
-        `{"kept_in", "removed_from", "clips"}`.
+        `{"kept_in", "removed_from", "clips"}`, in which "NAME held out" stands for NAME's excluded folds.
     """
     if not corpora:
         raise CorpusError("no corpus was given to combine")
+    excluded_folds = excluded_folds or {}
+    clips = [list(zip(_folds(data), zip(*_identities(data), strict=True), strict=True)) for _, data in corpora]
     owner_of: dict[tuple[str, str], str] = {}
+    for (name, _), rows in zip(corpora, clips, strict=True):
+        for fold, keys in rows:
+            if fold in excluded_folds.get(name, ()):
+                owner_of.update(zip(keys, repeat(f"{name} held out")))
     parts, kept_counts, removed = [], Counter(), Counter()
-    for name, dataset in corpora:
+    for (name, dataset), rows in zip(corpora, clips, strict=True):
         kept = []
-        for index, keys in enumerate(zip(*_identities(dataset), strict=True)):
+        for index, (fold, keys) in enumerate(rows):
+            if fold in excluded_folds.get(name, ()):
+                continue
             owner = next((owner_of[key] for key in keys if key in owner_of), None)
             if owner is None:
                 kept.append(index)
@@ -64,6 +77,7 @@ def combine_corpora(corpora: list[tuple[str, datasets.Dataset]]) -> tuple[datase
             else:
                 removed[owner, name] += 1
         kept_counts[name] += len(kept)
+        # Selected last: columns added to a selection would write its embedded clips to disk once more.
         parts.append(_plain(name, dataset).select(kept))
     report = {
         "clips": dict(kept_counts),
@@ -73,6 +87,10 @@ def combine_corpora(corpora: list[tuple[str, datasets.Dataset]]) -> tuple[datase
         ],
     }
     return datasets.concatenate_datasets(parts), report
+
+
+def _folds(dataset: datasets.Dataset) -> list[int]:
+    return dataset.with_format(None)["fold"][:]
 
 
 def _identities(dataset: datasets.Dataset) -> list[list[tuple[str, str]]]:

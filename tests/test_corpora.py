@@ -552,6 +552,17 @@ def test_combining_removes_what_is_there_twice(trees, tmp_path, cache):
     assert len(kept) == len(combined) == 2003
 
 
+def test_excluded_folds_do_not_come_back_under_another_name(trees, cache):
+    """ESC-10's fold 1 is held out: its clips are not taken from ESC-50 either, whichever corpus comes first."""
+    corpora = [(name, load_corpus(name, trees("esc50"), cache_dir=cache)) for name in ("esc50", "esc10")]
+    for order in (corpora, corpora[::-1]):
+        combined, report = combine_corpora(order, {"esc10": {1}})
+        held_out = {row["clip_id"] for row in corpora[1][1].remove_columns("audio") if row["fold"] == 1}
+        assert len(held_out) == 80 and not held_out & set(combined["clip_id"][:])
+        assert len(combined) == 2000 - 80
+        assert {"kept_in": "esc10 held out", "removed_from": "esc50", "clips": 80} in report["removed_pairs"]
+
+
 def test_esc_clips_are_the_same_by_identity_not_by_content(trees, cache):
     """The two published editions of a clip differ as files."""
     old = load_corpus("esc10", trees("esc10"), cache_dir=cache)

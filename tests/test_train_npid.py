@@ -179,6 +179,20 @@ def test_nce_options(sound_folder, tmp_path):
     assert "nce_k is 8 but was 4" in fail("train_npid.py", *common, *resume)
 
 
+def test_trains_on_an_export(sound_folder, tmp_path):
+    """--corpus NAME=folder takes what `python -m datasets_scripts export` wrote; the clips are the same ones."""
+    export = ["-m", "datasets_scripts", "export", "audiofolder", "--data_dir", sound_folder]
+    process = start([sys.executable, *export, "--output_dir", tmp_path / "export"], cwd=ROOT)
+    assert process.wait(timeout=120) == 0, process.stdout.read()
+    keys = []
+    for source in (sound_folder, tmp_path / "export"):
+        run = tmp_path / f"run-{len(keys)}"
+        common = [*SMALL, "--corpus", f"audiofolder={source}", "--max_train_steps", "1", "--output_dir", run]
+        succeed("train_npid.py", *common)
+        keys.append(load_file(run / "memory_bank.safetensors")["keys"])
+    assert torch.equal(*keys)
+
+
 def test_starts_from_a_checkpoint(uninterrupted, options, tmp_path):
     one_step = ["--max_train_steps", "1", "--learning_rate", "0", "--weight_decay", "0"]
     without_preset = [*options[2:], *one_step, "--model_name_or_path", uninterrupted[0]]
