@@ -7,7 +7,7 @@ epoch. No checkpoint is chosen by it; the model is the last epoch's.
 """
 # ruff: noqa: E402
 
-from dls_training.arguments import UserError, finish_parsing, make_parser
+from dls_training.arguments import UserError, at_least, finish_parsing, make_parser
 
 DEFAULTS = {
     "num_train_epochs": 15,
@@ -36,6 +36,7 @@ def parse_args(argv: list[str] | None = None):
     add("--init", choices=("pretrained", "scratch"),
         help="scratch keeps only the network and signal settings of --model_name_or_path (default: pretrained where "
         "a checkpoint is given)")  # fmt: skip
+    add("--labels_per_class", type=at_least(1), help="train on this many clips of each class (default: all)")
     add("--freeze_backbone", action="store_true", help="train the classifier alone; the paper found that worse")
     args = finish_parsing(parser, argv)
     args.init = args.init or ("pretrained" if args.model_name_or_path else "scratch")
@@ -114,6 +115,15 @@ def folds_to_run(choice: int | str, dataset: Dataset, name: str) -> list[int]:
     return folds if choice == "all" else [choice]
 
 
+def few_labels(train: Dataset, per_class: int | None, seed: int) -> Dataset:
+    """A random choice of `per_class` clips of each class, the same for the same seed; all of them for None."""
+    if per_class is None:
+        return train
+    labels, random = np.array(train["label"][:]), np.random.default_rng(seed)
+    chosen = [random.permutation(np.flatnonzero(labels == label))[:per_class] for label in np.unique(labels)]
+    return train.select(np.sort(np.concatenate(chosen)))
+
+
 class FoldRun:
     """Fine-tuning with one fold held out, in a folder of its own that can be resumed and is recognised when done."""
 
@@ -129,7 +139,8 @@ class FoldRun:
         if args.freeze_backbone:
             model.esresnet.requires_grad_(False)
         self.bare_model = model
-        identity = structure(config) | {name: getattr(args, name) for name in ("init", "freeze_backbone")}
+        fixed = ("init", "freeze_backbone", "labels_per_class")
+        identity = structure(config) | {name: getattr(args, name) for name in fixed}
         identity |= {"labels": list(config.id2label.values()), "training clips": len(train)}
         self.loop = TrainingLoop(
             args, accelerator, model, training_loader(train, extractor, args), self.save_model, output_dir, checkpoint,
@@ -218,6 +229,7 @@ def main() -> None:
             logger.info(f"fold {fold} was finished before")
         else:
             train, test = train_test_folds(dataset, fold)
+            train = few_labels(train, args.labels_per_class, args.seed)
             logger.info(f"fold {fold}: {len(train)} clips to train on, {len(test)} held out")
             run = FoldRun(args, accelerator, extractor, config, train, test, output_dir, f"fold {fold}/")
             fold_results = {"training_clips": len(train), "test_clips": len(test), **run.train()}

@@ -136,6 +136,14 @@ def test_init_scratch_keeps_only_the_settings(options, pretrained, tmp_path):
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_few_labels(options, tmp_path):
+    """Two clips of each of four classes are trained on, and all of the held-out fold is scored."""
+    few = ["--fold", "1", "--labels_per_class", "2", "--max_train_steps", "1"]
+    log = succeed("train_classification.py", *options, *few, "--output_dir", tmp_path / "run")
+    assert "8 clips to train on, 20 held out" in log
+    assert results_of(tmp_path / "run")["folds"]["1"]["training_clips"] == 8
+
+
 def test_freeze_backbone(options, pretrained, tmp_path):
     """Only the classifier moves: not even the backbone's batch-norm statistics do."""
     frozen = ["--model_name_or_path", pretrained, "--freeze_backbone", "--fold", "1"]
