@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Two processes: scripts in tests spend much of their time starting up. A file's tests stay together, for its fixtures.
+PARALLEL := -n 2 --dist loadfile
 CODE := modeling_dls datasets_scripts dls_training hub_cards benchmarks tests *.py
 
 .PHONY: demo test test-fast test-heavy quality style clean
@@ -15,10 +17,10 @@ demo: $(BIN)/.installed
 	$(BIN)/python demo.py
 
 test: quality
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not heavy"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not heavy" $(PARALLEL)
 
 test-fast: $(BIN)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not heavy"
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not heavy" $(PARALLEL)
 
 test-heavy: $(BIN)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m heavy

@@ -222,8 +222,8 @@ def main() -> None:
         "environment": environment(accelerator),
         "folds": {},
     }
-    for fold in folds:
-        output_dir = args.output_dir / f"fold-{fold}" if args.fold == "all" else args.output_dir
+    output_dirs = [args.output_dir / f"fold-{fold}" if args.fold == "all" else args.output_dir for fold in folds]
+    for fold, output_dir in zip(folds, output_dirs, strict=True):
         done = output_dir / "fold_results.json"
         if done.is_file():
             logger.info(f"fold {fold} was finished before")
@@ -246,11 +246,10 @@ def main() -> None:
     logger.info(f"accuracy {curves.mean(axis=0)[-1]:.4f} ± {curves.std(axis=0)[-1]:.4f} after the last epoch")
     if accelerator.is_main_process:
         with files_moved_into_place(args.output_dir) as folder:
-            if args.fold == "all":  # the root loads as the first fold's model
-                first = args.output_dir / f"fold-{folds[0]}"
-                for path in first.iterdir():
-                    if path.is_file() and path.name != "fold_results.json":
-                        shutil.copy2(path, folder)
+            # The root loads as the first fold's model; with a single fold, it is that model.
+            for path in output_dirs[0].iterdir():
+                if path.is_file() and path.name != "fold_results.json":
+                    shutil.copy2(path, folder)
             write_json(folder / "all_results.json", results)
             write_card(folder)
         logger.info(f"{args.output_dir} holds the model, all_results.json and a card")

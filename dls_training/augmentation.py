@@ -86,6 +86,8 @@ class SpectrogramAugmentation:
     batch; gain; masks in time and, for each band, in frequency.
 
     Attributes:
+        OVERSAMPLING: How much finer than the network's pictures those to crop from should be: a crop is then as sharp
+            as the whole clips that the network sees in evaluation.
         NUM_DRAWS: Random numbers per clip.
         min_time, min_frequency: Smallest share of the picture that a crop keeps.
         max_mix: Largest share of another clip's power.
@@ -93,6 +95,7 @@ class SpectrogramAugmentation:
         max_time_mask, max_frequency_mask: Largest share of the picture that one mask hides.
     """
 
+    OVERSAMPLING = 2
     NUM_MASKS = 2
     NUM_BANDS = 3
     NUM_DRAWS = 7 + 2 * NUM_MASKS * (1 + NUM_BANDS)
@@ -113,25 +116,26 @@ class SpectrogramAugmentation:
         self.max_time_mask = max_time_mask
         self.max_frequency_mask = max_frequency_mask
 
-    def __call__(self, power: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+    def __call__(self, power: torch.Tensor, draws: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Makes one view of each clip.
 
         Args:
-            power: (batch, audio_channels, 3, height, width), above zero.
+            power: (batch, audio_channels, 3, fine height, fine width), above zero.
             draws: (batch, NUM_DRAWS) in [0, 1). The clip that is mixed in is the batch's previous one.
+            size: Height and width of the views.
 
         Returns:
-            The same shape, above zero; what is masked is as quiet as digital silence.
+            (batch, audio_channels, 3, *size), above zero; what is masked is as quiet as digital silence.
         """
         draws = draws.to(power.dtype)
         crop, (inversion, mix, gain), masks = draws[:, :4], draws[:, 4:7].T, draws[:, 7:]
-        view = self.resized_crop(power, crop, inversion < 0.5)
+        view = self.resized_crop(power, crop, inversion < 0.5, size)
         share = per_clip(self.max_mix * mix)
         view = torch.lerp(view, view.roll(1, dims=0), share)
         view = view * per_clip(10 ** (self.gain_db * (2 * gain - 1) / 10))
-        return view.masked_fill(self.masked(masks, *power.shape[-2:])[:, None], POWER_FLOOR)
+        return view.masked_fill(self.masked(masks, *size)[:, None], POWER_FLOOR)
 
-    def resized_crop(self, power: torch.Tensor, draws: torch.Tensor, inverted: torch.Tensor) -> torch.Tensor:
+    def resized_crop(self, power: torch.Tensor, draws: torch.Tensor, inverted: torch.Tensor, size) -> torch.Tensor:
         """Stretches a random rectangle, the same in each channel and band, to the whole picture."""
         width = self.min_time + (1 - self.min_time) * draws[:, 0]
         height = self.min_frequency + (1 - self.min_frequency) * draws[:, 2]
@@ -142,8 +146,9 @@ class SpectrogramAugmentation:
             [torch.where(inverted, -width, width), zero, centre_x, zero, height, centre_y], dim=1
         ).view(-1, 2, 3)
         pictures = power.flatten(1, 2)
-        grid = F.affine_grid(to_source, pictures.shape, align_corners=False)
-        return F.grid_sample(pictures, grid, padding_mode="border", align_corners=False).view_as(power)
+        grid = F.affine_grid(to_source, (*pictures.shape[:2], *size), align_corners=False)
+        view = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
+        return view.unflatten(1, power.shape[1:3])
 
     def masked(self, draws: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Which cells are hidden: (batch, 3, height, width), bool."""

@@ -231,9 +231,12 @@ class ViewMaker:
         """From `collate_training` -> (batch, audio_channels, 3, height, width)."""
         part = CPU_PART if batch["waveform"].device.type == "cpu" else len(batch["waveform"])
         parts = zip(*(batch[name].split(part) for name in ("waveform", "lengths", "draws")), strict=True)
-        power = torch.cat([self.extractor.power(self.waveform_augmentation(*clips)) for clips in parts])
-        if self.spectrogram_augmentation is not None:
-            power = self.spectrogram_augmentation(power, batch["draws"][:, WaveformAugmentation.NUM_DRAWS :])
+        augmentation, extractor = self.spectrogram_augmentation, self.extractor
+        oversampling = augmentation.OVERSAMPLING if augmentation else 1
+        power = torch.cat([extractor.power(self.waveform_augmentation(*clips), oversampling) for clips in parts])
+        if augmentation is not None:
+            size = (extractor.spec_height or power.shape[-2], extractor.spec_width or power.shape[-1])
+            power = augmentation(power, batch["draws"][:, WaveformAugmentation.NUM_DRAWS :], size)
         return self.extractor.decibel(power)
 
 

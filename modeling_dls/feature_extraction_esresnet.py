@@ -294,18 +294,24 @@ class ESResNetFeatureExtractor(FeatureExtractionMixin):
             raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
         return cls(**{**PRESETS[name], **overrides})
 
-    def power(self, waveform: torch.Tensor) -> torch.Tensor:
+    def power(self, waveform: torch.Tensor, oversampling: int = 1) -> torch.Tensor:
         """`three_band_power` with this extractor's settings: (..., samples) -> (..., 3, height, width).
 
         Training augments between this and `decibel`; one after the other they are `three_band_spectrogram`.
+
+        Args:
+            waveform: (..., samples) in ±1.
+            oversampling: How much finer than `spec_height` and `spec_width` the picture is, for an augmentation that
+                resizes it; never finer than the STFT, and without effect where these are None.
         """
+        bins, frames = (self.n_fft // 2 + 1) // NUM_BANDS, waveform.shape[-1] // self.hop_length + 1
         return three_band_power(
             waveform,
             n_fft=self.n_fft,
             win_length=self.win_length,
             hop_length=self.hop_length,
-            spec_height=self.spec_height,
-            spec_width=self.spec_width,
+            spec_height=self.spec_height and max(self.spec_height, min(oversampling * self.spec_height, bins)),
+            spec_width=self.spec_width and max(self.spec_width, min(oversampling * self.spec_width, frames)),
             resize_mode=self.resize_mode,
         )
 

@@ -6,6 +6,12 @@ import pytest
 import soundfile
 
 
+def pytest_configure():
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        # Workers, and what they start, share the cores: threads must not spin while they wait for one another.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """Folder with real clips, beside the repository or named by DLS_SHARED; tests that use it skip without it."""

@@ -245,23 +245,24 @@ def test_masked_std_of_a_faint_sound_on_a_constant(loudness, constant):
 # Spectrograms
 
 
-def slow_picture(power, partner, draws, augmentation):
+def slow_picture(power, partner, draws, augmentation, size):
     """The steps on one clip, cell by cell: (channels, 3, height, width) float64."""
-    height, width = power.shape[-2:]
+    height, width = size
     share_x = augmentation.min_time + (1 - augmentation.min_time) * draws[0]
     share_y = augmentation.min_frequency + (1 - augmentation.min_frequency) * draws[2]
 
     def stretched(picture, share_x, share_y, draws):
         """Bilinear, cells as areas: the middle of cell i lies at i + 0.5."""
-        left, top = (1 - share_x) * draws[1] * width, (1 - share_y) * draws[3] * height
-        out = np.empty_like(picture)
+        fine_height, fine_width = picture.shape[-2:]
+        left, top = (1 - share_x) * draws[1] * fine_width, (1 - share_y) * draws[3] * fine_height
+        out = np.empty((*picture.shape[:-2], height, width))
         for i in range(height):
             for j in range(width):
                 column = width - 1 - j if draws[4] < 0.5 else j
-                x = np.clip(left + (column + 0.5) * share_x - 0.5, 0, width - 1)
-                y = np.clip(top + (i + 0.5) * share_y - 0.5, 0, height - 1)
+                x = np.clip(left + (column + 0.5) * share_x * fine_width / width - 0.5, 0, fine_width - 1)
+                y = np.clip(top + (i + 0.5) * share_y * fine_height / height - 0.5, 0, fine_height - 1)
                 x0, y0 = int(x), int(y)
-                x1, y1 = min(x0 + 1, width - 1), min(y0 + 1, height - 1)
+                x1, y1 = min(x0 + 1, fine_width - 1), min(y0 + 1, fine_height - 1)
                 upper = (1 - x + x0) * picture[..., y0, x0] + (x - x0) * picture[..., y0, x1]
                 lower = (1 - x + x0) * picture[..., y1, x0] + (x - x0) * picture[..., y1, x1]
                 out[..., i, j] = (1 - y + y0) * upper + (y - y0) * lower
@@ -290,23 +291,24 @@ def power_batch(clips, channels=1, height=9, width=14):
     return torch.from_numpy(np.random.default_rng(1).uniform(0.1, 2, (clips, channels, 3, height, width)))
 
 
+@pytest.mark.parametrize("size", [(9, 14), (5, 7)])
 @pytest.mark.parametrize("channels", [1, 2])
-def test_spectrogram_augmentation_against_cells(channels):
+def test_spectrogram_augmentation_against_cells(channels, size):
     augmentation = SpectrogramAugmentation()
     power = power_batch(6, channels)
     draws = np.random.default_rng(2).random((6, augmentation.NUM_DRAWS))
     draws[0], draws[1] = 0, LAST
-    views = augmentation(power, torch.from_numpy(draws))
-    stretched = [slow_picture(p, 0, d, augmentation)[1] for p, d in zip(power.numpy(), draws, strict=True)]
+    views = augmentation(power, torch.from_numpy(draws), size)
+    stretched = [slow_picture(p, 0, d, augmentation, size)[1] for p, d in zip(power.numpy(), draws, strict=True)]
     for i in range(6):
-        expected = slow_picture(power[i].numpy(), stretched[i - 1], draws[i], augmentation)[0]
+        expected = slow_picture(power[i].numpy(), stretched[i - 1], draws[i], augmentation, size)[0]
         np.testing.assert_allclose(views[i].numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_spectrogram_augmentation_stays_above_zero_and_keeps_dtype():
     augmentation = SpectrogramAugmentation()
     draws = torch.rand(50, augmentation.NUM_DRAWS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    views = augmentation(torch.full((50, 1, 3, 16, 32), 1e-18), draws)
+    views = augmentation(torch.full((50, 1, 3, 16, 32), 1e-18), draws, (8, 16))
     assert views.dtype == torch.float32 and (views > 0).all() and torch.isfinite(views.log10()).all()
 
 
@@ -314,9 +316,11 @@ def test_spectrogram_augmentation_can_do_nothing():
     augmentation = SpectrogramAugmentation(1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
     power = power_batch(4)
     draws = torch.full((4, augmentation.NUM_DRAWS), 0.7, dtype=torch.float64)
-    torch.testing.assert_close(augmentation(power, draws), power)
+    torch.testing.assert_close(augmentation(power, draws, (9, 14)), power)
+    halved = augmentation(power_batch(4, height=8), draws, (4, 7))
+    torch.testing.assert_close(halved, power_batch(4, height=8).unflatten(-1, (7, 2)).unflatten(-3, (4, 2)).mean((-1, -3)))
     draws[:, 4] = 0.3
-    torch.testing.assert_close(augmentation(power, draws), power.flip(-1))
+    torch.testing.assert_close(augmentation(power, draws, (9, 14)), power.flip(-1))
 
 
 def test_masks_hide_the_promised_shares():

@@ -65,7 +65,6 @@ def test_output_folder(uninterrupted, sound_folder):
     assert [entry["epoch"] for entry in history] == [0, 1, 2, 3, 4]
     assert [entry["epoch"] for entry in history if "knn_accuracy" in entry] == [0, 2, 4]
     assert all(0 <= entry["knn_accuracy"]["audiofolder"] <= 1 for entry in history if "knn_accuracy" in entry)
-    assert history[-1]["loss"] < history[1]["loss"]
     assert "clips/s" in log and "epoch 4, step 20" in log
     bank = load_file(folder / "memory_bank.safetensors")
     assert set(bank) == {"vectors", "Z", "keys"} and bank["vectors"].shape == (40, 128) and bank["Z"] > 0
@@ -165,6 +164,16 @@ def test_every_option(sound_folder, tmp_path):
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
 
 
+def test_learns_to_tell_clips_apart(sound_folder, tmp_path):
+    """Guessing one of 40 clips costs ln 40 = 3.69."""
+    succeed(
+        "train_npid.py", *SMALL, "--corpus", f"audiofolder={sound_folder}", "--output_dir", tmp_path / "run",
+        "--objective", "softmax", "--nce_t", "0.1", "--optimizer", "adamw", "--learning_rate", "2e-3",
+        "--num_train_epochs", "20", "--knn_interval", "20",
+    )  # fmt: skip
+    assert results_of(tmp_path / "run")["history"][-1]["loss"] < 3
+
+
 def test_nce_options(sound_folder, tmp_path):
     """A running Z and excluded positives change the outcome; K and t are the checkpoint's identity."""
     common = [*SMALL, "--corpus", f"audiofolder={sound_folder}", "--max_train_steps", "4", "--nce_k", "4"]
@@ -250,7 +259,7 @@ def test_corpus_problems(tmp_path):
 
 def test_unreadable_files_are_named_or_skipped(sound_folder, tmp_path):
     """One NaN, one empty and one truncated file among good ones."""
-    for path in list(sound_folder.glob("*.wav"))[:20]:
+    for path in sorted(sound_folder.glob("*.wav"))[:20]:
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "empty.wav").touch()
     (tmp_path / "cut.wav").write_bytes((tmp_path / "00.wav").read_bytes()[:3000])
