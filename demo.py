@@ -16,12 +16,13 @@ import time
 from pathlib import Path
 
 HERE = Path(__file__).parent
-NETWORK = ["--preset", "tiny", "--report_to", "none"]
+NETWORK = ["--preset", "small", "--report_to", "none"]
 PRETRAINING = [
-    "--num_train_epochs", "30", "--per_device_train_batch_size", "32", "--knn_interval", "10",
-    "--optimizer", "adamw", "--learning_rate", "2e-3", "--lr_scheduler_type", "cosine",
+    "--augmentation", "spectrogram", "--keep_spectrograms", "--objective", "softmax", "--nce_t", "0.1",
+    "--optimizer", "adamw", "--learning_rate", "2e-3", "--lr_scheduler_type", "cosine", "--warmup_steps", "0.1",
+    "--per_device_train_batch_size", "32", "--num_train_epochs", "150", "--knn_interval", "50",
 ]  # fmt: skip
-FINE_TUNING = ["--fold", "1", "--num_train_epochs", "8", "--learning_rate", "1e-3"]
+FINE_TUNING = ["--fold", "1", "--num_train_epochs", "6", "--learning_rate", "1e-3"]
 
 
 def run(title: str, script: str, *options: str) -> None:
@@ -72,7 +73,7 @@ def classify(folder: Path) -> None:
     from datasets_scripts import decode_audio, load_corpus, train_test_folds
 
     transformers_logging.disable_progress_bar()
-    clip = train_test_folds(load_corpus("synthetic"), 1)[1][3]
+    clip = train_test_folds(load_corpus("synthetic"), 1)[1][0]
     samples, rate = decode_audio(clip["audio"])
     classifier = pipeline("audio-classification", model=str(folder), trust_remote_code=True)
     names = load_corpus("synthetic").features["label"].names

@@ -9,7 +9,7 @@ import numpy as np
 
 from .errors import CorpusError
 
-_KEPT_COLUMNS = ["audio", "label", "fold", "clip_id", "source_id"]
+_KEPT_COLUMNS = ["audio", "label", "fold", "clip_id", "source_id", "digest"]
 
 
 def train_test_folds(dataset: datasets.Dataset, fold: int) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -51,7 +51,7 @@ def combine_corpora(
             to be tested on must not come back under another name.
 
     Returns:
-        A dataset with columns audio, corpus, label (int64 or None, numbered as in its own corpus), fold, clip_id and
+        A dataset with columns audio, corpus, label (int64 or None, numbered as in its own corpus), fold, clip_id,
         source_id; and a dict: `clips` (kept per corpus), `removed` (in all), and `removed_pairs`, a list of
         `{"kept_in", "removed_from", "clips"}`, in which "NAME held out" stands for NAME's excluded folds.
     """

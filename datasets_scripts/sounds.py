@@ -1,17 +1,16 @@
 """A procedural corpus of everyday-like sounds: nothing to download, and hard enough to be worth learning.
 
-What tells the classes apart is what happens over time. Several share their spectrum on purpose (every tonal class
-draws its pitch from one range, every noisy class its colour from one range), and each clip has its own pitch, tempo,
-level, onset, background and "microphone" (a random spectral tilt with peaks): the mean spectrum says little.
+What tells the classes apart is what happens over time. Their spectra overlap on purpose (the tonal classes' pitches do,
+the noisy classes share one colour), and each clip has its own pitch, tempo, level, onset, background and "microphone"
+(a random spectral tilt with peaks): the mean spectrum tells half of them.
 """
 
 from collections.abc import Callable
 
 import numpy as np
 
-GENERATOR_VERSION = 1  # in every clip's seed and in the cache key: raise it when a sound changes
+GENERATOR_VERSION = 2  # in every clip's seed and in the cache key: raise it when a sound changes
 CONTROL_RATE = 2205  # values a second
-_PITCHES = (350.0, 1600.0)  # Hz, shared by every tonal class
 
 
 class Scene:
@@ -77,7 +76,7 @@ def dog(scene: Scene) -> np.ndarray:
     gaps = scene.rng.choice([0.22, 0.3, 0.9], int(scene.seconds * 5) + 2) * scene.draw(0.8, 1.3)
     starts = np.cumsum(gaps) - scene.draw(0.1, 0.5)
     barks = scene.events(starts, scene.draw(0.04, 0.08), scene.rng.uniform(0.5, 1, len(starts)), rise=0.02)
-    pitch = scene.draw(*_PITCHES) * (0.7 + 0.6 * barks / max(barks.max(), 1e-6))
+    pitch = scene.draw(350, 850) * (0.7 + 0.6 * barks / max(barks.max(), 1e-6))
     return scene.up(barks) * (scene.tone(pitch, 4) + np.float32(0.4) * scene.noise())
 
 
@@ -91,7 +90,7 @@ def rain(scene: Scene) -> np.ndarray:
 def siren(scene: Scene) -> np.ndarray:
     """One unbroken tone whose pitch glides up and down by about an octave, once in one to three seconds."""
     sweep = np.sin(2 * np.pi * (scene.time * scene.draw(0.35, 1.0) + scene.rng.random()))
-    return scene.tone(scene.draw(*_PITCHES) * 2 ** (scene.draw(0.4, 0.7) * sweep), 4)
+    return scene.tone(scene.draw(600, 1500) * 2 ** (scene.draw(0.4, 0.7) * sweep), 4)
 
 
 def clock(scene: Scene) -> np.ndarray:
@@ -115,7 +114,7 @@ def birds(scene: Scene) -> np.ndarray:
     sung = np.repeat(scene.rng.random(len(starts) // 5 + 1) < 0.6, 5)
     sung[5 * scene.rng.integers(len(sung) // 5) :][:5] = True
     glide = (scene.time - starts[0]) * tempo % 1.0
-    pitch = scene.draw(*_PITCHES) * 2 ** (scene.rng.choice([-1.0, 1.0]) * scene.draw(0.4, 0.9) * (glide - 0.3))
+    pitch = scene.draw(1600, 4000) * 2 ** (scene.rng.choice([-1.0, 1.0]) * scene.draw(0.4, 0.9) * (glide - 0.3))
     return scene.tone(pitch, 3) * scene.up(scene.events(starts, 0.2 / tempo, sung[: len(starts)] * 1.0, rise=0.01))
 
 
@@ -131,7 +130,7 @@ def footsteps(scene: Scene) -> np.ndarray:
 def alarm(scene: Scene) -> np.ndarray:
     """Beeps: one constant pitch, switched on and off in strict time."""
     phase = (scene.time * scene.draw(1.5, 5) + scene.rng.random()) % 1.0
-    return scene.tone(scene.draw(*_PITCHES), 4) * scene.up(phase < scene.draw(0.35, 0.6))
+    return scene.tone(scene.draw(1300, 3000), 4) * scene.up(phase < scene.draw(0.35, 0.6))
 
 
 def wind(scene: Scene) -> np.ndarray:
@@ -143,7 +142,7 @@ def bell(scene: Scene) -> np.ndarray:
     """Struck metal: inharmonic partials that ring on for seconds after each of a few strokes."""
     starts = scene.rhythm(scene.draw(0.4, 1.1), jitter=0.2)
     ring = scene.events(starts, scene.draw(0.5, 1.2), scene.rng.uniform(0.6, 1, len(starts)), rise=0.002)
-    pitch = scene.draw(*_PITCHES) / 1.5
+    pitch = scene.draw(700, 1800) / 1.5
     partials = [(1.0, 1.0), (2.0, 0.6), (2.4, 0.5), (3.0, 0.3)]
     return scene.up(ring) * sum(np.float32(gain) * scene.tone(pitch * ratio) for ratio, gain in partials)
 
@@ -184,15 +183,17 @@ def make_clip(name: str, take: int, seed: int, seconds: float, rate: int) -> np.
     rng = np.random.default_rng([GENERATOR_VERSION, seed, list(SOUNDS).index(name), take])
     scene = Scene(rng, seconds, rate)
     sound = SOUNDS[name](scene)
-    background = scene.noise() * np.float32(np.sqrt(np.mean(sound**2)) * 10 ** (-scene.rng.uniform(8, 22) / 20) + 1e-6)
+    background = scene.noise() * np.float32(
+        np.sqrt(np.mean(sound**2)) * 10 ** (-scene.rng.uniform(12, 30) / 20) + 1e-6
+    )
     mixed = _microphone(scene, sound + background)
     return mixed * np.float32(scene.draw(0.1, 0.9) / np.abs(mixed).max())
 
 
 def _microphone(scene: Scene, signal: np.ndarray) -> np.ndarray:
-    """Random tilt of up to 6 dB an octave and random peaks and dips: distance, room and device in one."""
+    """Random tilt of up to 3 dB an octave and random peaks and dips: distance, room and device in one."""
     octaves = np.linspace(-6, 5, 45)  # about 1 kHz
-    tilt, peaks = scene.rng.uniform(-6, 3) * octaves, scene.rng.uniform(-12, 12, 14)
+    tilt, peaks = scene.rng.uniform(-3, 1) * octaves, scene.rng.uniform(-5, 5, 14)
     decibels = tilt + np.interp(octaves, np.linspace(-5.7, 4.5, 14), peaks)
     bins = np.fft.rfftfreq(len(signal), 1 / scene.rate)
     gain = np.interp(bins, 1000 * 2.0**octaves, 10 ** (decibels / 20)).astype(np.float32)

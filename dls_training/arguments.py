@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-PRESETS = ("esresnet50", "esresnet18", "tiny")
+PRESETS = ("esresnet50", "esresnet18", "small", "tiny")
 SCHEDULES = ("constant", "linear", "cosine", "multistep", "esresnet")
 
 
@@ -74,6 +74,15 @@ def make_parser(description: str, defaults: dict, reasons: str) -> argparse.Argu
         help="waveform: ESResNet's; spectrogram: crops, mixing, gain and masks instead, which keep small corpora from "
         "being memorised (default: waveform)",
     )  # fmt: skip
+    data.add_argument(
+        "--keep_spectrograms", action="store_true",
+        help="with --augmentation spectrogram: compute each clip's power spectrogram once and keep it on disk, so that "
+        "the network and not decoding is the limit (short clips are padded centrally, not at random)",
+    )  # fmt: skip
+    data.add_argument(
+        "--cache_gigabytes", type=at_least(0.0, float), default=20.0,
+        help="disk space for kept spectrograms, of all runs together (default: 20)",
+    )  # fmt: skip
     data.add_argument("--allow_partial", action="store_true", help="accept a corpus that lacks some of its clips")
     data.add_argument("--skip_unreadable", action="store_true", help="leave unreadable files out and report them")
     data.add_argument(
@@ -102,6 +111,11 @@ def make_parser(description: str, defaults: dict, reasons: str) -> argparse.Argu
         "--lr_scheduler_type", choices=SCHEDULES, default=defaults["lr_scheduler_type"],
         help="multistep: a tenth from 60 %% and again from 80 %% of the steps; esresnet: 5 epochs at a tenth, 10 of "
         "warm-up, then x 0.985 per epoch (default: %(default)s)",
+    )  # fmt: skip
+    training.add_argument(
+        "--warmup_steps", type=at_least(0.0, float), default=0,
+        help="optimizer steps, or share of all steps if below 1, in which cosine and linear rise to the learning rate "
+        "(default: 0)",
     )  # fmt: skip
     training.add_argument("--seed", type=at_least(0), default=0, help="of weights, order, views and negatives")
     training.add_argument(
@@ -133,6 +147,12 @@ def plain_options(args: argparse.Namespace) -> dict:
 def finish_parsing(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Parses, fills in what depends on other options, and notes the command for the results."""
     args = parser.parse_args(argv)
+    if args.keep_spectrograms and args.augmentation != "spectrogram":
+        parser.error("--keep_spectrograms needs --augmentation spectrogram: waveforms are augmented before that")
+    if args.warmup_steps and args.lr_scheduler_type not in ("linear", "cosine"):
+        parser.error(
+            f"--warmup_steps goes with linear and cosine, not with --lr_scheduler_type {args.lr_scheduler_type}"
+        )
     args.corpus = args.corpus or [("synthetic", None)]
     args.command = shlex.join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
     return args

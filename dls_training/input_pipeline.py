@@ -1,7 +1,7 @@
 """From rows of a corpus to batches of waveforms; then, on the device, to views and spectrograms.
 
-file bytes -> decode, resample -> waveform augmentation, crop or pad -> power spectrogram -> spectrogram augmentation
--> decibel, normalisation
+file bytes -> decode, resample -> waveform augmentation, crop or pad -> power spectrogram -> (kept, where that is asked
+for) -> spectrogram augmentation -> decibel, normalisation
 """
 
 from collections.abc import Iterator
@@ -20,6 +20,7 @@ from modeling_dls.feature_extraction_esresnet import ESResNetFeatureExtractor, f
 
 from .arguments import UserError
 from .augmentation import NUM_DRAWS, SpectrogramAugmentation, WaveformAugmentation
+from .kept_spectrograms import KeptSpectrograms, keep_spectrograms
 
 # A recording much longer than a view is cut to a random stretch of this many views before augmentation, so that an
 # hour of audio is neither sent to the device nor padded to by its batch.
@@ -60,6 +61,14 @@ def load_waveform(audio: dict, extractor: ESResNetFeatureExtractor) -> torch.Ten
         raise AudioError(f"{audio['path'] or 'embedded clip'}: {error}") from None
 
 
+def draw_numbers(seed: int, epoch: int, index: int) -> np.ndarray:
+    """A clip's random numbers in an epoch: the stretch of a long recording, then `NUM_DRAWS` for augmentation.
+
+    Stateless: a resumed run, another batch size or another number of workers gives a clip the same view.
+    """
+    return np.random.default_rng([seed, epoch, index]).random(1 + NUM_DRAWS)
+
+
 class TrainingClips(torch.utils.data.Dataset):
     """Whole clips with the random numbers of their view; addressed by (epoch, row)."""
 
@@ -75,8 +84,7 @@ class TrainingClips(torch.utils.data.Dataset):
         epoch, index = key
         row = self.rows[index]
         waveform = load_waveform(row["audio"], self.extractor)
-        # Stateless: a resumed run, another batch size or another number of workers gives a clip the same view.
-        draws = np.random.default_rng([self.seed, epoch, index]).random(1 + NUM_DRAWS)
+        draws = draw_numbers(self.seed, epoch, index)
         longest = MAX_VIEWS_PER_CLIP * self.extractor.max_length
         start = int(draws[0] * (max(waveform.shape[1] - longest, 0) + 1))
         label = row.get("label")
@@ -99,6 +107,33 @@ def collate_training(items: list[dict]) -> dict[str, torch.Tensor]:
         "lengths": torch.tensor([waveform.shape[1] for waveform in waveforms]),
         "draws": torch.stack([item["draws"] for item in items]),
     }
+
+
+class KeptClips(torch.utils.data.Dataset):
+    """Whole batches of kept spectrograms with the random numbers of their views; addressed by (epoch, row)."""
+
+    def __init__(self, rows: Dataset, kept: KeptSpectrograms, seed: int):
+        self.kept = kept
+        self.labels = torch.tensor([-1 if label is None else label for label in rows["label"][:]])
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        index = np.array([index for _, index in keys])
+        draws = np.stack([draw_numbers(self.seed, epoch, index) for epoch, index in keys])
+        return {
+            "index": torch.from_numpy(index),
+            "labels": self.labels[index],
+            "power": self.kept.read(index, draws[:, 0]),
+            "draws": torch.from_numpy(draws[:, 1:]),
+        }
+
+
+def as_it_is(batch: dict) -> dict:
+    """Collates what is a batch already."""
+    return batch
 
 
 def evaluation_windows(waveform: torch.Tensor, length: int) -> torch.Tensor:
@@ -186,13 +221,21 @@ def training_loader(rows: Dataset, extractor: ESResNetFeatureExtractor, args) ->
     if len(rows) < 2:
         raise UserError(f"--corpus: {len(rows)} clip(s) to train on are too few, at least 2 are needed")
     batch_size = args.per_device_train_batch_size
+    common = {
+        "batch_size": batch_size,
+        "sampler": ShuffledClips(len(rows), batch_size, args.seed),
+        "pin_memory": torch.cuda.is_available(),
+    }
+    if args.keep_spectrograms:
+        decoded = evaluation_loader(rows, extractor, args)
+        kept = keep_spectrograms(rows, decoded, extractor, SpectrogramAugmentation.OVERSAMPLING, args.cache_gigabytes)
+        # Reading a batch is one copy out of mapped memory: workers would only add another.
+        return DataLoader(KeptClips(rows, kept, args.seed), collate_fn=as_it_is, **common)
     return DataLoader(
         TrainingClips(rows, extractor, args.seed),
-        batch_size=batch_size,
-        sampler=ShuffledClips(len(rows), batch_size, args.seed),
         num_workers=args.dataloader_num_workers,
         collate_fn=collate_training,
-        pin_memory=torch.cuda.is_available(),
+        **common,
     )
 
 
@@ -228,16 +271,20 @@ class ViewMaker:
         self.spectrogram_augmentation = None if augmentation == "waveform" else SpectrogramAugmentation()
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        """From `collate_training` -> (batch, audio_channels, 3, height, width)."""
-        part = CPU_PART if batch["waveform"].device.type == "cpu" else len(batch["waveform"])
-        parts = zip(*(batch[name].split(part) for name in ("waveform", "lengths", "draws")), strict=True)
+        """From `training_loader` -> (batch, audio_channels, 3, height, width)."""
+        power = batch["power"].float() if "power" in batch else self.power(batch)
         augmentation, extractor = self.spectrogram_augmentation, self.extractor
-        oversampling = augmentation.OVERSAMPLING if augmentation else 1
-        power = torch.cat([extractor.power(self.waveform_augmentation(*clips), oversampling) for clips in parts])
         if augmentation is not None:
             size = (extractor.spec_height or power.shape[-2], extractor.spec_width or power.shape[-1])
             power = augmentation(power, batch["draws"][:, WaveformAugmentation.NUM_DRAWS :], size)
-        return self.extractor.decibel(power)
+        return extractor.decibel(power)
+
+    def power(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Power spectrograms of augmented waveforms, finer where they are augmented further."""
+        part = CPU_PART if batch["waveform"].device.type == "cpu" else len(batch["waveform"])
+        parts = zip(*(batch[name].split(part) for name in ("waveform", "lengths", "draws")), strict=True)
+        oversampling = self.spectrogram_augmentation.OVERSAMPLING if self.spectrogram_augmentation else 1
+        return torch.cat([self.extractor.power(self.waveform_augmentation(*clips), oversampling) for clips in parts])
 
 
 @torch.no_grad()

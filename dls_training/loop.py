@@ -31,6 +31,7 @@ FIXED_OPTIONS = (
     "clip_seconds",
     "audio_channels",
     "augmentation",
+    "keep_spectrograms",
 )
 
 
@@ -105,7 +106,9 @@ class TrainingLoop:
         self.steps_per_epoch = math.ceil(len(self.loader) / args.gradient_accumulation_steps)
         self.total_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
         # Not prepared: Accelerate would step it once per process.
-        self.scheduler = make_scheduler(args.lr_scheduler_type, optimizer, self.total_steps, self.steps_per_epoch)
+        self.scheduler = make_scheduler(
+            args.lr_scheduler_type, optimizer, self.total_steps, self.steps_per_epoch, args.warmup_steps
+        )
         if saved:
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scheduler.load_state_dict(saved["scheduler"])

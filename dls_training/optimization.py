@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules of the papers, beside transformers' own."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -32,7 +33,9 @@ def esresnet(epoch: int) -> float:
     return 0.985 ** (epoch - cold - warm_up)
 
 
-def make_scheduler(name: str, optimizer: torch.optim.Optimizer, total_steps: int, steps_per_epoch: int) -> LRScheduler:
+def make_scheduler(
+    name: str, optimizer: torch.optim.Optimizer, total_steps: int, steps_per_epoch: int, warmup_steps: float = 0
+) -> LRScheduler:
     """A schedule that is stepped once per optimizer step.
 
     Args:
@@ -40,9 +43,11 @@ def make_scheduler(name: str, optimizer: torch.optim.Optimizer, total_steps: int
         optimizer: The bare optimizer.
         total_steps: Of the whole run.
         steps_per_epoch: Optimizer steps.
+        warmup_steps: Optimizer steps, or, below 1, their share of all steps; only transformers' schedules warm up.
     """
     if name == "multistep":
         return LambdaLR(optimizer, lambda step: multistep(step, total_steps))
     if name == "esresnet":
         return LambdaLR(optimizer, lambda step: esresnet(step // steps_per_epoch))
-    return get_scheduler(name, optimizer, num_warmup_steps=0, num_training_steps=total_steps)
+    warmup_steps = math.ceil(warmup_steps * total_steps if warmup_steps < 1 else warmup_steps)
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup_steps, num_training_steps=total_steps)

@@ -7,7 +7,14 @@ PRESETS = {
     "esresnet50": {},
     # Small enough to pre-train on a CPU within minutes.
     "esresnet18": {"hidden_sizes": (64, 128, 256, 512), "depths": (2, 2, 2, 2), "layer_type": "basic"},
-    # For tests and for the demo.
+    # Smaller still: for edge devices and for the demo.
+    "small": {
+        "embedding_size": 32,
+        "hidden_sizes": (32, 64, 128, 256),
+        "depths": (1, 1, 1, 1),
+        "layer_type": "basic",
+    },
+    # For tests.
     "tiny": {
         "embedding_size": 16,
         "hidden_sizes": (16, 32, 64, 128),

@@ -18,6 +18,7 @@ FULL_SCALE = 32768.0  # ESResNet analyses 16-bit sample values, this interface t
 PRESETS = {
     "esresnet50": {},
     "esresnet18": {"spec_height": 64, "spec_width": 128, "resize_mode": "area", "do_normalize": True},
+    "small": {"spec_height": 64, "spec_width": 128, "resize_mode": "area", "do_normalize": True},
     "tiny": {"spec_height": 32, "spec_width": 64, "resize_mode": "area", "do_normalize": True},
 }
 

@@ -281,7 +281,7 @@ def test_impossible_configs_are_refused(settings, message):
 
 
 def test_an_unknown_preset_is_refused():
-    with pytest.raises(ValueError, match=r"unknown preset 'resnet50'.*esresnet50, esresnet18, tiny"):
+    with pytest.raises(ValueError, match=r"unknown preset 'resnet50'.*esresnet50, esresnet18, small, tiny"):
         ESResNetConfig.from_preset("resnet50")
 
 

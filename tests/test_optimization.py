@@ -57,6 +57,18 @@ def test_schedules_of_transformers_start_at_once_and_last_the_whole_run(name, ex
     assert rates(name, 4, 1, 4) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("warmup_steps", [2, 0.25])
+def test_warm_up(warmup_steps):
+    optimizer = make_optimizer("sgd", [torch.nn.Parameter(torch.zeros(2))], 2.0, 0.0)
+    scheduler = make_scheduler("linear", optimizer, 8, 2, warmup_steps)
+    factors = []
+    for _ in range(8):
+        factors.append(optimizer.param_groups[0]["lr"] / 2.0)
+        optimizer.step()
+        scheduler.step()
+    assert factors == pytest.approx([0, 1 / 2, 1, 5 / 6, 4 / 6, 3 / 6, 2 / 6, 1 / 6])
+
+
 def test_every_schedule_on_the_command_line_exists():
     for name in SCHEDULES:
         assert len(rates(name, 8, 2, 8)) == 8

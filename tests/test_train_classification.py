@@ -83,8 +83,8 @@ def resample(samples, rate):
 def test_learns(options, tmp_path):
     """Four classes an octave apart are learned from scratch within a few epochs."""
     succeed(
-        "train_classification.py", *options, "--fold", "2", "--num_train_epochs", "20", "--lr_scheduler_type", "cosine",
-        "--output_dir", tmp_path / "run",
+        "train_classification.py", *options, "--fold", "2", "--num_train_epochs", "20",
+        "--lr_scheduler_type", "cosine", "--output_dir", tmp_path / "run",
     )  # fmt: skip
     results = results_of(tmp_path / "run")
     assert results["arm"] == "scratch" and list(results["folds"]) == ["2"]

@@ -316,6 +316,7 @@ def test_checkpoint_problems(options, uninterrupted, tmp_path):
         (["--bank_momentum", "1"], "--bank_momentum"),
         (["--mixed_precision", "fp16"], "--mixed_precision fp16"),
         (["--checkpointing_steps", "0"], "--checkpointing_steps"),
+        (["--warmup_steps", "5"], "--warmup_steps"),
     ],
 )
 def test_wrong_options_are_named(wrong, named, options, tmp_path):
