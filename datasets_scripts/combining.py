@@ -52,7 +52,7 @@ def combine_corpora(
 
     Returns:
         A dataset with columns audio, corpus, label (int64 or None, numbered as in its own corpus), fold, clip_id,
-        source_id; and a dict: `clips` (kept per corpus), `removed` (in all), and `removed_pairs`, a list of
+        source_id and digest; and a dict: `clips` (kept per corpus), `removed` (in all), and `removed_pairs`, a list of
         `{"kept_in", "removed_from", "clips"}`, in which "NAME held out" stands for NAME's excluded folds.
     """
     if not corpora:

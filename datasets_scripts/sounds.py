@@ -1,8 +1,8 @@
 """A procedural corpus of everyday-like sounds: nothing to download, and hard enough to be worth learning.
 
-What tells the classes apart is what happens over time. Their spectra overlap on purpose (the tonal classes' pitches do,
-the noisy classes share one colour), and each clip has its own pitch, tempo, level, onset, background and "microphone"
-(a random spectral tilt with peaks): the mean spectrum tells half of them.
+What tells the classes apart is what happens over time. Their spectra overlap on purpose (the tonal classes' pitches
+do, the noisy classes share one colour), and each clip has its own pitch, tempo, level, onset, background and
+"microphone" (a random spectral tilt with peaks): the mean spectrum tells half of them.
 """
 
 from collections.abc import Callable

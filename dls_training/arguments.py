@@ -76,8 +76,8 @@ def make_parser(description: str, defaults: dict, reasons: str) -> argparse.Argu
     )  # fmt: skip
     data.add_argument(
         "--keep_spectrograms", action="store_true",
-        help="with --augmentation spectrogram: compute each clip's power spectrogram once and keep it on disk, so that "
-        "the network and not decoding is the limit (short clips are padded centrally, not at random)",
+        help="with --augmentation spectrogram: compute each clip's power spectrogram once and keep it on disk, so "
+        "that the network and not decoding is the limit (short clips are padded centrally, not at random)",
     )  # fmt: skip
     data.add_argument(
         "--cache_gigabytes", type=at_least(0.0, float), default=20.0,

@@ -127,8 +127,8 @@ def write_spectrograms(folder: Path, loader: DataLoader, extractor, oversampling
             bar.update(len(batch["counts"]))
             if file.tell() > max_gigabytes * 1e9:
                 raise UserError(
-                    f"--keep_spectrograms: more than {max_gigabytes:g} GB are needed; raise --cache_gigabytes, or leave "
-                    "--keep_spectrograms out"
+                    f"--keep_spectrograms: more than {max_gigabytes:g} GB are needed; raise --cache_gigabytes, or "
+                    "leave --keep_spectrograms out"
                 )
     write_json(folder / WINDOWS_FILE, {"windows": windows, "shape": shape})
 
