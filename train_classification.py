@@ -62,7 +62,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import set_seed
 from datasets import Dataset
 
 from datasets_scripts import corpus_report, train_test_folds
@@ -131,11 +130,9 @@ class FoldRun:
                  train: Dataset, test: Dataset, output_dir: Path, log_prefix: str):  # fmt: skip
         self.args, self.accelerator, self.extractor = args, accelerator, extractor
         self.make_views = ViewMaker(extractor, args.augmentation)
-        # Every fold, and every arm, starts from the same seed, whatever ran before it in this process.
-        set_seed(args.seed)
         checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
         pretrained = args.model_name_or_path if args.init == "pretrained" else None
-        model = make_model(ESResNetForAudioClassification, checkpoint or pretrained, config)
+        model = make_model(ESResNetForAudioClassification, checkpoint or pretrained, config, args.seed)
         if args.freeze_backbone:
             model.esresnet.requires_grad_(False)
         self.bare_model = model

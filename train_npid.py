@@ -208,13 +208,14 @@ def main() -> None:
     extractor = make_extractor(args)
     config = make_config(args, **({"embedding_dim": args.embedding_dim} if args.embedding_dim else {}))
     start_tracking(args, accelerator)
+    measured_on = environment(accelerator)
     corpora = load_corpora(args, accelerator)
     clips, data_report = training_clips(args, corpora)
     loader = training_loader(clips, extractor, args)
     keys = clip_keys(clips["corpus"][:], clips["clip_id"][:])
 
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    model = make_model(ESResNetForInstanceDiscrimination, checkpoint or args.model_name_or_path, config)
+    model = make_model(ESResNetForInstanceDiscrimination, checkpoint or args.model_name_or_path, config, args.seed)
     bank = make_bank(args, checkpoint, keys, config.embedding_dim).to(accelerator.device)
     objective = InstanceDiscrimination(
         bank, args.objective, args.nce_k, args.nce_t, args.nce_exclude_positive, args.nce_z_momentum, args.seed
@@ -248,7 +249,7 @@ def main() -> None:
         "command": args.command,
         "options": plain_options(args),
         "seconds": loop.progress.seconds,
-        "environment": environment(accelerator),
+        "environment": measured_on,
     }
     if accelerator.is_main_process:
         with files_moved_into_place(args.output_dir) as folder:

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor
@@ -63,13 +64,16 @@ def make_config(args, **overrides) -> ESResNetConfig:
 
 
 def make_model(
-    model_class: type[PreTrainedModel], source: str | Path | None, config: ESResNetConfig
+    model_class: type[PreTrainedModel], source: str | Path | None, config: ESResNetConfig, seed: int
 ) -> PreTrainedModel:
     """A network in training mode, with the weights of `source`, or random ones; a head of another size starts anew.
+
+    Random weights depend on the seed alone, whatever ran before in this process.
 
     Raises:
         UserError: naming the source, if there are no such weights.
     """
+    set_seed(seed)
     if source is None:
         return model_class(config).train()
     try:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import parse_flag_from_env, set_seed
+from accelerate.utils import parse_flag_from_env
 
 from datasets_scripts import CorpusError
 
@@ -132,7 +132,6 @@ def make_accelerator(args) -> Accelerator:
     for name in ("datasets", "httpx", "httpcore", "fsspec", "urllib3", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
-    set_seed(args.seed)
     logger.info(
         f"{accelerator.num_processes} process(es) x {torch.get_num_threads()} thread(s) on {accelerator.device}, "
         f"precision {'fp32' if precision == 'no' else precision}"

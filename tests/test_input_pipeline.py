@@ -62,7 +62,7 @@ def make_rows(lengths=(2500, 100, 2000, 9000, 1999, 2001, 40, 3000, 2600), label
 
 
 def options(**changes):
-    settings = {"per_device_train_batch_size": 4, "seed": 3, "dataloader_num_workers": 0}
+    settings = {"per_device_train_batch_size": 4, "seed": 3, "dataloader_num_workers": 0, "keep_spectrograms": False}
     return SimpleNamespace(**settings | changes)
 
 

@@ -1,0 +1,144 @@
+"""Spectrograms that are computed once and kept on disk."""
+
+import logging
+import os
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import soundfile
+import torch
+from scripts import SMALL, fail, succeed
+from test_input_pipeline import LENGTH, RATE, make_extractor, make_rows
+
+from dls_training.arguments import UserError
+from dls_training.augmentation import SpectrogramAugmentation, WaveformAugmentation
+from dls_training.input_pipeline import EvaluationClips, ViewMaker, draw_numbers, evaluation_loader, training_loader
+from dls_training.kept_spectrograms import keep_spectrograms
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    return tmp_path / "dls_spectrograms"
+
+
+def rows_with_digests(lengths=(2500, 100, 2000, 9000, 40)):
+    rows = make_rows(lengths)
+    return rows.add_column("digest", [f"digest of {length}" for length in lengths])
+
+
+def options(**changes):
+    common = {"per_device_train_batch_size": 2, "seed": 3, "dataloader_num_workers": 0}
+    return SimpleNamespace(**{**common, "keep_spectrograms": True, "cache_gigabytes": 1.0, **changes})
+
+
+def keep(rows, extractor, oversampling=2, max_gigabytes=1.0):
+    loader = evaluation_loader(rows, extractor, options())
+    return keep_spectrograms(rows, loader, extractor, oversampling, max_gigabytes)
+
+
+@pytest.mark.parametrize("audio_channels", [1, 2])
+def test_kept_is_the_power_of_every_window(cache, audio_channels):
+    rows, extractor = rows_with_digests(), make_extractor(audio_channels)
+    kept = keep(rows, extractor)
+    clips = EvaluationClips(rows, extractor)
+    assert kept.windows.tolist() == [2, 1, 1, 5, 1]
+    for clip in range(len(rows)):
+        windows = clips[clip]["windows"]
+        for number, window in enumerate(windows):
+            expected = extractor.power(window, 2)
+            found = kept.read(np.array([clip]), np.array([(number + 0.5) / len(windows)]))
+            assert found.shape == (1, audio_channels, 3, 16, 21) and found.dtype == torch.bfloat16
+            torch.testing.assert_close(found[0].float(), expected, rtol=2**-8, atol=0)
+
+
+def test_read_takes_every_window_alike(cache):
+    kept = keep(rows_with_digests((9000,)), make_extractor())
+    draws = np.random.default_rng(0).random(5000)
+    found = kept.read(np.zeros(5000, int), draws)[:, 0, 0, 0, 0].float().numpy()
+    _, counts = np.unique(found, return_counts=True)
+    assert len(counts) == 5 and counts.min() > 900
+
+
+def test_training_views_come_from_kept_spectrograms(cache):
+    rows, extractor = rows_with_digests(), make_extractor()
+    loader = training_loader(rows, extractor, options())
+    loader.sampler.set_epoch(4)
+    make_views, augment = ViewMaker(extractor, "spectrogram"), SpectrogramAugmentation()
+    kept, seen = keep(rows, extractor), []
+    for batch in loader:
+        views = make_views(batch)
+        assert views.shape == (len(batch["index"]), 1, 3, 8, 16)
+        draws = np.stack([draw_numbers(3, 4, index) for index in batch["index"].tolist()])
+        power = kept.read(batch["index"].numpy(), draws[:, 0]).float()
+        numbers = torch.from_numpy(draws[:, 1 + WaveformAugmentation.NUM_DRAWS :])
+        torch.testing.assert_close(views, extractor.decibel(augment(power, numbers, (8, 16))))
+        assert batch["labels"].tolist() == [index % 3 for index in batch["index"].tolist()]
+        seen += batch["index"].tolist()
+    assert len(set(seen)) == 4  # one of five waits: batches of two
+
+
+def test_kept_once_for_the_same_clips_and_settings(cache, monkeypatch):
+    rows, extractor = rows_with_digests(), make_extractor()
+    keep(rows, extractor)
+    assert len([path for path in cache.iterdir() if path.is_dir()]) == 1
+
+    def decode_again(*_):
+        raise AssertionError("decoded again")
+
+    monkeypatch.setattr(EvaluationClips, "__getitem__", decode_again)
+    keep(rows, extractor)
+    others = [
+        (rows.select([1, 0, 2, 3, 4]), extractor, 2),
+        (rows, make_extractor(n_fft=512), 2),
+        (rows, make_extractor(max_length=LENGTH + 1), 2),
+        (rows, make_extractor(2), 2),
+        (rows, extractor, 1),
+    ]
+    for other in others:
+        with pytest.raises(AssertionError, match="decoded again"):
+            keep(*other)
+
+
+def test_space_is_bounded(cache, caplog):
+    """Each holds 10 windows x 3 x 16 x 21 x 2 bytes = 20 kB: two of three fit, and the one used last stays."""
+    extractor = make_extractor()
+    corpora = [rows_with_digests((2500, 100, 2000, 9000, 40 + i)) for i in range(3)]
+    keep(corpora[0], extractor)
+    keep(corpora[1], extractor)
+    first, second = sorted((p for p in cache.iterdir() if p.is_dir()), key=lambda path: path.stat().st_mtime)
+    os.utime(first, (1, 1))
+    os.utime(second, (2, 2))
+    keep(corpora[0], extractor)  # used again
+    mapped = keep(corpora[1], extractor)
+    os.utime(second, (2, 2))
+    with caplog.at_level(logging.INFO):
+        keep(corpora[2], extractor, max_gigabytes=45e-6)
+    assert first.is_dir() and not second.exists() and f"{second} is deleted" in caplog.text
+    assert np.isfinite(mapped.power).all()  # who has it open keeps it
+    with pytest.raises(UserError, match="raise --cache_gigabytes"):
+        keep(rows_with_digests((2500, 200)), extractor, max_gigabytes=5e-6)
+    assert sum(path.is_dir() for path in cache.iterdir()) == 2
+
+
+def test_command_line(tmp_path):
+    """The second run decodes nothing for training, and ends the same."""
+    random = np.random.default_rng(0)
+    (tmp_path / "sounds").mkdir()
+    for clip in range(8):
+        soundfile.write(tmp_path / "sounds" / f"{clip}.wav", 0.1 * random.standard_normal(RATE), 8000)
+    common = [*SMALL, "--corpus", f"audiofolder={tmp_path / 'sounds'}", "--num_train_epochs", "2"]
+    kept = ["--augmentation", "spectrogram", "--keep_spectrograms"]
+    environment = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    models = []
+    for name in "ab":
+        log = succeed("train_npid.py", *common, *kept, "--output_dir", tmp_path / name, env=environment)
+        assert f"spectrograms of 8 clips are kept in {tmp_path / 'cache'}" in log
+        models.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert models[0] == models[1]
+    assert "--augmentation spectrogram" in fail("train_npid.py", *common, "--keep_spectrograms")
+    small = [*common, *kept, "--cache_gigabytes", "1e-6", "--seed", "1", "--clip_seconds", "0.4"]
+    message = fail("train_npid.py", *small, "--output_dir", tmp_path / "c", env=environment)
+    assert "raise --cache_gigabytes" in message
