@@ -63,6 +63,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from datasets import Dataset
+from safetensors import safe_open
 
 from datasets_scripts import corpus_report, train_test_folds
 from dls_training.arguments import plain_options
@@ -74,6 +75,7 @@ from dls_training.input_pipeline import (
     mean_over_windows,
     training_loader,
 )
+from dls_training.instance_discrimination import BANK_FILE, clip_keys
 from dls_training.loop import GlobalBatch, TrainingLoop
 from dls_training.metrics import Accuracy
 from dls_training.networks import make_config, make_extractor, make_model, structure
@@ -196,6 +198,19 @@ def pretraining_of(args) -> dict | None:
     return {name: earlier[name] for name in kept if name in earlier}
 
 
+def clips_heard(args, corpus: str, test: Dataset) -> int | None:
+    """How many held-out clips were in the pre-training, by the keys of its memory bank; None where that is unknown."""
+    path = Path(args.model_name_or_path or "") / BANK_FILE
+    if args.init == "scratch" or not path.is_file():
+        return None
+    with safe_open(path, framework="pt") as bank:
+        known = {bytes(key) for key in bank.get_tensor("keys").numpy()}
+    # ESC-10's clips are ESC-50's, under the same identities.
+    names = ("esc10", "esc50") if corpus in ("esc10", "esc50") else (corpus,)
+    keys = np.stack([clip_keys([name] * len(test), test["clip_id"][:]).numpy() for name in names], axis=1)
+    return sum(any(bytes(key) in known for key in clip) for clip in keys)
+
+
 def main() -> None:
     args = ARGS
     accelerator = make_accelerator(args)
@@ -229,7 +244,8 @@ def main() -> None:
             train = few_labels(train, args.labels_per_class, args.seed)
             logger.info(f"fold {fold}: {len(train)} clips to train on, {len(test)} held out")
             run = FoldRun(args, accelerator, extractor, config, train, test, output_dir, f"fold {fold}/")
-            fold_results = {"training_clips": len(train), "test_clips": len(test), **run.train()}
+            fold_results = {"training_clips": len(train), "test_clips": len(test)}
+            fold_results |= {"test_clips_heard_in_pretraining": clips_heard(args, corpus, test), **run.train()}
             if accelerator.is_main_process:
                 with files_moved_into_place(output_dir) as folder:
                     run.save_model(folder)

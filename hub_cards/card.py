@@ -73,7 +73,10 @@ def classification_card(results: dict, config: dict) -> tuple[ModelCardData, str
         model_name=f"esresnet-{corpus}",
         eval_results=evaluations,
     )
+    heard = [fold_results["test_clips_heard_in_pretraining"] for fold_results in folds.values()]
     fields = {
+        "heard": None if None in heard else sum(heard),
+        "test_clips": sum(fold_results["test_clips"] for fold_results in folds.values()),
         "labels": list(config["id2label"].values()),
         "held_out": next(iter(folds)),
         "mean": results["mean_accuracy_per_epoch"][-1],

@@ -85,6 +85,8 @@ def test_card_of_a_classifier(fine_tuned):
         cells += [results["mean_accuracy_per_epoch"][epoch], results["std_accuracy_per_epoch"][epoch]]
         assert f"| {epoch + 1} | {' | '.join(f'{cell:.3f}' for cell in cells)} |" in card.text
     assert results["command"] in card.text and "left out: {'audiofolder': [2]}" in card.text
+    assert [results["folds"][fold]["test_clips_heard_in_pretraining"] for fold in ("1", "2")] == [20, 0]
+    assert "Transductive: 20 of the 40 held-out clips were in the pre-training" in card.text
     assert "{{" not in card.text and "None" not in card.text
 
 
