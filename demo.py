@@ -48,7 +48,7 @@ def draw(output_dir: Path, arms: dict[str, dict]) -> None:
 
     from datasets_scripts import load_corpus
     from dls_training.input_pipeline import load_waveform
-    from dls_training.instance_discrimination import BANK_FILE, MemoryBank
+    from dls_training.memory_bank import BANK_FILE, MemoryBank
     from dls_training.report import draw_overview
     from modeling_dls import ESResNetFeatureExtractor
 

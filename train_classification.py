@@ -75,8 +75,8 @@ from dls_training.input_pipeline import (
     mean_over_windows,
     training_loader,
 )
-from dls_training.instance_discrimination import BANK_FILE, clip_keys
 from dls_training.loop import GlobalBatch, TrainingLoop
+from dls_training.memory_bank import BANK_FILE, clip_keys
 from dls_training.metrics import Accuracy
 from dls_training.networks import make_config, make_extractor, make_model, structure
 from dls_training.runtime import environment, make_accelerator, run_script, start_tracking
@@ -147,7 +147,9 @@ class FoldRun:
         )  # fmt: skip
         self.test_loader = accelerator.prepare(evaluation_loader(test, extractor, args))
 
-    def save_model(self, folder: Path) -> None:
+    def save_model(self, folder: Path | None) -> None:
+        if folder is None:  # the main process has everything
+            return
         self.bare_model.save_pretrained(folder)
         self.extractor.save_pretrained(folder)
 

@@ -39,6 +39,9 @@ def parse_args(argv: list[str] | None = None):
     add("--nce_z_momentum", type=fraction, help="keep a running estimate of Z (default: the first batch's for good)")
     add("--embedding_dim", type=at_least(1), help="default: 128, or the checkpoint's")
     add("--bank_momentum", type=fraction, default=0.5, help="default: 0.5")
+    add(
+        "--shard_bank", action="store_true", help="spread the bank's rows over the processes (default: a copy in each)"
+    )
     add("--exclude_fold", action="append", type=excluded_fold, default=[], metavar="[CORPUS=]N",
         help="leave a fold out of the training, so that it can be tested on")  # fmt: skip
     add("--knn_interval", type=at_least(1), default=5, help="epochs between k-NN evaluations (default: 5)")
@@ -61,6 +64,7 @@ from datasets import Dataset
 from datasets_scripts import combine_corpora, corpus_report
 from dls_training.arguments import UserError, plain_options
 from dls_training.checkpoints import claim_output_dir, files_moved_into_place, find_checkpoint, write_json
+from dls_training.health import Visits, bank_similarity
 from dls_training.input_pipeline import (
     ViewMaker,
     evaluation_loader,
@@ -68,14 +72,9 @@ from dls_training.input_pipeline import (
     mean_over_windows,
     training_loader,
 )
-from dls_training.instance_discrimination import (
-    BANK_FILE,
-    InstanceDiscrimination,
-    MemoryBank,
-    clip_keys,
-    knn_accuracy_by_fold,
-)
+from dls_training.instance_discrimination import InstanceDiscrimination, knn_accuracy_by_fold
 from dls_training.loop import GlobalBatch, TrainingLoop, describe
+from dls_training.memory_bank import BANK_FILE, MemoryBank, ShardedMemoryBank, clip_keys
 from dls_training.networks import make_config, make_extractor, make_model, structure
 from dls_training.runtime import environment, make_accelerator, run_script, start_tracking
 from hub_cards import write_card
@@ -105,18 +104,33 @@ def training_clips(args, corpora: list[tuple[str, Dataset]]) -> tuple[Dataset, d
     }
 
 
-def make_bank(args, checkpoint: Path | None, keys: torch.Tensor, embedding_dim: int) -> MemoryBank:
-    """The checkpoint's memory bank, or a new one.
+def make_bank(args, checkpoint: Path | None, keys: torch.Tensor, embedding_dim: int) -> tuple[MemoryBank, int]:
+    """The checkpoint's memory bank; or a new one, with what the bank of --model_name_or_path knows of these clips.
+
+    Returns:
+        The bank, and the number of clips that a bank of --model_name_or_path knew.
 
     Raises:
-        UserError: if the checkpoint has none.
+        UserError: if there is no usable bank where one must be.
     """
-    if checkpoint is None:
-        return MemoryBank(len(keys), embedding_dim, args.bank_momentum, keys, args.seed)
+    bank_class = ShardedMemoryBank if args.shard_bank else MemoryBank
+    earlier = Path(args.model_name_or_path or "") / BANK_FILE
     try:
-        return MemoryBank.load(checkpoint / BANK_FILE, args.bank_momentum)
+        if checkpoint is not None:
+            return bank_class.load(checkpoint / BANK_FILE, args.bank_momentum), 0
+        bank = bank_class(len(keys), embedding_dim, args.bank_momentum, keys, args.seed)
+        if not (args.model_name_or_path and earlier.is_file()):
+            return bank, 0
+        if (saved_dim := MemoryBank.saved_shape(earlier)[1]) != embedding_dim:
+            logger.warning(
+                f"{earlier} has vectors of {saved_dim} numbers, not {embedding_dim}: the memory bank starts anew"
+            )
+            return bank, 0
+        known = bank.take_over(earlier)
     except (OSError, ValueError) as error:
-        raise UserError(f"{checkpoint} is not a checkpoint of train_npid.py: {error}") from error
+        raise UserError(str(error)) from error
+    logger.info(f"{known} of {len(keys)} clips are known to {earlier}, {len(keys) - known} are new")
+    return bank, known
 
 
 class NearestNeighbourTests:
@@ -139,7 +153,13 @@ class NearestNeighbourTests:
             existing = folds.unique().tolist()
             held_out = sorted(excluded_folds(args, name).intersection(existing)) or existing
             loader = evaluation_loader(corpus, extractor, args)
-            self.tests[name] = (accelerator.prepare(loader), torch.tensor(labels), folds, held_out)
+            same = sum(name in known for known in self.tests)  # a second audiofolder, say
+            self.tests[f"{name}-{same + 1}" if same else name] = (
+                accelerator.prepare(loader),
+                torch.tensor(labels),
+                folds,
+                held_out,
+            )
 
     def __call__(self, model) -> dict[str, float]:
         """{corpus: accuracy 0..1, mean of the held-out folds}"""
@@ -167,14 +187,17 @@ class PretextStep:
 
     def __init__(self, accelerator, loop: TrainingLoop, objective: InstanceDiscrimination, make_views: ViewMaker):
         self.accelerator, self.loop, self.objective, self.make_views = accelerator, loop, objective, make_views
+        self.needs_normaliser = objective.needs_normaliser()
+        self.visits = Visits(len(objective.bank), accelerator.device, within_epoch=loop.progress.batches > 0)
 
     def __call__(self, batch: GlobalBatch) -> torch.Tensor:
         """Updates the network, and then, once, the bank. Returns the loss summed over the clips."""
         views = [self.make_views(part) for part in batch.batches]
         indices = [part["index"] for part in batch.batches]
         candidates = self.objective.candidates(indices, batch.places, batch.slots, batch.step)
-        if self.objective.needs_normaliser():
-            self.estimate_normaliser(views, candidates)
+        if self.needs_normaliser:
+            self.estimate_normaliser(batch, views, candidates)
+            self.needs_normaliser = False
         embeddings = []
 
         def clip_losses(number):
@@ -184,26 +207,37 @@ class PretextStep:
         loss_sum = self.loop.optimize(batch, clip_losses)
         embeddings = [embedding.detach() for embedding in embeddings]
         if self.objective.z_momentum is not None:
-            self.update_normaliser(embeddings, candidates)
+            self.update_normaliser(batch, embeddings, candidates)
         # After the step and outside of backward, so that it happens once however many batches were accumulated.
-        self.objective.bank.update(*self.accelerator.gather((torch.cat(indices), torch.cat(embeddings))))
+        self.update_bank(batch, torch.cat(indices), torch.cat(embeddings))
         return loss_sum
 
+    def update_bank(self, batch: GlobalBatch, indices: torch.Tensor, embeddings: torch.Tensor) -> None:
+        places = torch.cat(batch.places)
+        places, indices, embeddings = self.accelerator.gather((places, indices, embeddings))
+        # Clips that fill up a ragged batch become copies of its first clip, of which only the first counts.
+        indices = torch.where(places < batch.clips, indices, indices[0])
+        self.objective.bank.update(indices, embeddings)
+        self.visits.add(indices)
+
     @torch.no_grad()
-    def estimate_normaliser(self, views, candidates) -> None:
+    def estimate_normaliser(self, batch: GlobalBatch, views, candidates) -> None:
         """Z from the first global batch, before any loss is taken: how the batch is split must not matter."""
         with frozen_batch_norm_statistics(self.loop.model):
-            self.update_normaliser([self.loop.model(view).embeddings for view in views], candidates)
+            self.update_normaliser(batch, [self.loop.model(view).embeddings for view in views], candidates)
 
-    def update_normaliser(self, embeddings, candidates) -> None:
-        mean = self.objective.mean_exp(torch.cat(embeddings), torch.cat(candidates))
-        mean = self.accelerator.reduce(mean, reduction="mean")
+    def update_normaliser(self, batch: GlobalBatch, embeddings, candidates) -> None:
+        means = self.objective.mean_exp(torch.cat(embeddings), torch.cat(candidates))
+        own_sum = (means * (torch.cat(batch.places) < batch.clips)).sum()
+        mean = self.accelerator.reduce(own_sum) / batch.clips
         self.objective.bank.update_normaliser(mean, self.objective.z_momentum or 0.0)
 
 
 def main() -> None:
     args = ARGS
     accelerator = make_accelerator(args)
+    if args.shard_bank and accelerator.num_processes == 1:
+        raise UserError("--shard_bank spreads the bank over processes, but there is only one: leave it out")
     claim_output_dir(accelerator, args.output_dir, resuming=args.resume_from_checkpoint is not None)
     extractor = make_extractor(args)
     config = make_config(args, **({"embedding_dim": args.embedding_dim} if args.embedding_dim else {}))
@@ -216,15 +250,17 @@ def main() -> None:
 
     checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     model = make_model(ESResNetForInstanceDiscrimination, checkpoint or args.model_name_or_path, config, args.seed)
-    bank = make_bank(args, checkpoint, keys, config.embedding_dim).to(accelerator.device)
+    bank, known = make_bank(args, checkpoint, keys, config.embedding_dim)
+    bank = bank.to(accelerator.device)
     objective = InstanceDiscrimination(
         bank, args.objective, args.nce_k, args.nce_t, args.nce_exclude_positive, args.nce_z_momentum, args.seed
     )
 
     def save_model(folder):
-        accelerator.unwrap_model(model).save_pretrained(folder)
-        extractor.save_pretrained(folder)
-        bank.save(folder / BANK_FILE)
+        bank.save(folder and folder / BANK_FILE)
+        if folder:
+            accelerator.unwrap_model(model).save_pretrained(folder)
+            extractor.save_pretrained(folder)
 
     identity = {name: getattr(args, name) for name in ("objective", "nce_k", "nce_t", "bank_momentum")}
     identity |= structure(config) | {"embedding_dim": config.embedding_dim}
@@ -232,17 +268,24 @@ def main() -> None:
     loop = TrainingLoop(args, accelerator, model, loader, save_model, args.output_dir, checkpoint, identity)
     nearest_neighbours = NearestNeighbourTests(args, corpora, extractor, accelerator)
 
+    step = PretextStep(accelerator, loop, objective, ViewMaker(extractor, args.augmentation))
+
     def evaluate(epoch, is_last):
-        return {"knn_accuracy": nearest_neighbours(loop.model)} if is_last or epoch % args.knn_interval == 0 else {}
+        if loop.at_end_of_epoch:
+            step.visits.end_epoch(epoch, loop.clips_per_epoch)
+        evaluated = is_last or epoch % args.knn_interval == 0
+        accuracy = {"knn_accuracy": nearest_neighbours(loop.model)} if evaluated else {}
+        return {"bank_similarity": bank_similarity(bank, epoch)} | accuracy
 
     if not loop.progress.history:
-        loop.progress.history.append({"epoch": 0} | evaluate(0, is_last=False))
-        logger.info(f"untrained: {describe(loop.progress.history[0])}")
-    loop.train(PretextStep(accelerator, loop, objective, ViewMaker(extractor, args.augmentation)), evaluate)
+        loop.progress.history.append({"epoch": 0, "knn_accuracy": nearest_neighbours(loop.model)})
+        logger.info(f"before training: {describe(loop.progress.history[0])}")
+    loop.train(step, evaluate)
 
     results = {
         "task": "npid",
         **data_report,
+        "known_clips": known,
         "objective": args.objective,
         "history": loop.progress.history,
         "seed": args.seed,
@@ -251,7 +294,9 @@ def main() -> None:
         "seconds": loop.progress.seconds,
         "environment": measured_on,
     }
-    if accelerator.is_main_process:
+    if not accelerator.is_main_process:
+        save_model(None)
+    else:
         with files_moved_into_place(args.output_dir) as folder:
             save_model(folder)
             write_json(folder / "all_results.json", results)

@@ -122,6 +122,10 @@ def make_parser(description: str, defaults: dict, reasons: str) -> argparse.Argu
         "--mixed_precision", choices=("auto", "no", "bf16", "fp16"), default="auto",
         help="auto: bf16 where the processor computes in it, else fp16 on CUDA, else no (default: auto)",
     )  # fmt: skip
+    training.add_argument(
+        "--distributed_timeout", type=at_least(1.0, float), default=600.0, metavar="SECONDS",
+        help="with several processes: how long one waits for another before it gives up (default: 600)",
+    )  # fmt: skip
 
     output = parser.add_argument_group("output")
     output.add_argument("--output_dir", type=Path, default=Path(defaults["output_dir"]), help="default: %(default)s")

@@ -22,6 +22,7 @@ logger = logging.getLogger("dls")
 PREFIX = "checkpoint-"
 STATE_FILE = "trainer_state.json"
 TENSOR_FILE = "training_state.pt"
+REPLACED = "replaced"
 
 # On a full disk safetensors raises an error of its own.
 WRITE_ERRORS = (OSError, SafetensorError)
@@ -64,7 +65,7 @@ def folder_moved_into_place(final: Path) -> Iterator[Path]:
             unfinished.mkdir()
             yield unfinished
             if final.exists():
-                final.rename(Path(folder) / "replaced")
+                final.rename(Path(folder) / REPLACED)
             unfinished.rename(final)
     except WRITE_ERRORS as error:
         raise UserError(f"{final} cannot be written ({reason(error)}); what was saved before is intact") from error
@@ -120,6 +121,9 @@ def claim_output_dir(accelerator: Accelerator, output_dir: Path, resuming: bool)
             probe.write(b"written")
         for pattern in (f".{PREFIX}*", ".unfinished.*"):  # of a run that was killed while it wrote
             for leftover in [*output_dir.glob(pattern), *output_dir.glob(f"fold-*/{pattern}")]:
+                replaced, final = leftover / REPLACED, leftover.parent / leftover.name[1:].rpartition(".")[0]
+                if replaced.is_dir() and not final.exists():  # killed between two renames
+                    replaced.rename(final)
                 shutil.rmtree(leftover)
     except OSError as error:
         raise UserError(f"--output_dir {output_dir} cannot be written: {reason(error)}") from error

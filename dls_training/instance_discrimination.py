@@ -1,140 +1,22 @@
-"""Non-parametric instance discrimination: memory bank, its two objectives, and the k-NN that watches them.
+"""Non-parametric instance discrimination: its two objectives over a memory bank, and the k-NN that watches them.
 
 Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (2018); Hornauer et al.,
 "Unsupervised Discriminative Learning of Sounds for Audio Event Classification" (2021).
 """
 
-import hashlib
 import math
 from collections.abc import Iterable
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import nn
 
-BANK_FILE = "memory_bank.safetensors"
-KEY_BYTES = 16
-
-
-def clip_keys(corpora: Iterable[str], clip_ids: Iterable[str]) -> torch.Tensor:
-    """Identity of each clip that survives reordering: digests of `corpus/clip_id`, uint8, (clips, 16)."""
-    digests = [
-        hashlib.blake2b(f"{corpus}/{clip_id}".encode(), digest_size=KEY_BYTES).digest()
-        for corpus, clip_id in zip(corpora, clip_ids, strict=True)
-    ]
-    return torch.from_numpy(np.frombuffer(bytearray(b"".join(digests)), np.uint8)).view(-1, KEY_BYTES)
-
-
-class MemoryBank(nn.Module):
-    """One unit vector per clip, moved towards the clip's newest embedding at every optimizer step.
-
-    Attributes:
-        vectors: (num_clips, embedding_dim), float32, unit length.
-        Z: The constant that turns exp(similarity / temperature) into a probability; 0 until it is estimated. float64,
-            since exp(1 / temperature) overflows float32 for temperatures below 0.0113.
-        keys: (num_clips, 16), uint8, see `clip_keys`; all zero where clips have no identity.
-        momentum: Share of the old vector that an update keeps.
-
-    Example:
-        >>> bank = MemoryBank(num_clips=400, embedding_dim=128)
-        >>> bank.update(torch.tensor([7]), torch.nn.functional.normalize(torch.randn(1, 128), dim=-1))
-    """
-
-    def __init__(
-        self,
-        num_clips: int,
-        embedding_dim: int = 128,
-        momentum: float = 0.5,
-        keys: torch.Tensor | None = None,
-        seed: int = 0,
-    ):
-        """
-        Args:
-            num_clips: Rows.
-            embedding_dim: Columns.
-            momentum: 0 <= momentum < 1.
-            keys: See the class.
-            seed: Of the random unit vectors that the bank starts from, the same in every process.
-
-        Raises:
-            ValueError: if a size or the momentum is out of range, or the keys are not one per clip.
-        """
-        super().__init__()
-        if num_clips < 1 or embedding_dim < 1 or not 0 <= momentum < 1:
-            raise ValueError(
-                f"expected num_clips >= 1, embedding_dim >= 1 and 0 <= momentum < 1, not {num_clips}, {embedding_dim} "
-                f"and {momentum}"
-            )
-        if keys is None:
-            keys = torch.zeros(num_clips, KEY_BYTES, dtype=torch.uint8)
-        if tuple(keys.shape) != (num_clips, KEY_BYTES):
-            raise ValueError(f"expected keys of shape {(num_clips, KEY_BYTES)}, not {tuple(keys.shape)}")
-        start = torch.randn(num_clips, embedding_dim, generator=torch.Generator().manual_seed(seed))
-        self.momentum = momentum
-        self.register_buffer("vectors", F.normalize(start, dim=-1))
-        self.register_buffer("Z", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("keys", keys.clone())
-
-    def __len__(self) -> int:
-        return len(self.vectors)
-
-    @torch.no_grad()
-    def update(self, indices: torch.Tensor, embeddings: torch.Tensor) -> None:
-        """v_i <- normalise(m v_i + (1 - m) v). Of a clip that occurs twice, the first embedding counts.
-
-        Args:
-            indices: (batch,), int64.
-            embeddings: (batch, embedding_dim), unit length.
-        """
-        # Ragged last batches are padded with clips that were in the batch already. Every copy of an index is given the
-        # first one's row, so that the order in which a device writes them does not matter.
-        ordered, order = indices.sort(stable=True)
-        position = torch.arange(len(ordered), device=ordered.device)
-        is_first = torch.ones_like(ordered, dtype=torch.bool)
-        is_first[1:] = ordered[1:] != ordered[:-1]
-        first = order[torch.where(is_first, position, 0).cummax(0).values]
-        rows = self.momentum * self.vectors[ordered] + (1 - self.momentum) * embeddings[first].to(self.vectors.dtype)
-        self.vectors.index_copy_(0, ordered, F.normalize(rows, dim=-1))
-
-    @torch.no_grad()
-    def update_normaliser(self, mean_exp: torch.Tensor, momentum: float = 0.0) -> None:
-        """Z <- momentum Z + (1 - momentum) mean(exp(similarity / temperature)) N; a first estimate counts whole.
-
-        Args:
-            mean_exp: Mean over a global batch and its negatives, float64 scalar.
-            momentum: Share of the old estimate that is kept.
-        """
-        estimate = mean_exp.to(self.Z) * len(self)
-        self.Z.copy_(torch.where(self.Z == 0, estimate, momentum * self.Z + (1 - momentum) * estimate))
-
-    def save(self, path: str | Path) -> None:
-        """Writes vectors, Z and keys as safetensors."""
-        save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, str(path))
-
-    @classmethod
-    def load(cls, path: str | Path, momentum: float = 0.5) -> "MemoryBank":
-        """Reads what `save` wrote.
-
-        Raises:
-            ValueError: naming the file, if it is not a memory bank.
-        """
-        try:
-            state = load_file(str(path))
-            bank = cls(*state["vectors"].shape, momentum=momentum, keys=state["keys"])
-            bank.load_state_dict(state)
-        except (KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ValueError(f"{path} is not a memory bank (vectors, Z and keys as safetensors): {error}") from error
-        return bank
+from .memory_bank import MemoryBank
 
 
 def nce_logits(bank: MemoryBank, embeddings: torch.Tensor, indices: torch.Tensor, temperature: float) -> torch.Tensor:
     """similarity / temperature to the bank's rows `indices` (batch, columns), float32 at least: (batch, columns)."""
-    rows = bank.vectors[indices].to(embeddings.dtype)
-    return torch.bmm(rows, embeddings[:, :, None]).squeeze(-1) / temperature
+    return bank.similarities(embeddings, indices) / temperature
 
 
 def nce_loss(logits: torch.Tensor, Z: torch.Tensor, num_clips: int) -> torch.Tensor:
@@ -171,8 +53,7 @@ def softmax_loss(
     Returns:
         (batch,)
     """
-    logits = embeddings @ bank.vectors.to(embeddings.dtype).T / temperature
-    return F.cross_entropy(logits, indices, reduction="none")
+    return bank.cross_entropy(embeddings, indices, temperature)
 
 
 class InstanceDiscrimination:
@@ -255,9 +136,9 @@ class InstanceDiscrimination:
         return self.objective == "nce" and self.bank.Z.item() == 0
 
     def mean_exp(self, embeddings: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-        """mean(exp(similarity / temperature)) over a batch and its candidates, float64 scalar."""
+        """mean(exp(similarity / temperature)) over each clip's candidates: (batch,), float64."""
         with torch.no_grad():
-            return nce_logits(self.bank, embeddings, candidates, self.temperature).double().exp().mean()
+            return nce_logits(self.bank, embeddings, candidates, self.temperature).double().exp().mean(dim=1)
 
     def loss(self, embeddings: torch.Tensor, indices: torch.Tensor, candidates: torch.Tensor | None) -> torch.Tensor:
         """Loss of each clip, (batch,).

@@ -102,6 +102,8 @@ def keep_spectrograms(
     cache.mkdir(parents=True, exist_ok=True)
     with FileLock(cache / f"{folder.name}.lock"):
         if not folder.is_dir():
+            for leftover in cache.glob(f".{folder.name}.*"):  # of a run that was killed meanwhile
+                shutil.rmtree(leftover)
             with folder_moved_into_place(folder) as unfinished:
                 write_spectrograms(unfinished, loader, extractor, oversampling, max_gigabytes)
         os.utime(folder)

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from .arguments import UserError
 from .checkpoints import Progress, load_checkpoint, save_checkpoint
+from .health import has_finite_weights
 from .optimization import make_optimizer, make_scheduler
 from .runtime import Interrupted, SignalWatch
 
@@ -71,7 +72,7 @@ class TrainingLoop:
         accelerator: Accelerator,
         model: PreTrainedModel,
         loader: DataLoader,
-        save_model: Callable[[Path], None],
+        save_model: Callable[[Path | None], None],
         output_dir: Path,
         checkpoint: Path | None,
         identity: dict,
@@ -84,6 +85,7 @@ class TrainingLoop:
             model: In training mode; already holds the checkpoint's weights, where there is one.
             loader: From `training_loader`.
             save_model: Writes into a folder what `from_pretrained` needs, and what else the script must restore.
+                Called in every process, with None in all but the main one: there it hands over what only they have.
             output_dir: Where checkpoints go.
             checkpoint: From `find_checkpoint`.
             identity: What else than `FIXED_OPTIONS` must not change when the run goes on: {what: value}.
@@ -100,6 +102,9 @@ class TrainingLoop:
         self.clips_per_epoch = len(loader.sampler)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = make_optimizer(args.optimizer, trained, args.learning_rate, args.weight_decay)
+        if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
+            # Statistics of the global batch. No other back end has it: there, each process normalises its own part.
+            model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         # Convolutions are fastest on channels-last weights, on CPUs and GPUs alike.
         model = model.to(memory_format=torch.channels_last)
         self.model, self.optimizer, self.loader = accelerator.prepare(model, optimizer, loader)
@@ -121,6 +126,11 @@ class TrainingLoop:
     @property
     def evaluated(self) -> bool:
         return any(entry.get("step") == self.progress.step for entry in self.progress.history)
+
+    @property
+    def at_end_of_epoch(self) -> bool:
+        """Whether every clip of the current epoch is done."""
+        return self.progress.clips == self.clips_per_epoch
 
     def train(self, step: Callable[[GlobalBatch], torch.Tensor], evaluate: Callable[[int, bool], dict]) -> None:
         """Trains until all steps are done.
@@ -149,10 +159,11 @@ class TrainingLoop:
                 progress.batches += len(batch.batches)
                 progress.clips += batch.clips
                 bar.update(batch.clips)
-                received = watch.agreed(self.accelerator)
+                received = watch.agreed(self.accelerator, progress.step)
                 steps = self.args.checkpointing_steps
                 if received or (steps != "epoch" and progress.step % steps == 0):
                     progress.loss_sum = loss_sum.item()
+                    self.check_numbers(progress.loss_sum)
                     self.checkpoint()
                 if received:
                     raise Interrupted(received)
@@ -164,13 +175,9 @@ class TrainingLoop:
     def end_epoch(self, loss_sum: float, rate: float, evaluate) -> None:
         """Evaluates, logs, and saves."""
         progress = self.progress
-        whole = progress.clips == self.clips_per_epoch
+        whole = self.at_end_of_epoch
         loss = loss_sum / progress.clips
-        if not math.isfinite(loss):
-            raise UserError(
-                f"the loss is {loss} in epoch {progress.epoch + 1}: lower --learning_rate, or try "
-                "--mixed_precision no; earlier checkpoints are intact"
-            )
+        self.check_numbers(loss)
         if not whole:  # --max_train_steps ends within an epoch; the run can still go on from there
             progress.loss_sum = loss_sum
             self.checkpoint()
@@ -188,6 +195,23 @@ class TrainingLoop:
             progress.epoch, progress.batches, progress.loss_sum, progress.clips = progress.epoch + 1, 0, 0.0, 0
             if self.finished or self.args.checkpointing_steps == "epoch":
                 self.checkpoint()
+
+    def check_numbers(self, loss: float) -> None:
+        """Before anything is saved.
+
+        Raises:
+            UserError: if the loss or a weight is no longer a number.
+        """
+        if not math.isfinite(loss):
+            problem = f"the loss is {loss}"
+        elif not has_finite_weights(self.model):
+            problem = "weights of the network are no longer numbers"
+        else:
+            return
+        raise UserError(
+            f"{problem} in epoch {self.progress.epoch + 1}, step {self.progress.step}: lower --learning_rate, or try "
+            "--mixed_precision no; earlier checkpoints are intact"
+        )
 
     def global_batches(self) -> Iterator[GlobalBatch]:
         """What is left of the current epoch; nothing once all steps are done."""
@@ -235,7 +259,9 @@ class TrainingLoop:
         """Saves everything that the run needs to go on."""
         self.progress.seconds += time.perf_counter() - self.clock
         self.clock = time.perf_counter()
-        if self.accelerator.is_main_process:
+        if not self.accelerator.is_main_process:
+            self.save_model(None)
+        else:
             tensors = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
             limit = self.args.checkpoints_total_limit
             save_checkpoint(self.output_dir, self.progress, self.save_model, tensors, self.identity, limit)

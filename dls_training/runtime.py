@@ -8,19 +8,25 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
 from datasets_scripts import CorpusError
 
 from .arguments import UserError
 
 logger = logging.getLogger("dls")
+
+# On a GPU, to ask costs a wait for all that was queued.
+STEPS_BETWEEN_AGREEMENTS = {"cpu": 1, "cuda": 10}
+# How torch's back ends begin to say that another process is gone or silent.
+LOST_PROCESS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out")
 
 
 class Interrupted(Exception):
@@ -35,7 +41,8 @@ def run_script(main: Callable[[], None]) -> int:
     """Runs a script's main and turns what a user can cause into one message and an exit code.
 
     Returns:
-        0; 2 for a `UserError`, a `CorpusError` or a file that cannot be written; 128 + signal after an interruption.
+        0; 2 for a `UserError`, a `CorpusError` or a file that cannot be written; 3 if another process of the run is
+        lost; 128 + signal after an interruption.
     """
     try:
         main()
@@ -51,10 +58,27 @@ def run_script(main: Callable[[], None]) -> int:
             message = message.strip().splitlines()[-1].partition(": ")[2]
         print(f"error: {message}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if not lost_process(error):
+            raise
+        print(
+            f"error: process {os.environ.get('RANK', '0')} stops: another process of this run has died or does not "
+            "answer (--distributed_timeout), its own message tells why. What was saved is intact: "
+            f"--resume_from_checkpoint latest goes on from there. ({str(error).splitlines()[0][:200]})",
+            file=sys.stderr,
+        )
+        return 3
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return 0
+
+
+def lost_process(error: RuntimeError) -> bool:
+    """Whether an error says that the processes can no longer reach one another."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return False
+    return isinstance(error, torch.distributed.DistError) or any(words in str(error).lower() for words in LOST_PROCESS)
 
 
 class SignalWatch(contextlib.AbstractContextManager):
@@ -80,10 +104,15 @@ class SignalWatch(contextlib.AbstractContextManager):
         for watched, handler in self.previous.items():
             signal.signal(watched, handler)
 
-    def agreed(self, accelerator: Accelerator) -> int:
-        """The signal that any process received: all must leave the loop at the same step."""
+    def agreed(self, accelerator: Accelerator, step: int) -> int:
+        """The signal that any process received: all must leave the loop at the same step.
+
+        Several processes ask one another only every so many steps, because that makes a GPU wait.
+        """
         if accelerator.num_processes == 1:
             return self.received
+        if step % STEPS_BETWEEN_AGREEMENTS[accelerator.device.type]:
+            return 0
         received = torch.tensor([self.received], device=accelerator.device)
         return int(accelerator.gather(received).max())
 
@@ -122,6 +151,7 @@ def make_accelerator(args) -> Accelerator:
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=str(args.output_dir),
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.distributed_timeout))],
     )
     logging.basicConfig(
         format="%(asctime)s %(message)s",

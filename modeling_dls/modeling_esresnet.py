@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm  # of one process, or synchronised over several
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import (
@@ -85,7 +86,7 @@ class ESResNetStage(nn.Module):
 def frozen_batch_norm_statistics(module: nn.Module):
     """Batch norm normalises as before inside this context, but leaves its running statistics alone."""
     # A momentum of zero, because without tracking fewer tensors are saved for backward: checkpointing counts them.
-    norms = {m: (m.momentum, m.num_batches_tracked) for m in module.modules() if isinstance(m, nn.BatchNorm2d)}
+    norms = {m: (m.momentum, m.num_batches_tracked) for m in module.modules() if isinstance(m, _BatchNorm)}
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
     try:

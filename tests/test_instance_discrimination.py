@@ -1,5 +1,6 @@
 """Memory bank, both objectives and the k-NN, each against a slow version with loops."""
 
+import dataclasses
 import hashlib
 import math
 import subprocess
@@ -16,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 
 from dls_training import MemoryBank
+from dls_training.health import Visits, bank_similarity, has_finite_weights
 from dls_training.input_pipeline import ShuffledClips, ViewMaker, collate_training
 from dls_training.instance_discrimination import (
     InstanceDiscrimination,
-    clip_keys,
     knn_accuracy_by_fold,
     nce_logits,
     nce_loss,
@@ -27,6 +28,7 @@ from dls_training.instance_discrimination import (
     weighted_knn,
 )
 from dls_training.loop import GlobalBatch, TrainingLoop
+from dls_training.memory_bank import clip_keys
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor, ESResNetForInstanceDiscrimination
 from train_npid import PretextStep
 
@@ -194,6 +196,41 @@ def test_clip_keys():
         clip_keys(["esc10"], [])
 
 
+# Health
+
+
+def test_a_collapsed_bank_is_reported(caplog):
+    bank = MemoryBank(200, 8)
+    vectors = bank.vectors.double()
+    mean = (vectors @ vectors.T).mean().item()
+    assert bank_similarity(bank, 3) == pytest.approx(mean, rel=1e-6) and not caplog.text
+    bank.vectors.copy_(F.normalize(unit(1, 8) + 0.1 * bank.vectors, dim=-1))
+    assert bank_similarity(bank, 3) > 0.95
+    assert "epoch 3: the embedding has collapsed" in caplog.text
+
+
+def test_clips_that_were_not_visited_are_reported(caplog):
+    visits = Visits(10, torch.device("cpu"), within_epoch=True)
+    visits.add(torch.tensor([1, 2]))
+    visits.end_epoch(1, expected=10)  # its beginning was another process's
+    visits.add(torch.arange(10))
+    visits.end_epoch(2, expected=10)
+    visits.add(torch.tensor([0, 1, 2, 3, 5, 6, 7, 8, 9, 9]))
+    visits.end_epoch(3, expected=9)  # one clip waits where the last batch would have one clip
+    assert not caplog.text
+    visits.add(torch.tensor([0, 1, 2, 3, 5, 6, 7, 8]))
+    visits.end_epoch(4, expected=10)
+    assert "epoch 4: 2 of 10 clips were never trained on" in caplog.text and "(first: 4, 9)" in caplog.text
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers(value):
+    model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3))
+    assert has_finite_weights(model)
+    model[1].running_var[1] = value
+    assert not has_finite_weights(model)
+
+
 # Objectives
 
 
@@ -243,7 +280,7 @@ def test_nce_at_a_temperature_whose_exponential_overflows_float32():
     objective = InstanceDiscrimination(bank, num_negatives=16, temperature=0.01)
     (candidates,) = objective.candidates([torch.arange(4)], [torch.arange(4)], 4, 0)
     assert torch.isinf(torch.tensor(100.0).exp())
-    mean = objective.mean_exp(embeddings, candidates)
+    mean = objective.mean_exp(embeddings, candidates).mean()
     assert mean.dtype == torch.float64 and math.isfinite(mean.item())
     bank.update_normaliser(mean)
     loss = objective.loss(embeddings, torch.arange(4), candidates)
@@ -261,7 +298,7 @@ def test_normaliser_is_the_mean_over_the_batch_and_its_candidates_times_the_clip
     (candidates,) = objective.candidates([indices], [torch.arange(3)], 3, 0)
     embeddings = unit(3, 6, seed=2)
     assert objective.needs_normaliser()
-    bank.update_normaliser(objective.mean_exp(embeddings, candidates))
+    bank.update_normaliser(objective.mean_exp(embeddings, candidates).mean())
     assert not objective.needs_normaliser()
     values = []
     for embedding, row in zip(embeddings.double(), candidates.tolist(), strict=True):
@@ -460,6 +497,8 @@ def pretext(tmp_path, batch_size, accumulation, num_clips=8, training=False, **o
         learning_rate=0.1,
         weight_decay=1e-4,
         lr_scheduler_type="constant",
+        warmup_steps=0,
+        keep_spectrograms=False,
         clip_seconds=0.1,
         audio_channels=1,
         num_train_epochs=2,
@@ -541,10 +580,11 @@ def test_first_normaliser_does_not_depend_on_the_split(tmp_path, sizes):
     (batch,) = loop.global_batches()
     views = step.make_views(batch.batches[0])
     candidates = step.objective.candidates([batch.batches[0]["index"]], batch.places, batch.slots, 0)
-    step.estimate_normaliser([views], candidates)
+    step.estimate_normaliser(batch, [views], candidates)
     whole = bank.Z.item()
     bank.Z.zero_()
-    step.estimate_normaliser(views.split(sizes), candidates[0].split(sizes))
+    batch.places = batch.places[0].split(sizes)
+    step.estimate_normaliser(batch, views.split(sizes), candidates[0].split(sizes))
     assert bank.Z.item() == pytest.approx(whole, rel=1e-5)
 
 
@@ -553,7 +593,9 @@ def test_first_normaliser_leaves_batch_norm_statistics_alone(tmp_path):
     (batch,) = loop.global_batches()
     before = {name: tensor.clone() for name, tensor in loop.model.state_dict().items()}
     views = [torch.randn(4, 1, 3, 32, 64), torch.randn(4, 1, 3, 32, 64)]
-    step.estimate_normaliser(views, step.objective.candidates([torch.arange(4)] * 2, [torch.arange(4)] * 2, 8, 0))
+    places = [torch.arange(4), torch.arange(4, 8)]
+    candidates = step.objective.candidates([torch.arange(4)] * 2, places, 8, 0)
+    step.estimate_normaliser(dataclasses.replace(batch, places=places), views, candidates)
     assert bank.Z.item() > 0
     for name, tensor in loop.model.state_dict().items():
         assert torch.equal(tensor, before[name]), name

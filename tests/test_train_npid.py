@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -117,6 +118,102 @@ def test_killed_run_resumes_exactly(uninterrupted, options, tmp_path):
     succeed("train_npid.py", *command, *resume)
     assert_same_outcome(tmp_path / "run", uninterrupted[0])
     assert not list((tmp_path / "run").glob(".*")), "leftovers of the killed runs"
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(sound_folder, tmp_path):
+    """SIGKILL at twenty random moments, in start-up too: the outcome is that of an uninterrupted run, bit for bit."""
+    common = [
+        *SMALL, "--corpus", f"audiofolder={sound_folder}", "--num_train_epochs", "120", "--checkpointing_steps", "3",
+        "--knn_interval", "40", "--per_device_train_batch_size", "8",
+    ]  # fmt: skip
+    succeed("train_npid.py", *common, "--output_dir", tmp_path / "whole")
+    run, random = tmp_path / "run", np.random.default_rng(0)
+
+    def newest():
+        numbers = [path.name.rpartition("-")[2] for path in run.glob("checkpoint-*")]
+        return max(map(int, numbers), default=0)
+
+    reached = []
+    for kill in range(20):
+        before = newest()
+        command = [*common, "--output_dir", run, "--resume_from_checkpoint", "latest"]
+        process = start([sys.executable, ROOT / "train_npid.py", *command])
+        while kill % 5 and newest() == before:  # every fifth is killed while it starts
+            assert process.poll() is None, process.stdout.read()
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.3 if kill % 5 else 3))
+        assert process.poll() is None, "the run was over too soon to be killed"
+        process.kill()
+        process.communicate()
+        reached.append(newest())
+    assert 50 < reached[-1] < 600 and len(set(reached)) > 15
+    succeed("train_npid.py", *common, "--output_dir", run, "--resume_from_checkpoint", "latest")
+    assert_same_outcome(run, tmp_path / "whole")
+
+
+def test_full_disk_leaves_the_last_checkpoint(uninterrupted, options, tmp_path):
+    """A limit on file sizes, where the next checkpoint's first large file ends."""
+    run = ["--output_dir", tmp_path / "run", "--knn_interval", "2"]
+    command = [sys.executable, ROOT / "train_npid.py", *options, *run]
+    process = start([*command, "--checkpointing_steps", "1"])
+    while not list((tmp_path / "run").glob("checkpoint-*")):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    # Without decoding processes: what they hand over would fall under the limit too.
+    resume = ["--resume_from_checkpoint", "latest", "--dataloader_num_workers", "0"]
+    size = 200_000
+
+    def small_disk():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+    process = start([*command, *resume], preexec_fn=small_disk)
+    output = process.communicate(timeout=120)[0]
+    assert process.returncode == 2 and "Traceback" not in output, output
+    assert "cannot be written" in output.splitlines()[-1] and "intact" in output.splitlines()[-1]
+    assert not list((tmp_path / "run").glob(".*"))
+    succeed("train_npid.py", *options, *run, *resume)
+    assert_same_outcome(tmp_path / "run", uninterrupted[0])
+
+
+def test_new_clips_join(uninterrupted, options, sound_folder, tmp_path):
+    """Known clips keep their rows, in whatever order they come; new ones get rows of their own."""
+    new = tmp_path / "new"
+    for label in ("low", "high"):
+        (new / label).mkdir(parents=True)
+        for clip in range(6):
+            tone = np.sin(np.arange(4000) * (0.1 if label == "low" else 1.3) * (1 + clip / 20))
+            soundfile.write(new / label / f"{clip}.wav", 0.1 * tone, 8000)
+    common = [*options[2:], "--max_train_steps", "1", "--learning_rate", "0", "--model_name_or_path", uninterrupted[0]]
+    grown = ["--corpus", f"audiofolder={new}", *common, "--output_dir", tmp_path / "grown"]
+    log = succeed("train_npid.py", *grown)
+    assert "40 of 52 clips are known" in log and "12 are new" in log
+    results = results_of(tmp_path / "grown")
+    assert results["known_clips"] == 40 and results["clips"] == {"audiofolder": 52}
+    assert set(results["history"][0]["knn_accuracy"]) == {"audiofolder", "audiofolder-2"}
+    old, bank = (load_file(folder / "memory_bank.safetensors") for folder in (uninterrupted[0], tmp_path / "grown"))
+    rows = {bytes(key): vector for key, vector in zip(bank["keys"].numpy(), bank["vectors"], strict=True)}
+    kept = sum(torch.equal(rows[bytes(k)], v) for k, v in zip(old["keys"].numpy(), old["vectors"], strict=True))
+    assert len(rows) == 52 and kept >= 40 - 8  # one step of eight clips moved some of them
+    assert bank["Z"].item() == pytest.approx(old["Z"].item() * 52 / 40)
+
+
+def test_another_embedding_dim_starts_a_new_bank(uninterrupted, options, tmp_path):
+    other = [*options[2:], "--model_name_or_path", uninterrupted[0], "--embedding_dim", "16", "--max_train_steps", "1"]
+    log = succeed("train_npid.py", *other, "--output_dir", tmp_path / "run")
+    assert "has vectors of 128 numbers, not 16: the memory bank starts anew" in log
+    assert load_file(tmp_path / "run" / "memory_bank.safetensors")["vectors"].shape == (40, 16)
+
+
+def test_a_loss_that_is_no_number_is_reported(options, tmp_path):
+    run = [*options, "--learning_rate", "1e30", "--mixed_precision", "no", "--output_dir", tmp_path / "run"]
+    message = fail("train_npid.py", *run, "--checkpointing_steps", "1")
+    assert "lower --learning_rate" in message
+    for checkpoint in (tmp_path / "run").glob("checkpoint-*"):
+        weights = load_file(checkpoint / "model.safetensors").values()
+        assert all(w.isfinite().all() for w in weights if w.is_floating_point())
 
 
 def test_resume_skips_an_incomplete_checkpoint(uninterrupted, options, tmp_path):

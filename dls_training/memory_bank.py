@@ -1,0 +1,405 @@
+"""The memory bank of instance discrimination: one unit vector per clip, whole in every process or spread over them.
+
+Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (2018).
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+BANK_FILE = "memory_bank.safetensors"
+KEY_BYTES = 16
+# Rows that are read or sent at a time: a bank never needs much more memory than its rows.
+BLOCK = 65536
+RANDOM_BLOCK = 1024
+
+
+def clip_keys(corpora: Iterable[str], clip_ids: Iterable[str]) -> torch.Tensor:
+    """Identity of each clip that survives reordering: digests of `corpus/clip_id`, uint8, (clips, 16)."""
+    digests = [
+        hashlib.blake2b(f"{corpus}/{clip_id}".encode(), digest_size=KEY_BYTES).digest()
+        for corpus, clip_id in zip(corpora, clip_ids, strict=True)
+    ]
+    return torch.from_numpy(np.frombuffer(bytearray(b"".join(digests)), np.uint8)).view(-1, KEY_BYTES)
+
+
+def blocks(first: int, last: int, size: int = BLOCK) -> Iterable[tuple[int, int]]:
+    """The parts of rows first .. last - 1 that lie in one block each."""
+    while first < last:
+        stop = min(last, (first // size + 1) * size)
+        yield first, stop
+        first = stop
+
+
+def random_rows(out: torch.Tensor, first: int, seed: int) -> None:
+    """Fills rows first … of a bank with unit vectors that depend on the seed and a row's number alone."""
+    for start, stop in blocks(first, first + len(out), RANDOM_BLOCK):
+        block = start // RANDOM_BLOCK
+        state = int(np.random.SeedSequence([seed, block]).generate_state(1, np.uint64)[0])
+        # The whole block, always: a shorter one would begin with other numbers.
+        rows = torch.randn(RANDOM_BLOCK, out.shape[1], generator=torch.Generator().manual_seed(state & (2**63 - 1)))
+        own = rows[start - block * RANDOM_BLOCK : stop - block * RANDOM_BLOCK]
+        out[start - first : stop - first] = F.normalize(own, dim=-1)
+
+
+class MemoryBank(nn.Module):
+    """One unit vector per clip, moved towards the clip's newest embedding at every optimizer step.
+
+    Attributes:
+        num_clips: Rows, of all processes together.
+        first: Number of the first row that this process holds.
+        vectors: (rows held, embedding_dim), float32, unit length.
+        Z: The constant that turns exp(similarity / temperature) into a probability; 0 until it is estimated. float64,
+            since exp(1 / temperature) overflows float32 for temperatures below 0.0113.
+        keys: (rows held, 16), uint8, see `clip_keys`; all zero where clips have no identity.
+        momentum: Share of the old vector that an update keeps.
+
+    Example:
+        >>> bank = MemoryBank(num_clips=400, embedding_dim=128)
+        >>> bank.update(torch.tensor([7]), torch.nn.functional.normalize(torch.randn(1, 128), dim=-1))
+    """
+
+    def __init__(
+        self,
+        num_clips: int,
+        embedding_dim: int = 128,
+        momentum: float = 0.5,
+        keys: torch.Tensor | None = None,
+        seed: int | None = 0,
+    ):
+        """
+        Args:
+            num_clips: Rows.
+            embedding_dim: Columns.
+            momentum: 0 <= momentum < 1.
+            keys: Of all clips, see the class.
+            seed: Of the random unit vectors that the bank starts from, the same however it is spread; None leaves the
+                rows to be filled in.
+
+        Raises:
+            ValueError: if a size or the momentum is out of range, or the keys are not one per clip.
+        """
+        super().__init__()
+        if num_clips < 1 or embedding_dim < 1 or not 0 <= momentum < 1:
+            raise ValueError(
+                f"expected num_clips >= 1, embedding_dim >= 1 and 0 <= momentum < 1, not {num_clips}, {embedding_dim} "
+                f"and {momentum}"
+            )
+        if keys is not None and tuple(keys.shape) != (num_clips, KEY_BYTES):
+            raise ValueError(f"expected keys of shape {(num_clips, KEY_BYTES)}, not {tuple(keys.shape)}")
+        self.num_clips = num_clips
+        self.momentum = momentum
+        self.first, last = self.share(num_clips)
+        self.register_buffer("vectors", torch.empty(last - self.first, embedding_dim))
+        self.register_buffer("Z", torch.zeros((), dtype=torch.float64))
+        own_keys = torch.zeros(last - self.first, KEY_BYTES, dtype=torch.uint8)
+        self.register_buffer("keys", own_keys if keys is None else keys[self.first : last].clone())
+        if seed is not None:
+            random_rows(self.vectors, self.first, seed)
+
+    @classmethod
+    def share(cls, num_clips: int) -> tuple[int, int]:
+        """First row and end of the rows that this process holds: here, all."""
+        return 0, num_clips
+
+    def __len__(self) -> int:
+        return self.num_clips
+
+    def similarities(self, embeddings: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """Dot products with the rows `indices`.
+
+        Args:
+            embeddings: (batch, embedding_dim), float32 at least.
+            indices: (batch, columns), int64.
+
+        Returns:
+            (batch, columns), in the embeddings' dtype.
+        """
+        rows = self.vectors[indices].to(embeddings.dtype)
+        return torch.bmm(rows, embeddings[:, :, None]).squeeze(-1)
+
+    def cross_entropy(self, embeddings: torch.Tensor, indices: torch.Tensor, temperature: float) -> torch.Tensor:
+        """-log softmax(similarity to every row / temperature) at each clip's own row: (batch,).
+
+        Args:
+            embeddings: (batch, embedding_dim), float32 at least.
+            indices: (batch,), int64.
+            temperature: tau.
+        """
+        logits = embeddings @ self.vectors.to(embeddings.dtype).T / temperature
+        return F.cross_entropy(logits, indices, reduction="none")
+
+    @torch.no_grad()
+    def update(self, indices: torch.Tensor, embeddings: torch.Tensor) -> None:
+        """v_i <- normalise(m v_i + (1 - m) v). Of a clip that occurs twice, the first embedding counts.
+
+        Args:
+            indices: (batch,), int64, of all processes.
+            embeddings: (batch, embedding_dim), unit length.
+        """
+        # Ragged last batches are padded with clips that were in the batch already. Every copy of an index is given the
+        # first one's row, so that the order in which a device writes them does not matter.
+        ordered, order = indices.sort(stable=True)
+        position = torch.arange(len(ordered), device=ordered.device)
+        is_first = torch.ones_like(ordered, dtype=torch.bool)
+        is_first[1:] = ordered[1:] != ordered[:-1]
+        first = order[torch.where(is_first, position, 0).cummax(0).values]
+        self._move(ordered - self.first, embeddings[first])
+
+    def _move(self, rows: torch.Tensor, embeddings: torch.Tensor) -> None:
+        moved = self.momentum * self.vectors[rows] + (1 - self.momentum) * embeddings.to(self.vectors.dtype)
+        self.vectors.index_copy_(0, rows, F.normalize(moved, dim=-1))
+
+    @torch.no_grad()
+    def update_normaliser(self, mean_exp: torch.Tensor, momentum: float = 0.0) -> None:
+        """Z <- momentum Z + (1 - momentum) mean(exp(similarity / temperature)) N; a first estimate counts whole.
+
+        Args:
+            mean_exp: Mean over a global batch and its negatives, float64 scalar.
+            momentum: Share of the old estimate that is kept.
+        """
+        estimate = mean_exp.to(self.Z) * len(self)
+        self.Z.copy_(torch.where(self.Z == 0, estimate, momentum * self.Z + (1 - momentum) * estimate))
+
+    def mean_similarity(self) -> torch.Tensor:
+        """Mean cosine similarity between rows, a scalar: 1 where all rows are alike, near 0 where they are spread."""
+        return (self._sum_of_rows() / len(self)).square().sum()
+
+    def _sum_of_rows(self) -> torch.Tensor:
+        return self.vectors.sum(dim=0, dtype=torch.float64)
+
+    def take_over(self, path: str | Path) -> int:
+        """Takes the rows of known clips, by their keys, from a saved bank; Z grows with the number of clips.
+
+        Args:
+            path: What `save` wrote.
+
+        Returns:
+            Known clips among the rows that this process holds.
+
+        Raises:
+            ValueError: naming the file, if it is not a memory bank, or one of another embedding_dim.
+        """
+        with opened(path) as file:
+            vectors = file.get_slice("vectors")
+            old_clips = vectors.get_shape()[0]
+            # As byte strings, keys can be sorted and looked up.
+            old_keys = file.get_tensor("keys").numpy().view(f"S{KEY_BYTES}")[:, 0]
+            own_keys = self.keys.cpu().numpy().view(f"S{KEY_BYTES}")[:, 0]
+            order = np.argsort(old_keys)
+            place = order[np.searchsorted(old_keys, own_keys, sorter=order).clip(max=old_clips - 1)]
+            known = np.flatnonzero((old_keys[place] == own_keys) & (own_keys != b""))
+            known = known[np.argsort(place[known])]  # in the order of the file
+            places = place[known]
+            for start, stop in blocks(0, old_clips):
+                inside = slice(*np.searchsorted(places, [start, stop]))
+                if inside.start < inside.stop:
+                    rows = vectors[start:stop][torch.from_numpy(places[inside] - start)]
+                    self.vectors[torch.from_numpy(known[inside])] = rows.to(self.vectors)
+            self.Z.copy_(file.get_tensor("Z") * (len(self) / old_clips))
+        return len(known)
+
+    def save(self, path: str | Path | None) -> None:
+        """Writes vectors, Z and keys as safetensors, a block at a time.
+
+        Args:
+            path: None in every process but the main one, which hand over their share where they have one.
+        """
+        if path is None:
+            return
+        shapes = {"vectors": (len(self), self.vectors.shape[1]), "keys": (len(self), KEY_BYTES)}
+        with Path(path).open("wb") as file:
+            file.write(safetensors_header({"Z": ("F64", (), 8)} | {
+                "vectors": ("F32", shapes["vectors"], 4 * self.vectors.shape[1] * len(self)),
+                "keys": ("U8", shapes["keys"], KEY_BYTES * len(self)),
+            }))  # fmt: skip
+            file.write(self.Z.cpu().numpy().tobytes())
+            for name in ("vectors", "keys"):
+                for block in self._blocks_of_all(name):
+                    file.write(block.cpu().contiguous().numpy().data)
+
+    def _blocks_of_all(self, name: str) -> Iterable[torch.Tensor]:
+        return getattr(self, name).split(BLOCK)
+
+    @staticmethod
+    def saved_shape(path: str | Path) -> list[int]:
+        """Rows and columns of a saved bank.
+
+        Raises:
+            ValueError: naming the file, if it is not a memory bank.
+        """
+        with opened(path) as file:
+            return file.get_slice("vectors").get_shape()
+
+    @classmethod
+    def load(cls, path: str | Path, momentum: float = 0.5) -> "MemoryBank":
+        """Reads what `save` wrote; of a bank that is spread over processes, this process's share.
+
+        Raises:
+            ValueError: naming the file, if it is not a memory bank.
+        """
+        with opened(path) as file:
+            vectors, keys = file.get_slice("vectors"), file.get_slice("keys")
+            bank = cls(*vectors.get_shape(), momentum=momentum, seed=None)
+            own = slice(bank.first, bank.first + len(bank.vectors))
+            bank.load_state_dict({"vectors": vectors[own], "keys": keys[own], "Z": file.get_tensor("Z")})
+        return bank
+
+
+@contextmanager
+def opened(path: str | Path) -> Iterator:
+    """A saved bank, opened with `safe_open`.
+
+    Raises:
+        ValueError: naming the file, for whatever is wrong with it.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            if set(file.keys()) != {"vectors", "Z", "keys"}:
+                raise ValueError(f"it holds {', '.join(sorted(file.keys()))}")
+            yield file
+    except (TypeError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{path} is not a memory bank (vectors, Z and keys as safetensors): {error}") from error
+
+
+def safetensors_header(tensors: dict[str, tuple[str, tuple[int, ...], int]]) -> bytes:
+    """The header of a safetensors file whose tensors follow in this order: {name: (dtype, shape, bytes)}.
+
+    The library writes a file from tensors that are whole in memory; a bank may be larger than that.
+    """
+    offset, entries = 0, {}
+    for name, (dtype, shape, size) in tensors.items():
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # data starts at a multiple of eight bytes
+    return len(text).to_bytes(8, "little") + text
+
+
+class ShardedMemoryBank(MemoryBank):
+    """A memory bank of which each process holds an equal share of the rows; every method is called in all processes.
+
+    Embeddings travel, rows do not: each process computes the similarities to its own rows for the clips of all, and
+    the results are summed over the processes. Memory per process is num_clips * embedding_dim / processes.
+
+    Raises:
+        ValueError: if there are fewer clips than processes.
+    """
+
+    @classmethod
+    def share(cls, num_clips: int) -> tuple[int, int]:
+        rank, processes = dist.get_rank(), dist.get_world_size()
+        if num_clips < processes:
+            raise ValueError(f"{num_clips} clips cannot be spread over {processes} processes")
+        return num_clips * rank // processes, num_clips * (rank + 1) // processes
+
+    def similarities(self, embeddings: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        return _ShardedSimilarities.apply(embeddings, indices, self)
+
+    def cross_entropy(self, embeddings: torch.Tensor, indices: torch.Tensor, temperature: float) -> torch.Tensor:
+        return _ShardedCrossEntropy.apply(embeddings, indices, temperature, self)
+
+    def _move(self, rows: torch.Tensor, embeddings: torch.Tensor) -> None:
+        own = (rows >= 0) & (rows < len(self.vectors))
+        super()._move(rows[own], embeddings[own])
+
+    def _sum_of_rows(self) -> torch.Tensor:
+        return summed(super()._sum_of_rows())
+
+    def take_over(self, path: str | Path) -> int:
+        return int(summed(torch.tensor(super().take_over(path), device=self.vectors.device)))
+
+    def save(self, path: str | Path | None) -> None:
+        if dist.get_rank() == 0:
+            super().save(path)
+            return
+        for name in ("vectors", "keys"):
+            for block in getattr(self, name).split(BLOCK):
+                dist.send(block.contiguous(), dst=0)
+
+    def _blocks_of_all(self, name: str) -> Iterable[torch.Tensor]:
+        own = getattr(self, name)
+        yield from own.split(BLOCK)
+        processes = dist.get_world_size()
+        for rank in range(1, processes):
+            left = len(self) * (rank + 1) // processes - len(self) * rank // processes
+            while left:
+                block = own.new_empty(min(BLOCK, left), own.shape[1])
+                dist.recv(block, src=rank)
+                yield block
+                left -= len(block)
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The processes' tensors of one shape, one after another: (processes * batch, …)."""
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def summed(tensor: torch.Tensor, operation=dist.ReduceOp.SUM) -> torch.Tensor:
+    """The sum (or what `operation` says) over processes, in place."""
+    dist.all_reduce(tensor, operation)
+    return tensor
+
+
+def own_part(tensor: torch.Tensor, batch: int) -> torch.Tensor:
+    """This process's rows of what `gathered` put together."""
+    return tensor[dist.get_rank() * batch : (dist.get_rank() + 1) * batch]
+
+
+class _ShardedSimilarities(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, embeddings, indices, bank):
+        everyones, rows = gathered(embeddings), gathered(indices) - bank.first
+        # Only the pairs whose row is here: about one process's share of them.
+        clip, column = ((rows >= 0) & (rows < len(bank.vectors))).nonzero(as_tuple=True)
+        row = rows[clip, column]
+        dots = torch.zeros(rows.shape, dtype=embeddings.dtype, device=embeddings.device)
+        dots[clip, column] = (everyones[clip] * bank.vectors[row].to(embeddings.dtype)).sum(dim=-1)
+        ctx.save_for_backward(clip, column, row)
+        ctx.bank, ctx.batch = bank, len(embeddings)
+        return own_part(summed(dots), ctx.batch).clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        clip, column, row = ctx.saved_tensors
+        pulls = gathered(gradient)[clip, column, None] * ctx.bank.vectors[row].to(gradient.dtype)
+        everyones = pulls.new_zeros(ctx.batch * dist.get_world_size(), pulls.shape[1]).index_add_(0, clip, pulls)
+        return own_part(summed(everyones), ctx.batch).clone(), None, None
+
+
+class _ShardedCrossEntropy(torch.autograd.Function):
+    """Log-sum-exp over rows in several processes: the maximum first, then the sum relative to it."""
+
+    @staticmethod
+    def forward(ctx, embeddings, indices, temperature, bank):
+        everyones, rows = gathered(embeddings), gathered(indices) - bank.first
+        logits = everyones @ bank.vectors.to(embeddings.dtype).T / temperature
+        highest = summed(logits.amax(dim=1), dist.ReduceOp.MAX)
+        (clip,) = ((rows >= 0) & (rows < len(bank.vectors))).nonzero(as_tuple=True)
+        positive = torch.zeros_like(highest)
+        positive[clip] = logits[clip, rows[clip]]
+        total, positive = summed(torch.stack([(logits - highest[:, None]).exp().sum(dim=1), positive]))
+        log_total = highest + total.log()
+        ctx.save_for_backward(everyones, clip, rows, log_total)
+        ctx.bank, ctx.batch, ctx.temperature = bank, len(embeddings), temperature
+        return own_part(log_total - positive, ctx.batch).clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        everyones, clip, rows, log_total = ctx.saved_tensors
+        vectors = ctx.bank.vectors.to(everyones.dtype)
+        errors = (everyones @ vectors.T / ctx.temperature - log_total[:, None]).exp()
+        errors[clip, rows[clip]] -= 1
+        pulls = (gathered(gradient)[:, None] * errors) @ vectors / ctx.temperature
+        return own_part(summed(pulls), ctx.batch).clone(), None, None, None
