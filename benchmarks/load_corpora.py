@@ -149,11 +149,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     parser.add_argument("--measure", nargs=3, metavar=("NAME", "ROOT", "CACHE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    machine = {"cores": os.cpu_count(), "python": platform.python_version(), "load_average_before": os.getloadavg()[0]}
     if arguments.measure:
         name, root, cache = arguments.measure
         print(json.dumps(measure(name, Path(root), Path(cache))))
         return
+    # Only here: the processes that are measured do not need it.
+    import torch
+
+    from dls_training.runtime import hardware, source_commit
+
+    machine = {
+        "hardware": hardware(torch.device("cpu")),
+        "python": platform.python_version(),
+        "commit": source_commit(),
+    }
+    machine["load_average_before"] = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as place:
         root = arguments.data_dir or Path(place) / "UrbanSound8K"
         if arguments.data_dir is None:

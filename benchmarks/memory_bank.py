@@ -15,6 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -115,8 +116,9 @@ def launch(processes: int, rows: int, kind: str, steps: int) -> dict:
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, __file__,
         "--worker", rows, kind, steps,
     ]  # fmt: skip
-    output = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=True).stdout
-    ranks = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([*map(str, command), folder], capture_output=True, check=True)
+        ranks = [json.loads(path.read_text()) for path in Path(folder).iterdir()]
     # The slowest process is what a step takes, the largest is what a machine needs.
     return {name: max(rank[name] for rank in ranks) for name in ranks[0]}
 
@@ -145,13 +147,19 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[10**4, 10**5, 10**6, 10**7])
     parser.add_argument("--steps", type=int, default=20, help="whole steps a round (default: 20)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds (default: 3)")
-    parser.add_argument("--worker", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        rows, kind, steps = args.worker
-        print(json.dumps(measure(int(rows), kind, int(steps))), flush=True)
+        rows, kind, steps, folder = args.worker
+        results = measure(int(rows), kind, int(steps))
+        (Path(folder) / os.environ["RANK"]).write_text(json.dumps(results))
         return
 
+    import torch
+
+    from dls_training.runtime import hardware, source_commit
+
+    measured_on = {"hardware": hardware(torch.device("cpu")), "torch": torch.__version__, "commit": source_commit()}
     rounds = {}
     for number in range(args.repeats):
         for rows in args.rows:
@@ -159,11 +167,6 @@ def main() -> None:
                 result = launch(processes, rows, kind, args.steps)
                 rounds.setdefault((rows, processes, kind), []).append(result)
                 print(f"round {number + 1}: {rows} rows, {processes} x {kind}: {result}", flush=True)
-    import torch
-
-    from dls_training.runtime import hardware, source_commit
-
-    measured_on = {"hardware": hardware(torch.device("cpu")), "torch": torch.__version__, "commit": source_commit()}
     lines = []
     for (rows, processes, kind), results in rounds.items():
         line = {"rows": rows, "processes": processes, "bank": kind}
