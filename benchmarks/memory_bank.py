@@ -4,8 +4,8 @@
 
 For each number of rows, one process or two (gloo, on this machine), the bank whole in each or spread over them: the
 bank's own work in a step (NCE loss, its gradient, update), and the whole training step of esresnet18 on random
-pictures, 32 clips in all, d = 128, K = 64. Every line is a run of its own, its processes' memory is its own, and the
-lines of one number of rows alternate over --repeats rounds; medians, with the smallest and largest round beside them.
+pictures, 32 clips in all, d = 128, K = 64. The banks of all sizes take turns step by step in the same processes, so that
+what else the machine does falls on all alike. Medians of --repeats rounds, the smallest and largest round beside them.
 """
 
 import argparse
@@ -34,8 +34,8 @@ def memory_mib() -> float:
     raise OSError("/proc/self/status has no RssAnon")
 
 
-def measure(rows: int, kind: str, steps: int) -> dict:
-    """In each process: seconds of the bank's part and of the whole step, and the bank's memory."""
+def measure(kind: str, all_rows: list[int], steps: int) -> dict[str, dict]:
+    """In each process, for each number of rows: seconds of the bank's part and of the whole step, the bank's memory."""
     import torch
     import torch.distributed as dist
     import torch.nn.functional as F
@@ -51,11 +51,13 @@ def measure(rows: int, kind: str, steps: int) -> dict:
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // processes))
     torch.manual_seed(0)
     batch = GLOBAL_BATCH // processes
-    before = memory_mib()
-    bank = {"whole": MemoryBank, "sharded": ShardedMemoryBank}[kind](rows, DIM)
-    bank_mib = memory_mib() - before
-    objective = InstanceDiscrimination(bank, "nce", NEGATIVES)
-    objective.bank.update_normaliser(torch.tensor(1.0, dtype=torch.float64))
+    objectives, bank_mib = {}, {}
+    for rows in all_rows:
+        before = memory_mib()
+        bank = {"whole": MemoryBank, "sharded": ShardedMemoryBank}[kind](rows, DIM)
+        bank_mib[rows] = memory_mib() - before
+        bank.update_normaliser(torch.tensor(1.0, dtype=torch.float64))
+        objectives[rows] = InstanceDiscrimination(bank, "nce", NEGATIVES)
     model = ESResNetForInstanceDiscrimination(ESResNetConfig.from_preset("esresnet18"))
     model = torch.nn.parallel.DistributedDataParallel(model.to(memory_format=torch.channels_last))
     optimizer = make_optimizer("sgd", model.parameters(), 0.01, 1e-4)
@@ -63,64 +65,64 @@ def measure(rows: int, kind: str, steps: int) -> dict:
     bf16 = best_precision(torch.device("cpu")) == "bf16"
     place = torch.arange(batch) + rank * batch
 
-    def bank_part(step: int, embeddings: torch.Tensor) -> torch.Tensor:
-        everyones = torch.randint(rows, (GLOBAL_BATCH,), generator=torch.Generator().manual_seed(step))
+    def learn(objective: InstanceDiscrimination, step: int, embeddings: torch.Tensor) -> None:
+        everyones = torch.randint(len(objective.bank), (GLOBAL_BATCH,), generator=torch.Generator().manual_seed(step))
         indices = everyones[place]
         (candidates,) = objective.candidates([indices], [place], GLOBAL_BATCH, step)
-        return objective.loss(embeddings, indices, candidates).mean(), everyones
-
-    def update(everyones: torch.Tensor, embeddings: torch.Tensor) -> None:
+        objective.loss(embeddings, indices, candidates).mean().backward()
         parts = [torch.empty_like(embeddings) for _ in range(processes)]
-        dist.all_gather(parts, embeddings)
-        bank.update(everyones, torch.cat(parts))
+        dist.all_gather(parts, embeddings.detach())
+        objective.bank.update(everyones, torch.cat(parts))
 
-    def bank_alone(step: int) -> None:
-        embeddings = F.normalize(torch.randn(batch, DIM), dim=-1).requires_grad_()
-        loss, everyones = bank_part(step, embeddings)
-        loss.backward()
-        update(everyones, embeddings.detach())
+    def bank_alone(objective: InstanceDiscrimination, step: int) -> None:
+        learn(objective, step, F.normalize(torch.randn(batch, DIM), dim=-1).requires_grad_())
 
-    def whole_step(step: int) -> None:
+    def whole_step(objective: InstanceDiscrimination, step: int) -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             embeddings = model(pictures).embeddings
-        loss, everyones = bank_part(step, embeddings)
-        loss.backward()
+        learn(objective, step, embeddings)
         optimizer.step()
         optimizer.zero_grad()
-        update(everyones, embeddings.detach())
 
-    def median_seconds(work, count: int) -> float:
-        for step in range(3):
-            work(step)
-        seconds = []
-        for step in range(count):
-            dist.barrier()
-            started = time.perf_counter()
-            work(step)
-            seconds.append(time.perf_counter() - started)
-        return statistics.median(seconds)
+    def median_seconds(work, count: int) -> dict[int, float]:
+        """The banks take turns, so that whatever else the machine does falls on all alike."""
+        seconds = {rows: [] for rows in all_rows}
+        for step in range(3 + count):
+            for rows, objective in objectives.items():
+                dist.barrier()
+                started = time.perf_counter()
+                work(objective, step)
+                seconds[rows].append(time.perf_counter() - started)
+        return {rows: statistics.median(values[3:]) for rows, values in seconds.items()}
 
-    results = {
-        "bank_seconds": median_seconds(bank_alone, 5 * steps),
-        "step_seconds": median_seconds(whole_step, steps),
-        "bank_mib": bank_mib,
-        "precision": "bf16" if bf16 else "fp32",
-    }
+    bank_seconds, step_seconds = median_seconds(bank_alone, 5 * steps), median_seconds(whole_step, steps)
     dist.barrier()
     dist.destroy_process_group()
-    return results
+    precision = "bf16" if bf16 else "fp32"
+    return {
+        str(rows): {
+            "bank_seconds": bank_seconds[rows],
+            "step_seconds": step_seconds[rows],
+            "bank_mib": bank_mib[rows],
+            "precision": precision,
+        }
+        for rows in all_rows
+    }
 
 
-def launch(processes: int, rows: int, kind: str, steps: int) -> dict:
+def launch(processes: int, kind: str, all_rows: list[int], steps: int) -> dict[str, dict]:
+    """{rows: measurement}, of the slowest process, which is what a step takes."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", processes, __file__,
-        "--worker", rows, kind, steps,
+        "--rows", *all_rows, "--steps", steps, "--worker", kind,
     ]  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([*map(str, command), folder], capture_output=True, check=True)
         ranks = [json.loads(path.read_text()) for path in Path(folder).iterdir()]
-    # The slowest process is what a step takes, the largest is what a machine needs.
-    return {name: max(rank[name] for rank in ranks) for name in ranks[0]}
+    return {
+        rows: {name: max(rank[rows][name] for rank in ranks) for name in measured}
+        for rows, measured in ranks[0].items()
+    }
 
 
 def draw(lines: list[dict], path: Path) -> None:
@@ -147,12 +149,11 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[10**4, 10**5, 10**6, 10**7])
     parser.add_argument("--steps", type=int, default=20, help="whole steps a round (default: 20)")
     parser.add_argument("--repeats", type=int, default=3, help="rounds (default: 3)")
-    parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        rows, kind, steps, folder = args.worker
-        results = measure(int(rows), kind, int(steps))
-        (Path(folder) / os.environ["RANK"]).write_text(json.dumps(results))
+        kind, folder = args.worker
+        (Path(folder) / os.environ["RANK"]).write_text(json.dumps(measure(kind, args.rows, args.steps)))
         return
 
     import torch
@@ -160,12 +161,11 @@ def main() -> None:
     from dls_training.runtime import hardware, source_commit
 
     measured_on = {"hardware": hardware(torch.device("cpu")), "torch": torch.__version__, "commit": source_commit()}
-    rounds = {}
+    rounds = {(rows, *arrangement): [] for rows in args.rows for arrangement in ARRANGEMENTS}
     for number in range(args.repeats):
-        for rows in args.rows:
-            for processes, kind in ARRANGEMENTS:
-                result = launch(processes, rows, kind, args.steps)
-                rounds.setdefault((rows, processes, kind), []).append(result)
+        for processes, kind in ARRANGEMENTS:
+            for rows, result in launch(processes, kind, args.rows, args.steps).items():
+                rounds[int(rows), processes, kind].append(result)
                 print(f"round {number + 1}: {rows} rows, {processes} x {kind}: {result}", flush=True)
     lines = []
     for (rows, processes, kind), results in rounds.items():
@@ -189,6 +189,11 @@ def main() -> None:
             f"({1e3 * x['bank_seconds_min']:.2f}–{1e3 * x['bank_seconds_max']:.2f}) | {1e3 * x['step_seconds']:.0f} "
             f"({1e3 * x['step_seconds_min']:.0f}–{1e3 * x['step_seconds_max']:.0f}) | {x['bank_mib']:.0f} |"
         )
+    few, many = str(min(args.rows)), str(max(args.rows))
+    for arrangement in ARRANGEMENTS:
+        pairs = zip(rounds[int(few), *arrangement], rounds[int(many), *arrangement], strict=True)
+        ratios = sorted(more["step_seconds"] / less["step_seconds"] for less, more in pairs)
+        print(f"whole step with {many} rows / with {few}, {arrangement}: {', '.join(f'{r:.3f}' for r in ratios)}")
 
 
 if __name__ == "__main__":
