@@ -55,6 +55,7 @@ ARGS = parse_args() if __name__ == "__main__" else None
 import hashlib
 import logging
 import sys
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -143,7 +144,7 @@ class NearestNeighbourTests:
         self.accelerator, self.extractor = accelerator, extractor
         self.k, self.sigma = args.knn_k, args.nce_t
         self.batch_size = args.per_device_train_batch_size
-        self.tests = {}
+        self.tests, times = {}, Counter()
         for name, corpus in corpora:
             labels, folds = corpus["label"][:], torch.tensor(corpus["fold"][:])
             if None in labels or len(set(labels)) < 2:
@@ -153,8 +154,9 @@ class NearestNeighbourTests:
             existing = folds.unique().tolist()
             held_out = sorted(excluded_folds(args, name).intersection(existing)) or existing
             loader = evaluation_loader(corpus, extractor, args)
-            same = sum(name in known for known in self.tests)  # a second audiofolder, say
-            self.tests[f"{name}-{same + 1}" if same else name] = (
+            times[name] += 1
+            shown_as = name if times[name] == 1 else f"{name}-{times[name]}"  # a second folder of one's own
+            self.tests[shown_as] = (
                 accelerator.prepare(loader),
                 torch.tensor(labels),
                 folds,

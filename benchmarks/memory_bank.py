@@ -4,8 +4,8 @@
 
 For each number of rows, one process or two (gloo, on this machine), the bank whole in each or spread over them: the
 bank's own work in a step (NCE loss, its gradient, update), and the whole training step of esresnet18 on random
-pictures, 32 clips in all, d = 128, K = 64. The banks of all sizes take turns step by step in the same processes, so that
-what else the machine does falls on all alike. Medians of --repeats rounds, the smallest and largest round beside them.
+pictures, 32 clips in all, d = 128, K = 64. The banks of all sizes take turns step by step in the same processes, so
+that what else the machine does falls on all alike. Medians of --repeats rounds, the smallest and largest beside them.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def memory_mib() -> float:
 
 
 def measure(kind: str, all_rows: list[int], steps: int) -> dict[str, dict]:
-    """In each process, for each number of rows: seconds of the bank's part and of the whole step, the bank's memory."""
+    """In each process: {rows: seconds of the bank's part and of the whole step, and the bank's memory}."""
     import torch
     import torch.distributed as dist
     import torch.nn.functional as F
@@ -189,11 +189,11 @@ def main() -> None:
             f"({1e3 * x['bank_seconds_min']:.2f}–{1e3 * x['bank_seconds_max']:.2f}) | {1e3 * x['step_seconds']:.0f} "
             f"({1e3 * x['step_seconds_min']:.0f}–{1e3 * x['step_seconds_max']:.0f}) | {x['bank_mib']:.0f} |"
         )
-    few, many = str(min(args.rows)), str(max(args.rows))
-    for arrangement in ARRANGEMENTS:
-        pairs = zip(rounds[int(few), *arrangement], rounds[int(many), *arrangement], strict=True)
+    few, many = min(args.rows), max(args.rows)
+    for processes, kind in ARRANGEMENTS:
+        pairs = zip(rounds[few, processes, kind], rounds[many, processes, kind], strict=True)
         ratios = sorted(more["step_seconds"] / less["step_seconds"] for less, more in pairs)
-        print(f"whole step with {many} rows / with {few}, {arrangement}: {', '.join(f'{r:.3f}' for r in ratios)}")
+        print(f"whole step, {many} rows / {few}, {processes} x {kind}: {', '.join(f'{r:.3f}' for r in ratios)}")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from pathlib import Path
 
 import datasets
@@ -141,6 +142,9 @@ def gigabytes(folder: Path) -> float:
 
 def make_room(cache: Path, newest: Path, max_gigabytes: float) -> None:
     """Deletes what was not used for longest, but never `newest`. Who has a file mapped keeps its content."""
+    for leftover in cache.glob(".*"):  # of runs that were killed, and never started again
+        if time.time() - leftover.stat().st_mtime > 24 * 3600:
+            shutil.rmtree(leftover, ignore_errors=True)
     left = max_gigabytes - gigabytes(newest)
     kept = [path for path in cache.iterdir() if path.is_dir() and path != newest and not path.name.startswith(".")]
     for folder in sorted(kept, key=lambda path: path.stat().st_mtime, reverse=True):

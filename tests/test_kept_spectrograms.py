@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 from types import SimpleNamespace
 
 import datasets
@@ -121,6 +122,19 @@ def test_space_is_bounded(cache, caplog):
     with pytest.raises(UserError, match="raise --cache_gigabytes"):
         keep(rows_with_digests((2500, 200)), extractor, max_gigabytes=5e-6)
     assert sum(path.is_dir() for path in cache.iterdir()) == 2
+
+
+def test_what_killed_runs_left_is_removed(cache):
+    """At once for the same clips; for others when it is certain that nobody writes there any more."""
+    keep(rows_with_digests((2500, 100)), make_extractor())
+    (kept,) = (path for path in cache.iterdir() if path.is_dir())
+    same, old, young = (cache / name for name in (f".{kept.name}.killed", ".other.killed", ".other.working"))
+    for leftover in (same, old, young):
+        (leftover / "power").mkdir(parents=True)
+    os.utime(old, (1, 1))
+    shutil.rmtree(kept)
+    keep(rows_with_digests((2500, 100)), make_extractor())
+    assert kept.is_dir() and young.is_dir() and not same.exists() and not old.exists()
 
 
 def test_command_line(tmp_path):
