@@ -137,7 +137,11 @@ def draw(lines: list[dict], path: Path) -> None:
         for processes, kind in ARRANGEMENTS:
             own = [line for line in lines if (line["processes"], line["bank"]) == (processes, kind)]
             axis.plot([x["rows"] for x in own], [x[name] for x in own], marker="o", label=f"{processes} x {kind}")
-        axis.set(xscale="log", yscale="log", xlabel="rows", title=title)
+        axis.set(xscale="log", xlabel="rows", title=title)
+        if name == "bank_mib":
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
     axes[0].legend()
     figure.savefig(path, dpi=100)
