@@ -17,10 +17,11 @@ demo: $(BIN)/.installed
 	$(BIN)/python demo.py
 
 test: quality
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not heavy" $(PARALLEL)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not heavy and not alone" $(PARALLEL)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m alone
 
 test-fast: $(BIN)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not heavy" $(PARALLEL)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not heavy and not alone" $(PARALLEL)
 
 test-heavy: $(BIN)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m heavy

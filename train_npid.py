@@ -280,14 +280,14 @@ def main() -> None:
         return {"bank_similarity": bank_similarity(bank, epoch)} | accuracy
 
     if not loop.progress.history:
-        loop.progress.history.append({"epoch": 0, "knn_accuracy": nearest_neighbours(loop.model)})
+        start = {"epoch": 0, "known_clips": known, "knn_accuracy": nearest_neighbours(loop.model)}
+        loop.progress.history.append(start)
         logger.info(f"before training: {describe(loop.progress.history[0])}")
     loop.train(step, evaluate)
 
     results = {
         "task": "npid",
         **data_report,
-        "known_clips": known,
         "objective": args.objective,
         "history": loop.progress.history,
         "seed": args.seed,

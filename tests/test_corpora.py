@@ -542,7 +542,7 @@ def test_combining_removes_what_is_there_twice(trees, tmp_path, cache):
         {"kept_in": "mine", "removed_from": "yours", "clips": 2},
     ]
     assert counts(combined, "corpus") == report["clips"]
-    assert set(combined.column_names) == {"audio", "corpus", "label", "fold", "clip_id", "source_id"}
+    assert set(combined.column_names) == {"audio", "corpus", "label", "fold", "clip_id", "source_id", "digest"}
     assert combined.features["label"] == datasets.Value("int64")
     assert combined[2000]["label"] is None
     with pytest.raises(CorpusError, match="no corpus report"):

@@ -112,7 +112,7 @@ def test_card_leaves_out_what_is_unknown(fine_tuned, tmp_path):
     assert "code at" not in text and "None" not in text
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_demo(tmp_path):
     """`make demo` after installation: both curves, the picture, the card, and a classified clip."""
     process = start([sys.executable, ROOT / "demo.py"], cwd=tmp_path)

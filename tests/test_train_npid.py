@@ -147,7 +147,7 @@ def test_twenty_kills_change_nothing(sound_folder, tmp_path):
         process.kill()
         process.communicate()
         reached.append(newest())
-    assert 50 < reached[-1] < 600 and len(set(reached)) > 15
+    assert reached[-1] < 600 and len(set(reached)) >= 16
     succeed("train_npid.py", *common, "--output_dir", run, "--resume_from_checkpoint", "latest")
     assert_same_outcome(run, tmp_path / "whole")
 
@@ -191,7 +191,7 @@ def test_new_clips_join(uninterrupted, options, sound_folder, tmp_path):
     log = succeed("train_npid.py", *grown)
     assert "40 of 52 clips are known" in log and "12 are new" in log
     results = results_of(tmp_path / "grown")
-    assert results["known_clips"] == 40 and results["clips"] == {"audiofolder": 52}
+    assert results["history"][0]["known_clips"] == 40 and results["clips"] == {"audiofolder": 52}
     assert set(results["history"][0]["knn_accuracy"]) == {"audiofolder", "audiofolder-2"}
     old, bank = (load_file(folder / "memory_bank.safetensors") for folder in (uninterrupted[0], tmp_path / "grown"))
     rows = {bytes(key): vector for key, vector in zip(bank["keys"].numpy(), bank["vectors"], strict=True)}
@@ -375,7 +375,7 @@ def test_unreadable_files_are_named_or_skipped(sound_folder, tmp_path):
     log = succeed("train_npid.py", *common, "--skip_unreadable")
     assert "nan.wav" in log
     skipped = results_of(tmp_path / "run")["skipped_files"]["audiofolder"]
-    assert len(skipped) == 3 and {"empty.wav", "cut.wav", "nan.wav"} == {name.rsplit("/")[-1] for name in skipped}
+    assert [line.partition(": ")[0] for line in skipped] == ["cut.wav", "empty.wav", "nan.wav"]
 
 
 def test_output_dir_problems(options, uninterrupted, tmp_path):
