@@ -22,7 +22,7 @@ PRETRAINING = [
     "--optimizer", "adamw", "--learning_rate", "2e-3", "--lr_scheduler_type", "cosine", "--warmup_steps", "0.1",
     "--per_device_train_batch_size", "32", "--num_train_epochs", "150", "--knn_interval", "50",
 ]  # fmt: skip
-FINE_TUNING = ["--fold", "1", "--num_train_epochs", "6", "--learning_rate", "1e-3"]
+FINE_TUNING = ["--fold", "1", "--labels_per_class", "8", "--num_train_epochs", "10", "--learning_rate", "1e-3"]
 
 
 def run(title: str, script: str, *options: str) -> None:
@@ -97,7 +97,7 @@ def main() -> None:
     )  # fmt: skip
     start = ["--model_name_or_path", str(folders["pretrained"])]
     run(
-        "2. Fine-tuning from it, with labels; fold 1 is held out.",
+        "2. Fine-tuning from it, with labels of 80 clips; fold 1 is held out.",
         "train_classification.py", *NETWORK, *FINE_TUNING, *start, "--output_dir", str(folders["dls"]),
     )  # fmt: skip
     run(
