@@ -153,17 +153,7 @@ def main() -> None:
         name, root, cache = arguments.measure
         print(json.dumps(measure(name, Path(root), Path(cache))))
         return
-    # Only here: the processes that are measured do not need it.
-    import torch
-
-    from dls_training.runtime import hardware, source_commit
-
-    machine = {
-        "hardware": hardware(torch.device("cpu")),
-        "python": platform.python_version(),
-        "commit": source_commit(),
-    }
-    machine["load_average_before"] = os.getloadavg()[0]
+    load_average = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as place:
         root = arguments.data_dir or Path(place) / "UrbanSound8K"
         if arguments.data_dir is None:
@@ -175,6 +165,17 @@ def main() -> None:
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
             results.append(json.loads(output.stdout.splitlines()[-1]))
             print(results[-1], file=sys.stderr)
+    # Only now: a process's peak memory counts what its parent had when it was started.
+    import torch
+
+    from dls_training.runtime import hardware, source_commit
+
+    machine = {
+        "hardware": hardware(torch.device("cpu")),
+        "python": platform.python_version(),
+        "commit": source_commit(),
+        "load_average_before": load_average,
+    }
     made = {"files": "real" if arguments.data_dir else "noise, 4 s, 22.05 kHz, 16 bit, mono", "machine": machine}
     summary = made | {"results": results}
     if arguments.output:

@@ -24,6 +24,11 @@ def make_extractor(args) -> ESResNetFeatureExtractor:
         UserError: if the checkpoint has none, or a view is shorter than one analysis window.
     """
     if args.model_name_or_path:
+        source = Path(args.model_name_or_path)
+        if not source.exists() and (source.is_absolute() or len(source.parts) > 2):
+            raise UserError(
+                f"--model_name_or_path {source}: there is no such folder, and a Hub id has one slash at most"
+            )
         try:
             extractor = ESResNetFeatureExtractor.from_pretrained(args.model_name_or_path)
         except (OSError, ValueError) as error:

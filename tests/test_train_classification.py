@@ -169,6 +169,8 @@ def test_fine_tunes_for_another_label_set(options, all_folds, tmp_path):
 def test_bad_input(options, sound_folder, tmp_path):
     script, output = "train_classification.py", ["--output_dir", tmp_path / "run"]
     assert "--fold 7" in fail(script, *options, "--fold", "7", *output)
+    nowhere = ["--model_name_or_path", tmp_path / "nowhere"]
+    assert "nowhere: there is no such folder" in fail(script, *options, *nowhere, *output)
     assert "--init" in fail(script, *options, "--init", "pretrained", *output)
     assert "--freeze_backbone" in fail(script, *options, "--freeze_backbone", *output)
     assert "--corpus" in fail(script, *options, "--corpus", "synthetic", *output)
