@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PARALLEL := -n 2 --dist loadfile
 CODE := modeling_dls datasets_scripts dls_training hub_cards benchmarks tests *.py
 
-.PHONY: demo test test-fast test-heavy quality style clean
+.PHONY: demo test test-fast quality style clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -17,14 +17,11 @@ demo: $(BIN)/.installed
 	$(BIN)/python demo.py
 
 test: quality
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not heavy and not alone" $(PARALLEL)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not alone" $(PARALLEL)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m alone
 
 test-fast: $(BIN)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not heavy and not alone" $(PARALLEL)
-
-test-heavy: $(BIN)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m heavy
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not alone" $(PARALLEL)
 
 quality: $(BIN)/.installed
 	$(BIN)/ruff check $(CODE)
