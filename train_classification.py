@@ -63,7 +63,6 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from datasets import Dataset
-from safetensors import safe_open
 
 from datasets_scripts import corpus_report, train_test_folds
 from dls_training.arguments import plain_options
@@ -76,7 +75,7 @@ from dls_training.input_pipeline import (
     training_loader,
 )
 from dls_training.loop import GlobalBatch, TrainingLoop
-from dls_training.memory_bank import BANK_FILE, clip_keys
+from dls_training.memory_bank import BANK_FILE, clip_keys, opened
 from dls_training.metrics import Accuracy
 from dls_training.networks import make_config, make_extractor, make_model, structure
 from dls_training.runtime import environment, make_accelerator, run_script, start_tracking
@@ -200,13 +199,26 @@ def pretraining_of(args) -> dict | None:
     return {name: earlier[name] for name in kept if name in earlier}
 
 
-def clips_heard(args, corpus: str, test: Dataset) -> int | None:
-    """How many held-out clips were in the pre-training, by the keys of its memory bank; None where that is unknown."""
+def keys_heard(args) -> set[bytes] | None:
+    """The keys of the clips that the pre-training trained on, from its memory bank; None where there is none.
+
+    Raises:
+        UserError: naming the bank, if it is damaged.
+    """
     path = Path(args.model_name_or_path or "") / BANK_FILE
     if args.init == "scratch" or not path.is_file():
         return None
-    with safe_open(path, framework="pt") as bank:
-        known = {bytes(key) for key in bank.get_tensor("keys").numpy()}
+    try:
+        with opened(path) as bank:
+            return {bytes(key) for key in bank.get_tensor("keys").numpy()}
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def clips_heard(known: set[bytes] | None, corpus: str, test: Dataset) -> int | None:
+    """How many held-out clips were in the pre-training; None where that is unknown."""
+    if known is None:
+        return None
     # ESC-10's clips are ESC-50's, under the same identities.
     names = ("esc10", "esc50") if corpus in ("esc10", "esc50") else (corpus,)
     keys = np.stack([clip_keys([name] * len(test), test["clip_id"][:]).numpy() for name in names], axis=1)
@@ -223,7 +235,7 @@ def main() -> None:
     names = labelled(dataset, corpus)
     config = make_config(args, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
     folds = folds_to_run(args.fold, dataset, corpus)
-    pretraining = pretraining_of(args)
+    pretraining, known = pretraining_of(args), keys_heard(args)
     results = {
         "task": "classification",
         "corpus": corpus,
@@ -247,7 +259,7 @@ def main() -> None:
             logger.info(f"fold {fold}: {len(train)} clips to train on, {len(test)} held out")
             run = FoldRun(args, accelerator, extractor, config, train, test, output_dir, f"fold {fold}/")
             fold_results = {"training_clips": len(train), "test_clips": len(test)}
-            fold_results |= {"test_clips_heard_in_pretraining": clips_heard(args, corpus, test), **run.train()}
+            fold_results |= {"test_clips_heard_in_pretraining": clips_heard(known, corpus, test), **run.train()}
             if accelerator.is_main_process:
                 with files_moved_into_place(output_dir) as folder:
                     run.save_model(folder)

@@ -135,7 +135,9 @@ class SpectrogramAugmentation:
         view = view * per_clip(10 ** (self.gain_db * (2 * gain - 1) / 10))
         return view.masked_fill(self.masked(masks, *size)[:, None], POWER_FLOOR)
 
-    def resized_crop(self, power: torch.Tensor, draws: torch.Tensor, inverted: torch.Tensor, size) -> torch.Tensor:
+    def resized_crop(
+        self, power: torch.Tensor, draws: torch.Tensor, inverted: torch.Tensor, size: tuple[int, int]
+    ) -> torch.Tensor:
         """Stretches a random rectangle, the same in each channel and band, to the whole picture."""
         width = self.min_time + (1 - self.min_time) * draws[:, 0]
         height = self.min_frequency + (1 - self.min_frequency) * draws[:, 2]

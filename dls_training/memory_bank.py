@@ -5,6 +5,7 @@ Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimina
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +22,7 @@ KEY_BYTES = 16
 # Rows that are read or sent at a time: a bank never needs much more memory than its rows.
 BLOCK = 65536
 RANDOM_BLOCK = 1024
+ITEM_BYTES = {"F64": 8, "F32": 4, "U8": 1}
 
 
 def clip_keys(corpora: Iterable[str], clip_ids: Iterable[str]) -> torch.Tensor:
@@ -184,7 +186,7 @@ class MemoryBank(nn.Module):
             path: What `save` wrote.
 
         Returns:
-            Known clips among the rows that this process holds.
+            Known clips.
 
         Raises:
             ValueError: naming the file, if it is not a memory bank, or one of another embedding_dim.
@@ -216,12 +218,9 @@ class MemoryBank(nn.Module):
         """
         if path is None:
             return
-        shapes = {"vectors": (len(self), self.vectors.shape[1]), "keys": (len(self), KEY_BYTES)}
+        vectors, keys = ("F32", (len(self), self.vectors.shape[1])), ("U8", (len(self), KEY_BYTES))
         with Path(path).open("wb") as file:
-            file.write(safetensors_header({"Z": ("F64", (), 8)} | {
-                "vectors": ("F32", shapes["vectors"], 4 * self.vectors.shape[1] * len(self)),
-                "keys": ("U8", shapes["keys"], KEY_BYTES * len(self)),
-            }))  # fmt: skip
+            file.write(safetensors_header({"Z": ("F64", ()), "vectors": vectors, "keys": keys}))
             file.write(self.Z.cpu().numpy().tobytes())
             for name in ("vectors", "keys"):
                 for block in self._blocks_of_all(name):
@@ -271,15 +270,16 @@ def opened(path: str | Path) -> Iterator:
         raise ValueError(f"{path} is not a memory bank (vectors, Z and keys as safetensors): {error}") from error
 
 
-def safetensors_header(tensors: dict[str, tuple[str, tuple[int, ...], int]]) -> bytes:
-    """The header of a safetensors file whose tensors follow in this order: {name: (dtype, shape, bytes)}.
+def safetensors_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
+    """The header of a safetensors file whose tensors follow in this order: {name: (dtype, shape)}.
 
     The library writes a file from tensors that are whole in memory; a bank may be larger than that.
     """
     offset, entries = 0, {}
-    for name, (dtype, shape, size) in tensors.items():
-        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
-        offset += size
+    for name, (dtype, shape) in tensors.items():
+        end = offset + math.prod(shape) * ITEM_BYTES[dtype]
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)  # data starts at a multiple of eight bytes
     return len(text).to_bytes(8, "little") + text
@@ -300,7 +300,7 @@ class ShardedMemoryBank(MemoryBank):
         rank, processes = dist.get_rank(), dist.get_world_size()
         if num_clips < processes:
             raise ValueError(f"{num_clips} clips cannot be spread over {processes} processes")
-        return num_clips * rank // processes, num_clips * (rank + 1) // processes
+        return first_row(num_clips, rank, processes), first_row(num_clips, rank + 1, processes)
 
     def similarities(self, embeddings: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
         return _ShardedSimilarities.apply(embeddings, indices, self)
@@ -323,20 +323,24 @@ class ShardedMemoryBank(MemoryBank):
             super().save(path)
             return
         for name in ("vectors", "keys"):
-            for block in getattr(self, name).split(BLOCK):
+            for block in super()._blocks_of_all(name):
                 dist.send(block.contiguous(), dst=0)
 
     def _blocks_of_all(self, name: str) -> Iterable[torch.Tensor]:
-        own = getattr(self, name)
-        yield from own.split(BLOCK)
-        processes = dist.get_world_size()
+        yield from super()._blocks_of_all(name)
+        own, processes = getattr(self, name), dist.get_world_size()
         for rank in range(1, processes):
-            left = len(self) * (rank + 1) // processes - len(self) * rank // processes
+            left = first_row(len(self), rank + 1, processes) - first_row(len(self), rank, processes)
             while left:
                 block = own.new_empty(min(BLOCK, left), own.shape[1])
                 dist.recv(block, src=rank)
                 yield block
                 left -= len(block)
+
+
+def first_row(num_clips: int, rank: int, processes: int) -> int:
+    """Where a process's share of the rows begins, and the one's before it ends."""
+    return num_clips * rank // processes
 
 
 def gathered(tensor: torch.Tensor) -> torch.Tensor:

@@ -154,6 +154,8 @@ try:
     ShardedMemoryBank(world - 1)
 except ValueError as error:
     assert "cannot be spread" in str(error) or world == 1
+else:
+    raise AssertionError("fewer clips than processes were accepted")
 dist.destroy_process_group()
 print("all is well")
 """
