@@ -26,7 +26,7 @@ logger = logging.getLogger("dls")
 # On a GPU, to ask costs a wait for all that was queued.
 STEPS_BETWEEN_AGREEMENTS = {"cpu": 1, "cuda": 10}
 # How torch's back ends begin to say that another process is gone or silent.
-LOST_PROCESS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out")
+LOST_PROCESS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out", "pair closure")
 
 
 class Interrupted(Exception):
