@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm  # of one process, or synchronised over several
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import (
@@ -23,6 +24,8 @@ from .configuration_esresnet import ESResNetConfig
 # ESResNet alternates attention along frequency and along time, and looks both ways after the last stage.
 STAGE_KERNELS = ((3, 1), (1, 5))
 HEAD_KERNEL = (3, 5)
+# Names of a batch norm and of the convolution before it, in transformers' ResNet layers and in the attention.
+CONVOLUTION_AND_NORM = (("convolution", "normalization"), ("conv_point", "bn"))
 
 
 @dataclass
@@ -114,6 +117,8 @@ def recomputable(stage: nn.Module):
 class ESResNetPreTrainedModel(PreTrainedModel):
     """Weight initialisation and the interface for downloading and loading pre-trained models."""
 
+    batch_norm_folded = False
+
     config_class = ESResNetConfig
     base_model_prefix = "esresnet"
     main_input_name = "input_values"
@@ -138,6 +143,38 @@ class ESResNetPreTrainedModel(PreTrainedModel):
             init.zeros_(module.running_mean)
             init.ones_(module.running_var)
             init.zeros_(module.num_batches_tracked)
+
+    def fold_batch_norm(self):
+        """Makes each batch norm part of the convolution before it, for repeated inference; in place.
+
+        The answers are the same but for rounding. What is left can neither be trained nor saved.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            ValueError: if the model is in training mode, in which batch norm depends on the batch.
+        """
+        if self.training:
+            raise ValueError("batch norm can only be folded in evaluation mode: call eval() first")
+        for module in list(self.modules()):
+            for convolution, norm in CONVOLUTION_AND_NORM:
+                if isinstance(getattr(module, norm, None), _BatchNorm):
+                    fused = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))
+                    setattr(module, convolution, fused.requires_grad_(False))
+                    setattr(module, norm, nn.Identity())
+        self.batch_norm_folded = True
+        return self
+
+    def train(self, mode: bool = True):
+        if mode and self.batch_norm_folded:
+            raise ValueError("batch norm has been folded into this model: load it anew to train it")
+        return super().train(mode)
+
+    def save_pretrained(self, *args, **kwargs):
+        if self.batch_norm_folded:
+            raise ValueError("batch norm has been folded into this model: load it anew to save it")
+        return super().save_pretrained(*args, **kwargs)
 
 
 class ESResNetModel(ESResNetPreTrainedModel):
