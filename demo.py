@@ -47,9 +47,9 @@ def draw(output_dir: Path, arms: dict[str, dict]) -> None:
     import torch
 
     from datasets_scripts import load_corpus
-    from dls_training.input_pipeline import load_waveform
     from dls_training.memory_bank import BANK_FILE, MemoryBank
     from dls_training.report import draw_overview
+    from dls_training.waveforms import load_waveform
     from modeling_dls import ESResNetFeatureExtractor
 
     corpus = load_corpus("synthetic")

@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 PRESETS = ("esresnet50", "esresnet18", "small", "tiny")
+PRECISIONS = ("auto", "no", "bf16", "fp16")
+MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
+CACHE_GIGABYTES = 20.0
 SCHEDULES = ("constant", "linear", "cosine", "multistep", "esresnet")
 
 
@@ -80,14 +83,20 @@ def make_parser(description: str, defaults: dict, reasons: str) -> argparse.Argu
         "that the network and not decoding is the limit (short clips are padded centrally, not at random)",
     )  # fmt: skip
     data.add_argument(
-        "--cache_gigabytes", type=at_least(0.0, float), default=20.0,
-        help="disk space for kept spectrograms, of all runs together (default: 20)",
+        "--keep_waveforms", action="store_true",
+        help="decode and resample each clip once and keep the samples on disk",
+    )  # fmt: skip
+    data.add_argument(
+        "--cache_gigabytes", type=at_least(0.0, float),
+        help=f"disk space for what is kept, of all runs together (default: {CACHE_GIGABYTES:g})",
     )  # fmt: skip
     data.add_argument("--allow_partial", action="store_true", help="accept a corpus that lacks some of its clips")
     data.add_argument("--skip_unreadable", action="store_true", help="leave unreadable files out and report them")
     data.add_argument(
-        "--dataloader_num_workers", type=at_least(0), default=2, help="decoding processes (default: %(default)s)"
-    )
+        "--dataloader_num_workers", type=at_least(0),
+        help="decoding processes; 0 decodes between steps, on all cores (default: 0 on a CPU, where processes take "
+        "cores from the network; otherwise one per core, at most 8)",
+    )  # fmt: skip
 
     model = parser.add_argument_group("model")
     model.add_argument("--model_name_or_path", help="start from this checkpoint folder or Hub id")
@@ -119,8 +128,12 @@ def make_parser(description: str, defaults: dict, reasons: str) -> argparse.Argu
     )  # fmt: skip
     training.add_argument("--seed", type=at_least(0), default=0, help="of weights, order, views and negatives")
     training.add_argument(
-        "--mixed_precision", choices=("auto", "no", "bf16", "fp16"), default="auto",
+        "--mixed_precision", choices=PRECISIONS, default="auto",
         help="auto: bf16 where the processor computes in it, else fp16 on CUDA, else no (default: auto)",
+    )  # fmt: skip
+    training.add_argument(
+        "--memory_format", choices=MEMORY_FORMATS, default="auto",
+        help="of the network's tensors; auto: channels_last, which is faster on CPUs and on GPUs (default: auto)",
     )  # fmt: skip
     training.add_argument(
         "--distributed_timeout", type=at_least(1.0, float), default=600.0, metavar="SECONDS",
@@ -153,6 +166,12 @@ def finish_parsing(parser: argparse.ArgumentParser, argv: list[str] | None) -> a
     args = parser.parse_args(argv)
     if args.keep_spectrograms and args.augmentation != "spectrogram":
         parser.error("--keep_spectrograms needs --augmentation spectrogram: waveforms are augmented before that")
+    if args.keep_spectrograms and args.keep_waveforms:
+        parser.error("--keep_waveforms has nothing to do beside --keep_spectrograms: leave it out")
+    if args.cache_gigabytes is not None and not (args.keep_spectrograms or args.keep_waveforms):
+        parser.error("--cache_gigabytes bounds what --keep_waveforms or --keep_spectrograms keeps: add one of them")
+    if args.cache_gigabytes is None:
+        args.cache_gigabytes = CACHE_GIGABYTES
     if args.warmup_steps and args.lr_scheduler_type not in ("linear", "cosine"):
         parser.error(
             f"--warmup_steps goes with linear and cosine, not with --lr_scheduler_type {args.lr_scheduler_type}"

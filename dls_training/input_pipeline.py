@@ -5,60 +5,25 @@ for) -> spectrogram augmentation -> decibel, normalisation
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
 
 import numpy as np
 import torch
-import torchaudio
 from accelerate import Accelerator
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Sampler
 
-from datasets_scripts import AudioError, decode_audio, load_corpus
-from modeling_dls.feature_extraction_esresnet import ESResNetFeatureExtractor, fit_length
+from datasets_scripts import load_corpus
+from modeling_dls.feature_extraction_esresnet import CPU_PART, ESResNetFeatureExtractor
 
 from .arguments import UserError
 from .augmentation import NUM_DRAWS, SpectrogramAugmentation, WaveformAugmentation
-from .kept_spectrograms import KeptSpectrograms, keep_spectrograms
+from .kept import KeptSpectrograms, KeptWaveforms, keep_spectrograms, keep_waveforms
+from .waveforms import DecodedWaveforms, evaluation_windows
 
 # A recording much longer than a view is cut to a random stretch of this many views before augmentation, so that an
 # hour of audio is neither sent to the device nor padded to by its batch.
 MAX_VIEWS_PER_CLIP = 4
-
-# On a CPU, views are made of this many clips at a time: intermediate results then stay in its caches.
-CPU_PART = 2
-
-# A clip's last window is dropped where less than this share of it would be new (files a few samples over length).
-MIN_NEW_SHARE = 0.1
-
-
-@lru_cache(maxsize=16)
-def _resampler(source_rate: int, target_rate: int) -> torchaudio.transforms.Resample:
-    return torchaudio.transforms.Resample(source_rate, target_rate)
-
-
-def load_waveform(audio: dict, extractor: ESResNetFeatureExtractor) -> torch.Tensor:
-    """Decodes one clip, resamples it and fits its channels.
-
-    Args:
-        audio: `{"bytes", "path"}`, a cell of a corpus's audio column.
-        extractor: Gives the rate and the number of channels.
-
-    Returns:
-        (audio_channels, samples), float32.
-
-    Raises:
-        AudioError: naming the file, if it cannot be decoded, or has more channels than can be fitted.
-    """
-    samples, rate = decode_audio(audio)
-    waveform = torch.from_numpy(samples)
-    if rate != extractor.sampling_rate:
-        waveform = _resampler(rate, extractor.sampling_rate)(waveform)
-    try:
-        return extractor.fit_channels(waveform)
-    except ValueError as error:
-        raise AudioError(f"{audio['path'] or 'embedded clip'}: {error}") from None
 
 
 def draw_numbers(seed: int, epoch: int, index: int) -> np.ndarray:
@@ -72,28 +37,51 @@ def draw_numbers(seed: int, epoch: int, index: int) -> np.ndarray:
 class TrainingClips(torch.utils.data.Dataset):
     """Whole clips with the random numbers of their view; addressed by (epoch, row)."""
 
-    def __init__(self, rows: Dataset, extractor: ESResNetFeatureExtractor, seed: int):
-        self.rows = rows
-        self.extractor = extractor
+    def __init__(
+        self,
+        rows: Dataset,
+        extractor: ESResNetFeatureExtractor,
+        seed: int,
+        waveforms: DecodedWaveforms | KeptWaveforms | None = None,
+    ):
+        """
+        Args:
+            rows: The clips.
+            extractor: With `max_length`.
+            seed: Of the views.
+            waveforms: Where they come from; None decodes the rows' files.
+        """
+        self.waveforms = waveforms or DecodedWaveforms(rows, extractor)
+        self.labels = label_numbers(rows)
+        self.longest = MAX_VIEWS_PER_CLIP * extractor.max_length
         self.seed = seed
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.labels)
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
-        epoch, index = key
-        row = self.rows[index]
-        waveform = load_waveform(row["audio"], self.extractor)
-        draws = draw_numbers(self.seed, epoch, index)
-        longest = MAX_VIEWS_PER_CLIP * self.extractor.max_length
-        start = int(draws[0] * (max(waveform.shape[1] - longest, 0) + 1))
-        label = row.get("label")
-        return {
-            "index": index,
-            "label": -1 if label is None else label,
-            "waveform": waveform[:, start : start + longest],
-            "draws": torch.from_numpy(draws[1:]),
-        }
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> list[dict]:
+        items = []
+        for (epoch, index), waveform in zip(keys, self.waveforms.read([index for _, index in keys]), strict=True):
+            draws = draw_numbers(self.seed, epoch, index)
+            start = int(draws[0] * (max(waveform.shape[1] - self.longest, 0) + 1))
+            items.append(
+                {
+                    "index": index,
+                    "label": self.labels[index],
+                    "waveform": waveform[:, start : start + self.longest],
+                    "draws": torch.from_numpy(draws[1:]),
+                }
+            )
+        return items
+
+
+def label_numbers(rows: Dataset) -> np.ndarray:
+    """(clips,), -1 where a clip has no label."""
+    labels = rows["label"][:] if "label" in rows.column_names else [None] * len(rows)
+    return np.array([-1 if label is None else label for label in labels])
 
 
 def collate_training(items: list[dict]) -> dict[str, torch.Tensor]:
@@ -114,7 +102,7 @@ class KeptClips(torch.utils.data.Dataset):
 
     def __init__(self, rows: Dataset, kept: KeptSpectrograms, seed: int):
         self.kept = kept
-        self.labels = torch.tensor([-1 if label is None else label for label in rows["label"][:]])
+        self.labels = torch.from_numpy(label_numbers(rows))
         self.seed = seed
 
     def __len__(self) -> int:
@@ -136,34 +124,56 @@ def as_it_is(batch: dict) -> dict:
     return batch
 
 
-def evaluation_windows(waveform: torch.Tensor, length: int) -> torch.Tensor:
-    """Consecutive windows of a clip; a clip no longer than one is padded centrally: (windows, channels, length).
-
-    The last window ends with the clip, unless it would bring next to nothing new.
-    """
-    samples = waveform.shape[1]
-    if samples <= length * (1 + MIN_NEW_SHARE):
-        return fit_length(waveform, length)[None]
-    count = -int(-(samples - MIN_NEW_SHARE * length) // length)
-    starts = [min(i * length, samples - length) for i in range(count)]
-    return torch.stack([waveform[:, start : start + length] for start in starts])
-
-
 class EvaluationClips(torch.utils.data.Dataset):
     """Clips cut into consecutive windows."""
 
-    def __init__(self, rows: Dataset, extractor: ESResNetFeatureExtractor):
-        self.rows = rows
-        self.extractor = extractor
+    def __init__(
+        self,
+        rows: Dataset,
+        extractor: ESResNetFeatureExtractor,
+        waveforms: DecodedWaveforms | KeptWaveforms | None = None,
+    ):
+        """
+        Args:
+            rows: The clips.
+            extractor: With `max_length`.
+            waveforms: Where they come from; None decodes the rows' files.
+        """
+        self.waveforms = waveforms or DecodedWaveforms(rows, extractor)
+        self.labels = label_numbers(rows)
+        self.length = extractor.max_length
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> dict:
-        row = self.rows[index]
-        label = row.get("label")
-        windows = evaluation_windows(load_waveform(row["audio"], self.extractor), self.extractor.max_length)
-        return {"index": index, "label": -1 if label is None else label, "windows": windows}
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[dict]:
+        return [
+            {"index": index, "label": self.labels[index], "windows": evaluation_windows(waveform, self.length)}
+            for index, waveform in zip(indices, self.waveforms.read(indices), strict=True)
+        ]
+
+
+class KeptEvaluationClips(torch.utils.data.Dataset):
+    """Whole batches of the kept spectrograms of every window."""
+
+    def __init__(self, rows: Dataset, kept: KeptSpectrograms):
+        self.kept = kept
+        self.labels = torch.from_numpy(label_numbers(rows))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, torch.Tensor]:
+        index = np.array(indices)
+        return {
+            "index": torch.from_numpy(index),
+            "labels": self.labels[index],
+            "power": self.kept.read_all(index),
+            "counts": torch.from_numpy(self.kept.windows[index]),
+        }
 
 
 def collate_evaluation(items: list[dict]) -> dict[str, torch.Tensor]:
@@ -221,31 +231,46 @@ def training_loader(rows: Dataset, extractor: ESResNetFeatureExtractor, args) ->
     if len(rows) < 2:
         raise UserError(f"--corpus: {len(rows)} clip(s) to train on are too few, at least 2 are needed")
     batch_size = args.per_device_train_batch_size
-    common = {
-        "batch_size": batch_size,
-        "sampler": ShuffledClips(len(rows), batch_size, args.seed),
-        "pin_memory": torch.cuda.is_available(),
-    }
+    sampler = ShuffledClips(len(rows), batch_size, args.seed)
     if args.keep_spectrograms:
-        decoded = evaluation_loader(rows, extractor, args)
-        kept = keep_spectrograms(rows, decoded, extractor, SpectrogramAugmentation.OVERSAMPLING, args.cache_gigabytes)
-        # Reading a batch is one copy out of mapped memory: workers would only add another.
-        return DataLoader(KeptClips(rows, kept, args.seed), collate_fn=as_it_is, **common)
-    return DataLoader(
-        TrainingClips(rows, extractor, args.seed),
-        num_workers=args.dataloader_num_workers,
-        collate_fn=collate_training,
-        **common,
-    )
+        kept = keep_spectrograms(rows, extractor, SpectrogramAugmentation.OVERSAMPLING, args.cache_gigabytes)
+        return kept_loader(KeptClips(rows, kept, args.seed), batch_size, sampler)
+    clips = TrainingClips(rows, extractor, args.seed, waveforms_of(rows, extractor, args))
+    return waveform_loader(clips, collate_training, args, sampler)
 
 
 def evaluation_loader(rows: Dataset, extractor: ESResNetFeatureExtractor, args) -> DataLoader:
     """Clips in order, each cut into windows."""
+    if args.keep_spectrograms:
+        # As exact as if they were computed anew.
+        kept = keep_spectrograms(rows, extractor, 1, args.cache_gigabytes, torch.float32)
+        return kept_loader(KeptEvaluationClips(rows, kept), args.per_device_train_batch_size)
+    return waveform_loader(
+        EvaluationClips(rows, extractor, waveforms_of(rows, extractor, args)), collate_evaluation, args
+    )
+
+
+def waveforms_of(rows: Dataset, extractor: ESResNetFeatureExtractor, args) -> DecodedWaveforms | KeptWaveforms:
+    """Where the waveforms of these clips come from."""
+    if args.keep_waveforms:
+        return keep_waveforms(rows, extractor, args.cache_gigabytes)
+    return DecodedWaveforms(rows, extractor)
+
+
+def kept_loader(clips, batch_size: int, sampler: Sampler | None = None) -> DataLoader:
+    """Reading a batch is one copy out of mapped memory: decoding processes would only add another."""
     return DataLoader(
-        EvaluationClips(rows, extractor),
-        batch_size=args.per_device_train_batch_size,
+        clips, batch_size, sampler=sampler, collate_fn=as_it_is, pin_memory=torch.cuda.is_available()
+    )  # fmt: skip
+
+
+def waveform_loader(clips, collate, args, sampler: Sampler | None = None) -> DataLoader:
+    return DataLoader(
+        clips,
+        args.per_device_train_batch_size,
+        sampler=sampler,
         num_workers=args.dataloader_num_workers,
-        collate_fn=collate_evaluation,
+        collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
     )
 
@@ -300,7 +325,11 @@ def mean_over_windows(batch: dict, extractor: ESResNetFeatureExtractor, score, b
     Returns:
         (batch, values), float32.
     """
-    scores = torch.cat([score(extractor.spectrogram(part)).float() for part in batch["windows"].split(batch_size)])
+    if "power" in batch:
+        pictures = (extractor.decibel(part) for part in batch["power"].split(batch_size))
+    else:
+        pictures = (extractor.spectrogram(part) for part in batch["windows"].split(batch_size))
+    scores = torch.cat([score(picture).float() for picture in pictures])
     counts = batch["counts"]
     clip = torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=len(scores))
     return scores.new_zeros(len(counts), scores.shape[1]).index_add_(0, clip, scores) / counts[:, None]

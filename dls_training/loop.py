@@ -19,7 +19,7 @@ from .arguments import UserError
 from .checkpoints import Progress, load_checkpoint, save_checkpoint
 from .health import has_finite_weights
 from .optimization import make_optimizer, make_scheduler
-from .runtime import Interrupted, SignalWatch
+from .runtime import MEMORY_FORMATS, Interrupted, SignalWatch
 
 logger = logging.getLogger("dls")
 
@@ -105,8 +105,7 @@ class TrainingLoop:
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             # Statistics of the global batch. No other back end has it: there, each process normalises its own part.
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        # Convolutions are fastest on channels-last weights, on CPUs and GPUs alike.
-        model = model.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=MEMORY_FORMATS[args.memory_format])
         self.model, self.optimizer, self.loader = accelerator.prepare(model, optimizer, loader)
         self.steps_per_epoch = math.ceil(len(self.loader) / args.gradient_accumulation_steps)
         self.total_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch

@@ -23,13 +23,12 @@ from dls_training.input_pipeline import (
     collate_evaluation,
     collate_training,
     evaluation_loader,
-    evaluation_windows,
     load_corpora,
-    load_waveform,
     mean_over_windows,
     training_loader,
 )
 from dls_training.runtime import run_script
+from dls_training.waveforms import evaluation_windows, load_waveform
 from modeling_dls import ESResNetFeatureExtractor
 from modeling_dls.feature_extraction_esresnet import fit_length
 
@@ -62,7 +61,8 @@ def make_rows(lengths=(2500, 100, 2000, 9000, 1999, 2001, 40, 3000, 2600), label
 
 
 def options(**changes):
-    settings = {"per_device_train_batch_size": 4, "seed": 3, "dataloader_num_workers": 0, "keep_spectrograms": False}
+    settings = {"per_device_train_batch_size": 4, "seed": 3, "dataloader_num_workers": 0}
+    settings |= {"keep_spectrograms": False, "keep_waveforms": False, "cache_gigabytes": 1.0}
     return SimpleNamespace(**settings | changes)
 
 

@@ -499,6 +499,7 @@ def pretext(tmp_path, batch_size, accumulation, num_clips=8, training=False, **o
         lr_scheduler_type="constant",
         warmup_steps=0,
         keep_spectrograms=False,
+        memory_format="auto",
         clip_seconds=0.1,
         audio_channels=1,
         num_train_epochs=2,

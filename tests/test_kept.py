@@ -15,14 +15,15 @@ from test_input_pipeline import LENGTH, RATE, make_extractor, make_rows
 
 from dls_training.arguments import UserError
 from dls_training.augmentation import SpectrogramAugmentation, WaveformAugmentation
-from dls_training.input_pipeline import EvaluationClips, ViewMaker, draw_numbers, evaluation_loader, training_loader
-from dls_training.kept_spectrograms import keep_spectrograms
+from dls_training.input_pipeline import EvaluationClips, ViewMaker, draw_numbers, training_loader
+from dls_training.kept import keep_spectrograms
+from dls_training.waveforms import DecodedWaveforms
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
-    return tmp_path / "dls_spectrograms"
+    return tmp_path / "dls_kept"
 
 
 def rows_with_digests(lengths=(2500, 100, 2000, 9000, 40)):
@@ -32,12 +33,13 @@ def rows_with_digests(lengths=(2500, 100, 2000, 9000, 40)):
 
 def options(**changes):
     common = {"per_device_train_batch_size": 2, "seed": 3, "dataloader_num_workers": 0}
-    return SimpleNamespace(**{**common, "keep_spectrograms": True, "cache_gigabytes": 1.0, **changes})
+    return SimpleNamespace(
+        **{**common, "keep_spectrograms": True, "keep_waveforms": False, "cache_gigabytes": 1.0, **changes}
+    )
 
 
 def keep(rows, extractor, oversampling=2, max_gigabytes=1.0):
-    loader = evaluation_loader(rows, extractor, options())
-    return keep_spectrograms(rows, loader, extractor, oversampling, max_gigabytes)
+    return keep_spectrograms(rows, extractor, oversampling, max_gigabytes)
 
 
 @pytest.mark.parametrize("audio_channels", [1, 2])
@@ -89,7 +91,7 @@ def test_kept_once_for_the_same_clips_and_settings(cache, monkeypatch):
     def decode_again(*_):
         raise AssertionError("decoded again")
 
-    monkeypatch.setattr(EvaluationClips, "__getitem__", decode_again)
+    monkeypatch.setattr(DecodedWaveforms, "read", decode_again)
     keep(rows, extractor)
     others = [
         (rows.select([1, 0, 2, 3, 4]), extractor, 2),
