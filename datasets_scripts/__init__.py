@@ -10,6 +10,7 @@ Example:
 from .audio import decode_audio
 from .builder import corpus_report
 from .combining import combine_corpora, train_test_folds
+from .corpus import sound_files
 from .errors import AudioError, CorpusError
 from .loading import CORPUS_NAMES, load_corpus
 
@@ -21,5 +22,6 @@ __all__ = [
     "corpus_report",
     "decode_audio",
     "load_corpus",
+    "sound_files",
     "train_test_folds",
 ]

@@ -165,9 +165,13 @@ def walk_files(root: Path) -> Iterator[os.DirEntry]:
         raise CorpusError(f"{error.filename or root}: cannot be listed ({error.strerror or error})") from None
 
 
-def sound_files(root: Path) -> list[Path]:
-    """The sound files below `root`, by extension, in a fixed order."""
-    return [Path(e.path) for e in walk_files(root) if os.path.splitext(e.name)[1].lower() in SOUND_EXTENSIONS]
+def sound_files(root: Path) -> Iterator[Path]:
+    """The sound files below `root`, by extension, in a fixed order.
+
+    Raises:
+        CorpusError: a folder cannot be listed.
+    """
+    return (Path(e.path) for e in walk_files(root) if os.path.splitext(e.name)[1].lower() in SOUND_EXTENSIONS)
 
 
 def read_table(path: Path, required: list[str]) -> list[dict[str, str]]:

@@ -63,8 +63,8 @@ class WaveformAugmentation:
 
     def _resample(self, waveform, lengths, scaled, scale, start, inverted) -> torch.Tensor:
         """Reads samples start .. start + length - 1 of each inverted, scaled clip."""
-        # One affine map takes a view's time to a place in the file; a clip that is inverted is read from its end. Beyond
-        # the clip's ends it stays at its first or last sample.
+        # One affine map takes a view's time to a place in the file; a clip that is inverted is read from its end.
+        # Beyond the clip's ends it stays at its first or last sample.
         start, scaled, last = (column.double()[:, None] for column in (start, scaled, lengths - 1))
         step = torch.where(inverted, -1.0, 1.0)[:, None] / scale[:, None]
         first = torch.where(inverted[:, None], last, 0.0)

@@ -179,6 +179,11 @@ def choose_device_and_precision(mixed_precision: str) -> tuple[torch.device, str
     return device, precision
 
 
+def decoding_processes(device: torch.device) -> int:
+    """None on a CPU, where they would take cores from the network, whose threads then wait for one another."""
+    return 0 if device.type == "cpu" else min(8, os.cpu_count())
+
+
 def start_logging(level: int = logging.INFO) -> None:
     """Our own lines; libraries keep their informational ones to themselves."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=level)
@@ -200,7 +205,7 @@ def make_accelerator(args) -> Accelerator:
     )
     start_logging(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if args.dataloader_num_workers is None:
-        args.dataloader_num_workers = 0 if device.type == "cpu" else min(8, os.cpu_count())
+        args.dataloader_num_workers = decoding_processes(device)
     decoding = f"in {args.dataloader_num_workers} processes" if args.dataloader_num_workers else "between steps"
     logger.info(
         f"{accelerator.num_processes} process(es) x {torch.get_num_threads()} thread(s) on {accelerator.device}, "

@@ -86,12 +86,12 @@ def _power(
     # In the order in which the transform leaves them in memory, frame by frame: (batch, frames, bins, 2).
     squares = torch.view_as_real(spectrum.transpose(1, 2)[..., : NUM_BANDS * band_height]).square()
     power = F.threshold(squares[..., 0] + squares[..., 1], 0, POWER_FLOOR, inplace=True)
-    power = power.unflatten(2, (NUM_BANDS, band_height)).permute(0, 2, 3, 1)
-    size = (spec_height or power.shape[-2], spec_width or power.shape[-1])
+    power = power.unflatten(2, (NUM_BANDS, band_height)).transpose(1, 2)
+    size = (spec_width or power.shape[-2], spec_height or power.shape[-1])
     if size != power.shape[-2:]:
         corners = {"align_corners": True} if resize_mode == "bilinear" else {}
         power = F.interpolate(power, size=size, mode=resize_mode, **corners)
-    return power
+    return power.transpose(2, 3)
 
 
 def _by_parts(waveform: torch.Tensor, transform) -> torch.Tensor:

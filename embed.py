@@ -1,0 +1,244 @@
+"""Embeds every sound of a folder with a trained network, and writes the vectors as Parquet.
+
+    python embed.py recordings --model runs/npid --output embeddings.parquet
+
+One row a file: `file` (path below the folder), `seconds`, `embedding`. With --windows one row per window of
+`--clip_seconds`, with its `start`. Files that cannot be read are listed beside it, in
+embeddings.unreadable.csv.
+"""
+# ruff: noqa: E402
+
+import argparse
+import sys
+from pathlib import Path
+
+from dls_training.arguments import PRECISIONS, at_least
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("folder", type=Path, metavar="FOLDER", help="sound files at any depth")
+    add("--model", required=True, help="a trained folder or a Hub id")
+    add("--output", type=Path, default=Path("embeddings.parquet"), help="default: %(default)s")
+    add("--layer", choices=("projection", "pooled"),
+        help="projection: unit vectors of instance discrimination; pooled: the features before any head (default: "
+        "projection where the checkpoint has one)")  # fmt: skip
+    add("--windows", action="store_true", help="a row per window, instead of their mean per file")
+    add("--clip_seconds", type=at_least(0.05, float), help="length of a window (default: the checkpoint's)")
+    add("--batch_size", type=at_least(1), default=32, help="windows at a time (default: %(default)s)")
+    add("--mixed_precision", choices=PRECISIONS, default="auto",
+        help="auto: bf16 where the processor computes in it, else fp16 on CUDA, else no (default: auto)")  # fmt: skip
+    return parser.parse_args(argv)
+
+
+# Arguments are read before anything heavy is imported: --help answers at once.
+ARGS = parse_args() if __name__ == "__main__" else None
+
+import csv
+import logging
+from collections.abc import Iterable, Iterator
+from itertools import groupby, islice
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from tqdm.auto import tqdm
+from transformers import AutoConfig
+
+from datasets_scripts import AudioError, sound_files
+from dls_training.arguments import UserError
+from dls_training.checkpoints import files_moved_into_place
+from dls_training.runtime import choose_device_and_precision, decoding_processes, run_script, start_logging
+from dls_training.waveforms import evaluation_windows, load_waveforms
+from modeling_dls import ESResNetFeatureExtractor, ESResNetForInstanceDiscrimination, ESResNetModel
+
+logger = logging.getLogger("dls")
+
+ROWS_AT_A_TIME = 1024  # written together: Parquet's row groups
+
+
+class Window(NamedTuple):
+    """A stretch of a file.
+
+    Attributes:
+        file: Path below the folder.
+        seconds: Length of the file.
+        start: Where the window begins, in s.
+        waveform: (audio_channels, samples).
+    """
+
+    file: str
+    seconds: float
+    start: float
+    waveform: torch.Tensor
+
+
+class Embedder:
+    """A network that is made ready for repeated inference: batch norm folded, weights in the precision of its sums.
+
+    Attributes:
+        dim: Length of a vector.
+        extractor: From the checkpoint.
+        device: Where it runs.
+    """
+
+    def __init__(self, source: str, layer: str | None, mixed_precision: str, clip_seconds: float | None):
+        """
+        Args:
+            source: Folder or Hub id.
+            layer: `"projection"`, `"pooled"`, or None for whichever the checkpoint has.
+            mixed_precision: See `choose_device_and_precision`.
+            clip_seconds: Length of a window; None takes the checkpoint's.
+
+        Raises:
+            UserError: if there is no such checkpoint, or it has no projection where one is asked for.
+        """
+        try:
+            config = AutoConfig.from_pretrained(source)
+            self.extractor = ESResNetFeatureExtractor.from_pretrained(source)
+            has_projection = ESResNetForInstanceDiscrimination.__name__ in (config.architectures or [])
+            if layer == "projection" and not has_projection:
+                raise ValueError("it was not saved by train_npid.py and has no projection: use --layer pooled")
+            self.layer = layer or ("projection" if has_projection else "pooled")
+            network = ESResNetForInstanceDiscrimination if self.layer == "projection" else ESResNetModel
+            model = network.from_pretrained(source).eval()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"--model {source}: {error}") from error
+        if clip_seconds is not None or self.extractor.max_length is None:
+            self.extractor.max_length = round((clip_seconds or 5.0) * self.extractor.sampling_rate)
+        self.extractor.audio_channels = self.extractor.audio_channels or 1
+        self.dim = config.embedding_dim if self.layer == "projection" else config.hidden_size
+        self.device, self.precision = choose_device_and_precision(mixed_precision)
+        self.dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[self.precision]
+        self.model = model.fold_batch_norm().to(self.device, self.dtype, memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def __call__(self, waveforms: torch.Tensor) -> torch.Tensor:
+        """(windows, audio_channels, samples) -> (windows, dim), float32."""
+        outputs = self.model(self.extractor.spectrogram(waveforms.to(self.device)).to(self.dtype))
+        vectors = outputs.embeddings if self.layer == "projection" else outputs.pooler_output
+        return vectors.float().cpu()
+
+    def mean(self, vectors: list[torch.Tensor]) -> torch.Tensor:
+        """A file's vector from those of its windows."""
+        mean = torch.stack(vectors).mean(dim=0)
+        return F.normalize(mean, dim=0) if self.layer == "projection" else mean
+
+
+def batched(items: Iterable, size: int) -> Iterator[list]:
+    items = iter(items)
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+class Recordings(IterableDataset):
+    """The sound files of a folder, decoded, some at a time: lists of (path below the folder, waveform or error)."""
+
+    def __init__(self, folder: Path, extractor: ESResNetFeatureExtractor, at_a_time: int):
+        self.folder, self.extractor, self.at_a_time = folder, extractor, at_a_time
+
+    def __iter__(self) -> Iterator[list[tuple[str, torch.Tensor | AudioError]]]:
+        groups = batched(sound_files(self.folder), self.at_a_time)
+        if process := get_worker_info():  # the loader asks its processes in turn, so the files stay in order
+            groups = islice(groups, process.id, None, process.num_workers)
+        for paths in groups:
+            waveforms = load_waveforms([{"bytes": None, "path": str(path)} for path in paths], self.extractor)
+            names = [path.relative_to(self.folder).as_posix() for path in paths]
+            yield list(zip(names, waveforms, strict=True))
+
+
+def windows_of(recordings: Iterable, embedder: Embedder, unreadable: dict[str, str], bar: tqdm) -> Iterator[Window]:
+    """Every file's windows, in order. What cannot be read goes to `unreadable`: {file: reason}."""
+    rate, length = embedder.extractor.sampling_rate, embedder.extractor.max_length
+    for group in recordings:
+        for name, waveform in group:
+            bar.update()
+            if isinstance(waveform, AudioError):
+                unreadable[name] = str(waveform)
+                continue
+            samples = waveform.shape[1]
+            for number, window in enumerate(evaluation_windows(waveform, length)):
+                start = min(number * length, max(samples - length, 0))
+                yield Window(name, samples / rate, start / rate, window)
+
+
+def embedded(windows: Iterable[Window], embedder: Embedder, batch_size: int) -> Iterator[tuple[Window, torch.Tensor]]:
+    """Full batches, whatever the lengths of the files."""
+    for batch in batched(windows, batch_size):
+        vectors = embedder(torch.stack([window.waveform for window in batch]))
+        yield from ((window._replace(waveform=None), vector) for window, vector in zip(batch, vectors, strict=True))
+
+
+def rows(found: Iterable[tuple[Window, torch.Tensor]], embedder: Embedder, per_window: bool) -> Iterator[dict]:
+    if per_window:
+        for window, vector in found:
+            yield {"file": window.file, "seconds": window.seconds, "start": window.start, "embedding": vector.numpy()}
+        return
+    for name, group in groupby(found, key=lambda pair: pair[0].file):
+        group = list(group)
+        vector = embedder.mean([vector for _, vector in group])
+        yield {"file": name, "seconds": group[0][0].seconds, "embedding": vector.numpy()}
+
+
+def write_rows(path: Path, lines: Iterable[dict], dim: int, per_window: bool) -> int:
+    """Writes Parquet as the rows come. Returns their number."""
+    fields = [("file", pa.string()), ("seconds", pa.float64())]
+    fields += [("start", pa.float64())] if per_window else []
+    schema = pa.schema([*fields, ("embedding", pa.list_(pa.float32(), dim))])
+    count = 0
+    with pq.ParquetWriter(path, schema) as writer:
+        for batch in batched(lines, ROWS_AT_A_TIME):
+            writer.write_table(pa.Table.from_pylist(batch, schema))
+            count += len(batch)
+    return count
+
+
+def write_unreadable(path: Path, unreadable: dict[str, str]) -> None:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "reason"])
+        writer.writerows(unreadable.items())
+
+
+def main() -> None:
+    args = ARGS
+    start_logging()
+    if not args.folder.is_dir():
+        raise UserError(f"{args.folder} is not a folder: FOLDER holds the sound files to embed")
+    total = sum(1 for _ in sound_files(args.folder))
+    if not total:
+        raise UserError(f"{args.folder} holds no sound files (wav, flac, ogg, mp3, aiff, …)")
+    embedder = Embedder(args.model, args.layer, args.mixed_precision, args.clip_seconds)
+    logger.info(
+        f"{total} files, {embedder.layer} vectors of {embedder.dim} numbers, on {embedder.device}, precision "
+        f"{'fp32' if embedder.precision == 'no' else embedder.precision}"
+    )
+    recordings = Recordings(args.folder, embedder.extractor, args.batch_size)
+    loader = DataLoader(recordings, batch_size=None, num_workers=decoding_processes(embedder.device))
+    listed = args.output.with_name(f"{args.output.stem}.unreadable.csv")
+    unreadable: dict[str, str] = {}
+    with (
+        files_moved_into_place(args.output.parent) as unfinished,
+        tqdm(total=total, unit=" clips", desc="embedding") as bar,
+    ):
+        windows = windows_of(loader, embedder, unreadable, bar)
+        found = rows(embedded(windows, embedder, args.batch_size), embedder, args.windows)
+        count = write_rows(unfinished / args.output.name, found, embedder.dim, args.windows)
+        if not count:
+            raise UserError(f"none of the {total} files can be read; the first: {next(iter(unreadable.values()))}")
+        if unreadable:
+            write_unreadable(unfinished / listed.name, unreadable)
+        rate = bar.n / bar.format_dict["elapsed"]
+    if unreadable:
+        logger.warning(f"{len(unreadable)} of {total} files cannot be read: see {listed}")
+    else:
+        listed.unlink(missing_ok=True)  # of an earlier run
+    logger.info(f"{args.output}: {count} rows, {rate:.1f} clips/s")
+
+
+if __name__ == "__main__":
+    sys.exit(run_script(main))
