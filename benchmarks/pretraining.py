@@ -1,0 +1,174 @@
+"""Whole runs of train_npid.py, beside its network's step alone; and how their memory grows with the corpus.
+
+    python benchmarks/pretraining.py --corpus esc10=/data/ESC-10
+
+Speed: a run over real files with the preset for CPUs, from the start of the process to its end, against the same
+number of steps of the network alone on pictures that lie ready (forward, exact softmax over the bank, backward,
+AdamW). Memory: anonymous and shared memory of the process and its children at their peak, on 800 and on 8,000
+generated clips.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from measuring import REPOSITORY, Arm, measured_on, paired, ratio_line, summarise, take_turns, write_table
+
+BATCH, PRESET = 32, "esresnet18"
+RECIPE = [
+    "--preset", PRESET, "--augmentation", "spectrogram", "--objective", "softmax", "--nce_t", "0.1",
+    "--optimizer", "adamw", "--learning_rate", "1e-3", "--lr_scheduler_type", "cosine", "--warmup_steps", "0.3",
+    "--per_device_train_batch_size", str(BATCH), "--report_to", "none",
+]  # fmt: skip
+
+
+def train(*options, environment: dict | None = None) -> subprocess.Popen:
+    command = [sys.executable, REPOSITORY / "train_npid.py", *RECIPE, *options]
+    return subprocess.Popen(
+        [str(word) for word in command], stderr=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
+    )
+
+
+def finish(process: subprocess.Popen) -> None:
+    _, log = process.communicate()
+    if process.returncode:
+        raise SystemExit(log)
+
+
+def run_arm(corpus: str, epochs: int, folder: str) -> dict[str, Arm]:
+    """The script as a user starts it."""
+    runs = iter(range(1000))
+
+    def run():
+        output = Path(folder) / f"run-{next(runs)}"
+        options = ["--corpus", corpus, "--keep_spectrograms", "--num_train_epochs", epochs, "--knn_interval", 20]
+        finish(train(*options, "--output_dir", output))
+        history = json.loads((output / "all_results.json").read_text())["history"]
+        rates.append([entry["clips_per_second"] for entry in history[1:]])
+        (Path(folder) / "rates.json").write_text(json.dumps(rates))
+
+    rates = []
+    return {"train_npid.py, whole run": Arm(run, epochs * number_of_clips(corpus), "clips")}
+
+
+def number_of_clips(corpus: str) -> int:
+    from datasets_scripts import load_corpus
+    from dls_training.arguments import corpus_and_source
+
+    return len(load_corpus(*corpus_and_source(corpus), allow_partial=True))
+
+
+def step_arm(corpus: str, epochs: int) -> dict[str, Arm]:
+    """As many clips, without everything but the network's step."""
+    import torch
+
+    from dls_training.instance_discrimination import InstanceDiscrimination
+    from dls_training.memory_bank import MemoryBank
+    from dls_training.optimization import make_optimizer
+    from dls_training.runtime import choose_device_and_precision
+    from modeling_dls import ESResNetConfig, ESResNetForInstanceDiscrimination
+
+    _, precision = choose_device_and_precision("auto")
+    clips = number_of_clips(corpus)
+    torch.manual_seed(0)
+    model = ESResNetForInstanceDiscrimination(ESResNetConfig.from_preset(PRESET)).train()
+    model = model.to(memory_format=torch.channels_last)
+    optimizer = make_optimizer("adamw", model.parameters(), 1e-3, 0.01)
+    objective = InstanceDiscrimination(MemoryBank(clips, 128), "softmax", temperature=0.1)
+    pictures, indices = torch.randn(BATCH, 1, 3, 64, 128), torch.arange(BATCH)
+
+    def run():
+        for _ in range(epochs * clips // BATCH):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+                embeddings = model(pictures).embeddings
+            objective.loss(embeddings, indices, None).mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return {"the network's step alone": Arm(run, epochs * clips // BATCH * BATCH, "clips")}
+
+
+def make_clips(folder: Path, count: int) -> None:
+    """Second-long clips of noise, each another one."""
+    import numpy as np
+    import soundfile
+
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(count):
+        samples = 0.1 * random.standard_normal(44100, dtype=np.float32)
+        soundfile.write(folder / f"{number:05d}.wav", samples, 44100, subtype="PCM_16")
+
+
+def memory_mib(pid: int) -> float:
+    """RssAnon + RssShmem of a process and of all that it has started."""
+    total = 0.0
+    try:
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(("RssAnon", "RssShmem")):
+                total += int(line.split()[1]) / 1024
+        children = [c for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
+    except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+        return total
+    return total + sum(memory_mib(int(child)) for child in children)
+
+
+def peak_mib(folder: Path, options: list, environment: dict) -> float:
+    """Of a run of one epoch over a folder of second-long clips."""
+    process = train(*options, "--corpus", f"audiofolder={folder}", "--clip_seconds", 1, "--num_train_epochs", 1,
+                    "--output_dir", tempfile.mkdtemp(dir=folder.parent), environment=environment)  # fmt: skip
+    peak = 0.0
+    while process.poll() is None:
+        peak = max(peak, memory_mib(process.pid))
+        time.sleep(0.05)
+    finish(process)
+    return peak
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpus", default="synthetic", metavar="NAME[=DIR]", help="default: %(default)s")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
+    parser.add_argument("--epochs", type=int, default=40, help="of a run (default: 40)")
+    parser.add_argument("--rounds", type=int, default=2, help="default: 2")
+    parser.add_argument("--clips", type=int, nargs=2, default=[800, 8000], help="default: 800 8000")
+    args = parser.parse_args()
+    provenance = measured_on()
+    with tempfile.TemporaryDirectory() as folder:
+        makers = [(run_arm, (args.corpus, args.epochs, folder)), (step_arm, (args.corpus, args.epochs))]
+        arms, seconds = take_turns(makers, args.rounds)
+        rates = json.loads((Path(folder) / "rates.json").read_text())[1:]
+    lines = summarise(arms, seconds)
+    run, step = "train_npid.py, whole run", "the network's step alone"
+    scale = arms[run].amount / arms[step].amount
+    lines.append(
+        ratio_line(
+            "whole run / step alone, in clips/s", (scale * b / a for a, b in paired(seconds, run, step)), ">= 0.9"
+        )
+    )
+    alone = [arms[step].amount / s for s in seconds[step]]
+    epochs = [sorted(own)[len(own) // 2] / rate for own, rate in zip(rates, alone, strict=True)]
+    lines.append(ratio_line("the run's epochs (median) / step alone, in clips/s", epochs))
+
+    with tempfile.TemporaryDirectory() as folder:
+        few, many = (Path(folder) / str(count) for count in args.clips)
+        make_clips(few, args.clips[0])
+        make_clips(many, args.clips[1])
+        for kept in ([], ["--keep_spectrograms"], ["--keep_waveforms"]):
+            environment = {"HF_DATASETS_CACHE": str(Path(folder) / "cache")}
+            peaks = [peak_mib(clips, kept, environment) for clips in (few, many)]
+            how = kept[0] if kept else "decoding in every epoch"
+            for count, peak in zip(args.clips, peaks, strict=True):
+                lines.append({"what": f"peak memory, {count} clips, {how}", "rate": peak, "unit": "MiB"})
+            growth = (peaks[1] - peaks[0]) * 2**20 / 1e6
+            lines.append({"what": f"growth, {how}", "rate": growth, "unit": "MB", "reach": "<= 100 MB"})
+    write_table(args.output, lines, provenance)
+
+
+if __name__ == "__main__":
+    main()
