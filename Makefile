@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PARALLEL := -n 2 --dist loadfile
 CODE := modeling_dls datasets_scripts dls_training hub_cards benchmarks tests *.py
 
-.PHONY: demo test test-fast quality style clean
+.PHONY: demo test test-fast quality style benchmark clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,10 @@ quality: $(BIN)/.installed
 style: $(BIN)/.installed
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
+
+# About an hour, with the machine to itself. `make benchmark ESC10=/data/ESC-10` measures on real sounds.
+benchmark: $(BIN)/.installed
+	$(BIN)/python benchmarks/run_all.py $(if $(ESC10),--esc10 $(ESC10))
 
 clean:
 	rm -rf $(VENV) demo_output runs build *.egg-info .pytest_cache .ruff_cache

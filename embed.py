@@ -25,7 +25,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="projection: unit vectors of instance discrimination; pooled: the features before any head (default: "
         "projection where the checkpoint has one)")  # fmt: skip
     add("--windows", action="store_true", help="a row per window, instead of their mean per file")
-    add("--clip_seconds", type=at_least(0.05, float), help="length of a window (default: the checkpoint's)")
+    add("--clip_seconds", type=at_least(0.05, float), help="length of a window (default: the checkpoint's, or 5)")
     add("--batch_size", type=at_least(1), default=32, help="windows at a time (default: %(default)s)")
     add("--mixed_precision", choices=PRECISIONS, default="auto",
         help="auto: bf16 where the processor computes in it, else fp16 on CUDA, else no (default: auto)")  # fmt: skip
@@ -52,12 +52,14 @@ from transformers import AutoConfig
 from datasets_scripts import AudioError, sound_files
 from dls_training.arguments import UserError
 from dls_training.checkpoints import files_moved_into_place
+from dls_training.networks import set_length
 from dls_training.runtime import choose_device_and_precision, decoding_processes, run_script, start_logging
 from dls_training.waveforms import evaluation_windows, load_waveforms
 from modeling_dls import ESResNetFeatureExtractor, ESResNetForInstanceDiscrimination, ESResNetModel
 
 logger = logging.getLogger("dls")
 
+CLIP_SECONDS = 5.0  # where neither the checkpoint nor the user says
 ROWS_AT_A_TIME = 1024  # written together: Parquet's row groups
 
 
@@ -109,7 +111,7 @@ class Embedder:
         except (OSError, ValueError, RuntimeError) as error:
             raise UserError(f"--model {source}: {error}") from error
         if clip_seconds is not None or self.extractor.max_length is None:
-            self.extractor.max_length = round((clip_seconds or 5.0) * self.extractor.sampling_rate)
+            set_length(self.extractor, clip_seconds or CLIP_SECONDS)
         self.extractor.audio_channels = self.extractor.audio_channels or 1
         self.dim = config.embedding_dim if self.layer == "projection" else config.hidden_size
         self.device, self.precision = choose_device_and_precision(mixed_precision)

@@ -35,12 +35,21 @@ def make_extractor(args) -> ESResNetFeatureExtractor:
             raise UserError(f"--model_name_or_path {args.model_name_or_path}: {error}") from error
     else:
         extractor = ESResNetFeatureExtractor.from_preset(args.preset or "esresnet50")
-    extractor.max_length = round(args.clip_seconds * extractor.sampling_rate)
     extractor.audio_channels = args.audio_channels
+    set_length(extractor, args.clip_seconds)
+    return extractor
+
+
+def set_length(extractor: ESResNetFeatureExtractor, clip_seconds: float) -> None:
+    """Sets the length of a view.
+
+    Raises:
+        UserError: if it is shorter than one analysis window.
+    """
+    extractor.max_length = round(clip_seconds * extractor.sampling_rate)
     if extractor.max_length <= extractor.n_fft // 2:
         shortest = (extractor.n_fft // 2 + 1) / extractor.sampling_rate
-        raise UserError(f"--clip_seconds {args.clip_seconds} is below one analysis window ({shortest:.3f} s)")
-    return extractor
+        raise UserError(f"--clip_seconds {clip_seconds} is below one analysis window ({shortest:.3f} s)")
 
 
 def make_config(args, **overrides) -> ESResNetConfig:

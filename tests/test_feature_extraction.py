@@ -159,6 +159,19 @@ def test_gradients_flow_after_a_first_call_in_inference_mode():
     assert torch.isfinite(waveform.grad).all()
 
 
+@pytest.mark.parametrize("clips", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("size", [{}, {"spec_height": 5, "spec_width": 7, "resize_mode": "area"}])
+def test_a_batch_is_taken_apart_and_put_together(clips, size):
+    """On a CPU a few clips are transformed at a time: nobody may notice, not even by a bit or in a gradient."""
+    waveform = torch.randn(clips, 2, 300, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    whole = three_band_spectrogram(waveform, 64, 50, 20, **size)
+    alone = torch.stack([torch.stack([three_band_spectrogram(c, 64, 50, 20, **size) for c in x]) for x in waveform])
+    assert torch.equal(whole, alone)
+    weights = torch.randn(whole.shape, generator=torch.Generator().manual_seed(1))
+    gradients = [torch.autograd.grad((result * weights).sum(), waveform)[0] for result in (whole, alone)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_inputs_are_left_alone():
     waveform = torch.rand(300)
     power = three_band_power(waveform, 64, 50, 20)

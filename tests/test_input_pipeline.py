@@ -28,7 +28,7 @@ from dls_training.input_pipeline import (
     training_loader,
 )
 from dls_training.runtime import run_script
-from dls_training.waveforms import evaluation_windows, load_waveform
+from dls_training.waveforms import evaluation_windows, load_waveform, load_waveforms
 from modeling_dls import ESResNetFeatureExtractor
 from modeling_dls.feature_extraction_esresnet import fit_length
 
@@ -103,6 +103,21 @@ def test_channels():
     np.testing.assert_array_equal(doubled.numpy(), stereo[[0, 0]])
     six = load_waveform(encoded(noise(500, channels=6)), make_extractor(1))
     assert six.shape == (1, 500)
+
+
+def test_many_clips_at_once_are_each_as_alone():
+    """Rates, lengths and channels mixed; what cannot be used takes its own place."""
+    extractor = make_extractor(audio_channels=1)
+    rates = [RATE, 8000, 3000, 8000, RATE, 3000, 8000]
+    cells = [encoded(noise(200 + 37 * i, 1 + i % 2, seed=i), rate) for i, rate in enumerate(rates)]
+    cells.insert(3, {"bytes": b"no sound", "path": "broken.wav"})
+    found = load_waveforms(cells, extractor)
+    assert isinstance(found[3], AudioError) and "broken.wav" in str(found[3])
+    for number in (0, 1, 2, 4, 5, 6, 7):
+        expected = load_waveform(cells[number], extractor)
+        assert found[number].shape == expected.shape
+        torch.testing.assert_close(found[number], expected, rtol=0, atol=1e-6)
+    assert load_waveforms([], extractor) == []
 
 
 UNUSABLE = {

@@ -1,4 +1,4 @@
-"""Spectrograms that are computed once and kept on disk."""
+"""Waveforms and spectrograms that are computed once and kept on disk."""
 
 import logging
 import os
@@ -15,9 +15,16 @@ from test_input_pipeline import LENGTH, RATE, make_extractor, make_rows
 
 from dls_training.arguments import UserError
 from dls_training.augmentation import SpectrogramAugmentation, WaveformAugmentation
-from dls_training.input_pipeline import EvaluationClips, ViewMaker, draw_numbers, training_loader
-from dls_training.kept import keep_spectrograms
-from dls_training.waveforms import DecodedWaveforms
+from dls_training.input_pipeline import (
+    EvaluationClips,
+    ViewMaker,
+    draw_numbers,
+    evaluation_loader,
+    mean_over_windows,
+    training_loader,
+)
+from dls_training.kept import keep_spectrograms, keep_waveforms
+from dls_training.waveforms import DecodedWaveforms, load_waveform
 
 
 @pytest.fixture
@@ -105,6 +112,48 @@ def test_kept_once_for_the_same_clips_and_settings(cache, monkeypatch):
             keep(*other)
 
 
+def test_kept_evaluation_pictures_are_exact(cache):
+    """Each clip's score is the same as from its file, long clips with several windows included."""
+    rows, extractor = rows_with_digests(), make_extractor(do_normalize=True)
+    scores = []
+    for kept in (False, True):
+        loader = evaluation_loader(rows, extractor, options(keep_spectrograms=kept))
+        batches = list(loader)
+        assert [set(batch) for batch in batches] == [{"index", "labels", "counts", "power" if kept else "windows"}] * 3
+        means = [mean_over_windows(batch, extractor, lambda x: x.flatten(1), 3) for batch in batches]
+        scores.append(torch.cat(means))
+        assert torch.cat([batch["index"] for batch in batches]).tolist() == [0, 1, 2, 3, 4]
+        assert torch.cat([batch["labels"] for batch in batches]).tolist() == [0, 1, 2, 0, 1]
+    assert torch.equal(*scores)
+
+
+@pytest.mark.parametrize("audio_channels", [1, 2])
+def test_kept_waveforms_are_the_decoded_ones(cache, audio_channels):
+    rows, extractor = rows_with_digests(), make_extractor(audio_channels, sampling_rate=RATE - 1000)
+    kept = keep_waveforms(rows, extractor, 1.0)
+    order = [3, 0, 4, 4, 1]
+    for clip, found in zip(order, kept.read(order), strict=True):
+        expected = load_waveform(rows[clip]["audio"], extractor)
+        assert expected.shape == (audio_channels, -(-len_of(rows, clip) * (RATE - 1000) // RATE))
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+def len_of(rows, clip):
+    return int(rows[clip]["digest"].rpartition(" ")[2])
+
+
+def test_loaders_give_the_same_from_kept_waveforms(cache):
+    rows, extractor = rows_with_digests(), make_extractor()
+    for make_loader in (training_loader, evaluation_loader):
+        decoded, kept = (
+            list(make_loader(rows, extractor, options(keep_spectrograms=False, keep_waveforms=keep)))
+            for keep in (False, True)
+        )
+        assert len(decoded) == len(kept) > 1
+        for one, other in zip(decoded, kept, strict=True):
+            assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_space_is_bounded(cache, caplog):
     """Each holds 10 windows x 3 x 16 x 21 x 2 bytes = 20 kB: two of three fit, and the one used last stays."""
     extractor = make_extractor()
@@ -155,6 +204,23 @@ def test_command_line(tmp_path):
         models.append((tmp_path / name / "model.safetensors").read_bytes())
     assert models[0] == models[1]
     assert "--augmentation spectrogram" in fail("train_npid.py", *common, "--keep_spectrograms")
+    assert "--keep_waveforms or --keep_spectrograms" in fail("train_npid.py", *common, "--cache_gigabytes", "1")
+    assert "--keep_waveforms has nothing to do" in fail("train_npid.py", *common, *kept, "--keep_waveforms")
     small = [*common, *kept, "--cache_gigabytes", "1e-6", "--seed", "1", "--clip_seconds", "0.4"]
     message = fail("train_npid.py", *small, "--output_dir", tmp_path / "c", env=environment)
     assert "raise --cache_gigabytes" in message
+
+
+def test_kept_waveforms_on_the_command_line(tmp_path):
+    """The same weights as without."""
+    random = np.random.default_rng(0)
+    (tmp_path / "sounds").mkdir()
+    for clip in range(8):
+        soundfile.write(tmp_path / "sounds" / f"{clip}.wav", 0.1 * random.standard_normal(RATE), 8000)
+    common = [*SMALL, "--corpus", f"audiofolder={tmp_path / 'sounds'}", "--num_train_epochs", "2"]
+    environment, models = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}, []
+    for name, options in {"decoded": [], "written": ["--keep_waveforms"], "read": ["--keep_waveforms"]}.items():
+        log = succeed("train_npid.py", *common, *options, "--output_dir", tmp_path / name, env=environment)
+        assert (f"waveforms of 8 clips are kept in {tmp_path / 'cache'}" in log) == bool(options)
+        models.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert models[0] == models[1] == models[2]

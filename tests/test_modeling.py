@@ -3,6 +3,8 @@
 import copy
 import inspect
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -602,3 +604,59 @@ def test_training_on_a_single_clip_needs_a_network_without_attention():
         model(pictures(1))
     model(pictures(1, audio_channels=2))
     ESResNetForAudioClassification(tiny_config(attention=False)).train()(pictures(1))
+
+
+# Repeated inference
+
+
+@every_head
+@with_and_without_attention
+@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
+def test_folded_batch_norm_gives_the_same(head, attention, layer_type):
+    model = randomised(head, tiny_config(attention=attention, layer_type=layer_type)).double()
+    values = pictures().double()
+    with torch.no_grad():
+        expected = model(values)
+        assert model.fold_batch_norm() is model
+        found = model(values)
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+def test_a_folded_model_is_neither_trained_nor_saved(tmp_path):
+    model = ESResNetForAudioClassification(tiny_config())
+    with pytest.raises(ValueError, match="call eval"):
+        model.train().fold_batch_norm()
+    model.eval().fold_batch_norm()
+    with pytest.raises(ValueError, match="load it anew to train it"):
+        model.train()
+    with pytest.raises(ValueError, match="load it anew to save it"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+    assert model.eval() is model
+
+
+# Start-up
+
+LATE = """
+import sys
+from transformers import AutoModelForAudioClassification
+before = set(sys.modules)
+import modeling_dls
+added = {name.partition(".")[0] for name in set(sys.modules) - before}
+assert added <= {"modeling_dls", "numpy"}, added
+assert "transformers.modeling_utils" not in sys.modules and "modeling_dls.modeling_esresnet" not in sys.modules
+config = modeling_dls.ESResNetConfig.from_preset("tiny", num_labels=3)
+model = AutoModelForAudioClassification.from_config(config)
+assert type(model) is modeling_dls.ESResNetForAudioClassification and model.classifier.out_features == 3
+try:
+    modeling_dls.ESResNetForTyping
+except AttributeError as error:
+    print(error)
+"""
+
+
+def test_importing_the_package_does_not_import_the_models():
+    ended = subprocess.run([sys.executable, "-c", LATE], capture_output=True, text=True, check=False)
+    assert ended.stdout == "module 'modeling_dls' has no attribute 'ESResNetForTyping'\n", ended.stderr

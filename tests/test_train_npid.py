@@ -2,8 +2,10 @@
 
 import json
 import os
+import platform
 import resource
 import signal
+import subprocess
 import sys
 import time
 
@@ -56,6 +58,41 @@ def uninterrupted(options, tmp_path_factory):
 def test_plain_launch_uses_every_core(uninterrupted):
     first = next(line for line in uninterrupted[1].splitlines() if "process(es)" in line)
     assert f"1 process(es) x {len(os.sched_getaffinity(0))} thread(s)" in first
+    assert "torch.channels_last tensors, decoding in 1 processes" in first
+
+
+def test_memory_format_and_decoding_change_nothing_but_speed(uninterrupted, options, tmp_path):
+    """In fp32 the first loss agrees to rounding."""
+    losses = []
+    others = ["--memory_format", "contiguous", "--dataloader_num_workers", "0"]
+    for name, changes in {"a": [], "b": others}.items():
+        common = [*options, "--mixed_precision", "no", "--max_train_steps", "1", *changes]
+        log = succeed("train_npid.py", *common, "--output_dir", tmp_path / name)
+        assert ("torch.contiguous_format tensors, decoding between steps" in log) == bool(changes)
+        losses.append(results_of(tmp_path / name)["history"][1]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+FAULTS = """
+import resource, sys, torch
+from dls_training.runtime import keep_freed_memory
+if sys.argv[1] == "kept":
+    keep_freed_memory()
+for repetition in range(30):
+    if repetition == 10:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(16 << 20)  # 64 MB
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_kept_memory_is_not_asked_for_again():
+    given_back, kept = (
+        int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, check=True).stdout)
+        for how in ("given back", "kept")
+    )
+    assert kept < given_back / 10
 
 
 def test_output_folder(uninterrupted, sound_folder):

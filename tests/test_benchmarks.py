@@ -1,0 +1,91 @@
+"""The benchmarks measure what they say they measure."""
+
+import csv
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from scripts import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import measuring
+import pretraining
+import training_step
+from measuring import Arm
+
+from modeling_dls import ESResNetFeatureExtractor
+
+
+def sleeping_arms(seconds: float, name: str) -> dict[str, Arm]:
+    return {name: Arm(lambda: time.sleep(seconds), 3, "naps", "short" if name == "long" else None)}
+
+
+def test_arms_take_turns_in_processes_of_their_own():
+    arms, seconds = measuring.take_turns([(sleeping_arms, (0.05, "short")), (sleeping_arms, (0.2, "long"))], 3)
+    assert {name: len(values) for name, values in seconds.items()} == {"short": 3, "long": 3}
+    assert min(seconds["short"]) >= 0.05 and min(seconds["long"]) >= 0.2
+    short, long = measuring.summarise(arms, seconds)
+    assert short["what"] == "short" and short["unit"] == "naps/s" and "ceiling" not in short
+    assert short["rate"] == pytest.approx(3 / short["seconds"])
+    assert long["ceiling"] == "short" and 0.1 < long["share_of_ceiling"] < 0.5
+    line = measuring.ratio_line("long / short", (a / b for a, b in measuring.paired(seconds, "long", "short")), "< 9")
+    assert 2 < line["ratio_min"] <= line["ratio"] <= line["ratio_max"] < 9 and line["reach"] == "< 9"
+
+
+def test_a_table_says_where_it_comes_from(tmp_path, capsys):
+    lines = [{"what": "a", **measuring.spread("ratio", [3.0, 1.0, 2.0])}, {"what": "b", "rate": 5.0, "unit": "MiB"}]
+    measuring.write_table(tmp_path / "t.csv", lines, measuring.measured_on())
+    with open(tmp_path / "t.csv", newline="") as file:
+        first, second = csv.DictReader(file)
+    assert (first["ratio"], first["ratio_min"], first["ratio_max"], first["rate"]) == ("2.0", "1.0", "3.0", "")
+    assert second["rate"] == "5.0" and second["torch"] == torch.__version__ and second["commit"] and second["command"]
+    assert "2 (1–3)" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+
+
+def test_the_plain_step_computes_the_same_pictures():
+    waveform = 0.1 * torch.randn(2, 1, 220500, generator=torch.Generator().manual_seed(0))
+    plain, ours = training_step.plain_spectrogram(waveform), ESResNetFeatureExtractor().spectrogram(waveform)
+    assert plain.shape == ours.shape == (2, 1, 3, 341, 394)
+    # Where bins all but cancel, single precision leaves little: decibels there may differ by tenths.
+    assert (plain - ours).abs().mean() < 1e-4 and (plain - ours).abs().max() < 1
+
+
+def test_arithmetic_is_counted():
+    """ResNet-50 alone at this size has 22.8 GFLOP forward and about twice that backward; attention comes on top."""
+    assert 3 * 22.8 < training_step.gigaflops_per_clip() < 3.6 * 22.8
+
+
+def test_memory_of_children_counts():
+    grow = "import sys; held = bytearray(b'x') * (200 << 20); print('ready', flush=True); sys.stdin.read()"
+    before = pretraining.memory_mib(os.getpid())
+    child = subprocess.Popen([sys.executable, "-c", grow], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    child.stdout.readline()
+    assert 200 <= pretraining.memory_mib(os.getpid()) - before < 260
+    child.communicate()
+    assert pretraining.memory_mib(child.pid) == 0
+
+
+def test_start_up(tmp_path):
+    """The benchmark itself, as a user starts it; and --help answers at once."""
+    command = [sys.executable, ROOT / "benchmarks" / "start_up.py", "--rounds", "1", "--output", tmp_path / "s.csv"]
+    subprocess.run([str(word) for word in command], check=True, capture_output=True)
+    with open(tmp_path / "s.csv", newline="") as file:
+        lines = {line["what"]: line for line in csv.DictReader(file)}
+    scripts = [name for name in lines if name.endswith("--help")]
+    assert len(scripts) == 3 and all(float(lines[name]["seconds"]) < 4 for name in scripts)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in Path(ROOT, "benchmarks").glob("*.py")))
+def test_every_benchmark_explains_itself(name):
+    if name == "measuring":
+        return
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--help"], capture_output=True, text=True, check=True
+    )
+    assert (ended.stdout.startswith("usage:") and "--output" in ended.stdout) or name == "run_all"
