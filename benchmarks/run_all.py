@@ -1,4 +1,4 @@
-"""Runs every benchmark of speed, one after the other; each writes its CSV beside itself.
+"""Runs every benchmark of speed, one after the other, and puts what they measured into docs/speed.md.
 
     python benchmarks/run_all.py --esc10 /data/ESC-10
 
@@ -39,6 +39,7 @@ def main() -> None:
             ["embedding", recordings],
             ["pretraining", "--corpus", corpus],
             ["precision", "--corpus", corpus],
+            ["report"],
         ):
             print(f"\n== {name}", flush=True)
             started = time.perf_counter()

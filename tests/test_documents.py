@@ -46,6 +46,12 @@ def test_readme_from_recordings_to_pipeline(shared_dir, sound_folder, tmp_path):
         run_readme_command(command, tmp_path)
     samples = 0.1 * np.random.default_rng(0).standard_normal(5 * 44100)
     soundfile.write(tmp_path / "clip.wav", samples, 44100)
+    (embedding,) = [block.strip() for block in blocks("bash") if "embed.py" in block]
+    words = shlex.split(embedding)
+    assert words[:2] == ["python", "embed.py"]
+    process = start([sys.executable, ROOT / words[1], *words[2:]], cwd=tmp_path)
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and (tmp_path / "embeddings.parquet").is_file(), output
     snippets = blocks("python")
     assert len(snippets) == 2
     for snippet in snippets:
@@ -53,6 +59,17 @@ def test_readme_from_recordings_to_pipeline(shared_dir, sound_folder, tmp_path):
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output
         assert "'score'" in output or "torch.Size([1, 10])" in output
+
+
+def test_speed_tables_are_the_benchmarks():
+    """Nobody typed a number in: the tables are what benchmarks/report.py makes of the CSVs."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import report
+
+    document = report.DOCUMENT.read_text(encoding="utf-8")
+    assert len(report.MARKED.findall(document)) == 5 and report.filled(document) == document
+    damaged = document.replace(" | ", " | 1 ", 1)
+    assert report.filled(damaged) == document
 
 
 def test_readme_names_what_exists():
