@@ -2,6 +2,7 @@
 
 import csv
 import multiprocessing
+import os
 import statistics
 import sys
 import time
@@ -157,7 +158,7 @@ def measured_on() -> dict:
         "torchaudio": torchaudio.__version__,
         "transformers": transformers.__version__,
         "commit": source_commit(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", os.path.relpath(sys.argv[0], REPOSITORY), *sys.argv[1:]]),
     }
 
 

@@ -1,11 +1,9 @@
-"""Whole runs of train_npid.py, beside its network's step alone; and how their memory grows with the corpus.
+"""Whole runs of train_npid.py, beside its network's step alone.
 
     python benchmarks/pretraining.py --corpus esc10=/data/ESC-10
 
-Speed: a run over real files with the preset for CPUs, from the start of the process to its end, against the same
-number of steps of the network alone on pictures that lie ready (forward, exact softmax over the bank, backward,
-AdamW). Memory: anonymous and shared memory of the process and its children at their peak, on 800 and on 8,000
-generated clips.
+A run over real files with the preset for CPUs, from the start of the process to its end, against the same number of
+steps of the network alone on pictures that lie ready (forward, exact softmax over the bank, backward, AdamW).
 """
 
 import argparse
@@ -14,7 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from measuring import REPOSITORY, Arm, measured_on, paired, ratio_line, summarise, take_turns, write_table
@@ -93,50 +90,12 @@ def step_arm(corpus: str, epochs: int) -> dict[str, Arm]:
     return {"the network's step alone": Arm(run, epochs * clips // BATCH * BATCH, "clips")}
 
 
-def make_clips(folder: Path, count: int) -> None:
-    """Second-long clips of noise, each another one."""
-    import numpy as np
-    import soundfile
-
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    for number in range(count):
-        samples = 0.1 * random.standard_normal(44100, dtype=np.float32)
-        soundfile.write(folder / f"{number:05d}.wav", samples, 44100, subtype="PCM_16")
-
-
-def memory_mib(pid: int) -> float:
-    """RssAnon + RssShmem of a process and of all that it has started."""
-    total = 0.0
-    try:
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith(("RssAnon", "RssShmem")):
-                total += int(line.split()[1]) / 1024
-        children = [c for task in Path(f"/proc/{pid}/task").iterdir() for c in (task / "children").read_text().split()]
-    except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
-        return total
-    return total + sum(memory_mib(int(child)) for child in children)
-
-
-def peak_mib(folder: Path, options: list, environment: dict) -> float:
-    """Of a run of one epoch over a folder of second-long clips."""
-    process = train(*options, "--corpus", f"audiofolder={folder}", "--clip_seconds", 1, "--num_train_epochs", 1,
-                    "--output_dir", tempfile.mkdtemp(dir=folder.parent), environment=environment)  # fmt: skip
-    peak = 0.0
-    while process.poll() is None:
-        peak = max(peak, memory_mib(process.pid))
-        time.sleep(0.05)
-    finish(process)
-    return peak
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", default="synthetic", metavar="NAME[=DIR]", help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
     parser.add_argument("--epochs", type=int, default=40, help="of a run (default: 40)")
     parser.add_argument("--rounds", type=int, default=2, help="default: 2")
-    parser.add_argument("--clips", type=int, nargs=2, default=[800, 8000], help="default: 800 8000")
     args = parser.parse_args()
     provenance = measured_on()
     with tempfile.TemporaryDirectory() as folder:
@@ -154,19 +113,6 @@ def main() -> None:
     alone = [arms[step].amount / s for s in seconds[step]]
     epochs = [sorted(own)[len(own) // 2] / rate for own, rate in zip(rates, alone, strict=True)]
     lines.append(ratio_line("the run's epochs (median) / step alone, in clips/s", epochs))
-
-    with tempfile.TemporaryDirectory() as folder:
-        few, many = (Path(folder) / str(count) for count in args.clips)
-        make_clips(few, args.clips[0])
-        make_clips(many, args.clips[1])
-        for kept in ([], ["--keep_spectrograms"], ["--keep_waveforms"]):
-            environment = {"HF_DATASETS_CACHE": str(Path(folder) / "cache")}
-            peaks = [peak_mib(clips, kept, environment) for clips in (few, many)]
-            how = kept[0] if kept else "decoding in every epoch"
-            for count, peak in zip(args.clips, peaks, strict=True):
-                lines.append({"what": f"peak memory, {count} clips, {how}", "rate": peak, "unit": "MiB"})
-            growth = (peaks[1] - peaks[0]) * 2**20 / 1e6
-            lines.append({"what": f"growth, {how}", "rate": growth, "unit": "MB", "reach": "<= 100 MB"})
     write_table(args.output, lines, provenance)
 
 

@@ -38,6 +38,7 @@ def main() -> None:
             ["training_step", "--compile"],
             ["embedding", recordings],
             ["pretraining", "--corpus", corpus],
+            ["memory"],
             ["precision", "--corpus", corpus],
             ["report"],
         ):

@@ -14,7 +14,7 @@ from scripts import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import measuring
-import pretraining
+import memory
 import training_step
 from measuring import Arm
 
@@ -63,12 +63,12 @@ def test_arithmetic_is_counted():
 
 def test_memory_of_children_counts():
     grow = "import sys; held = bytearray(b'x') * (200 << 20); print('ready', flush=True); sys.stdin.read()"
-    before = pretraining.memory_mib(os.getpid())
+    before = memory.memory_mib(os.getpid())
     child = subprocess.Popen([sys.executable, "-c", grow], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     child.stdout.readline()
-    assert 200 <= pretraining.memory_mib(os.getpid()) - before < 260
+    assert 200 <= memory.memory_mib(os.getpid()) - before < 260
     child.communicate()
-    assert pretraining.memory_mib(child.pid) == 0
+    assert memory.memory_mib(child.pid) == 0
 
 
 def test_start_up(tmp_path):
