@@ -150,7 +150,7 @@ def keep_freed_memory() -> None:
     """Has the C library keep what a training step frees for the next step.
 
     glibc returns every large block to the system and gets it back as new pages, which the system must fill with zeros:
-    a quarter of a step's time on a CPU. Other C libraries are left as they are.
+    a third of a step's time on a CPU (docs/speed.md). Other C libraries are left as they are.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
