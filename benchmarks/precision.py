@@ -79,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", default="synthetic", metavar="NAME[=DIR]", help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
-    parser.add_argument("--epochs", type=int, default=80, help="of pre-training (default: 80)")
+    parser.add_argument("--epochs", type=int, default=60, help="of pre-training (default: 60)")
     parser.add_argument("--seeds", type=int, default=3, help="default: 3")
     args = parser.parse_args()
     provenance = measured_on()

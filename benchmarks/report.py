@@ -15,7 +15,8 @@ MARKED = re.compile(r"(<!-- (\w+)\.csv -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def number(text: str) -> str:
-    return f"{float(text):.3g}"
+    value = float(text)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def with_spread(line: dict, name: str) -> str:
