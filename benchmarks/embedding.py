@@ -13,7 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from measuring import REPOSITORY, Arm, measured_on, paired, ratio_line, summarise, take_turns, write_table
+from measuring import REPOSITORY, Arm, ceilings, measured_on, paired, ratio_line, summarise, take_turns, write_table
+from training_step import gigaflops_per_clip
 
 BATCH = 32
 PRESETS = ("esresnet50", "esresnet18")
@@ -93,13 +94,21 @@ def main() -> None:
             model = Path(temporary) / preset
             save_network(preset, model)
             batches = {"esresnet50": 2, "esresnet18": 20}[preset]
-            makers = [(folder_arm, (preset, args.folder, model)), (forward_arms, (preset, model, batches))]
+            makers = [
+                (folder_arm, (preset, args.folder, model)),
+                (forward_arms, (preset, model, batches)),
+                (ceilings, ()),
+            ]
             arms, seconds = take_turns(makers, args.rounds)
-            lines += summarise(arms, seconds)
+            lines += [line for line in summarise(arms, seconds) if line["what"].startswith(preset)]
             alone, unfolded = f"{preset}, forward pass alone", f"{preset}, forward pass, batch norm not folded"
             printed = [float(rate) for rate in Path(f"{model}.log").read_text().split()][1:]
             shares = [rate * own / arms[alone].amount for rate, own in zip(printed, seconds[alone], strict=True)]
+            product = "bf16 matrix product"
+            gigaflops = arms[alone].amount * gigaflops_per_clip(preset, backward=False) / arms[product].amount
+            of_product = [gigaflops * best / own for own, best in paired(seconds, alone, product)]
             lines += [
+                ratio_line(f"{alone}, share of the {product}", of_product),
                 ratio_line(f"{preset}, embed.py as it prints / forward pass alone, in clips/s", shares, ">= 0.9"),
                 ratio_line(
                     f"{preset}, folding batch norm, times faster", (b / a for a, b in paired(seconds, alone, unfolded))

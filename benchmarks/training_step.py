@@ -83,19 +83,22 @@ def step_arms(name: str, precision: str, memory_format: str, fused: bool, keep_m
     return arms
 
 
-def gigaflops_per_clip() -> float:
-    """Forward and backward arithmetic of one clip at full resolution, as torch counts it."""
+def gigaflops_per_clip(preset: str = "esresnet50", backward: bool = True) -> float:
+    """Arithmetic of one five-second clip, as torch counts it: forward, and backward where that is asked for."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    from modeling_dls import ESResNetConfig, ESResNetForInstanceDiscrimination
+    from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor, ESResNetForInstanceDiscrimination
 
+    height, width = ESResNetFeatureExtractor.from_preset(preset).spectrogram(torch.zeros(SAMPLES)).shape[-2:]
     # On the meta device, so that it is counted and not done.
     with torch.device("meta"):
-        model = ESResNetForInstanceDiscrimination(ESResNetConfig()).train()
-        pictures = torch.randn(2, 1, 3, 341, 394)
+        model = ESResNetForInstanceDiscrimination(ESResNetConfig.from_preset(preset)).train()
+        pictures = torch.randn(2, 1, 3, height, width)
     with FlopCounterMode(display=False) as counter:
-        model(pictures).embeddings.sum().backward()
+        embeddings = model(pictures).embeddings
+        if backward:
+            embeddings.sum().backward()
     return counter.get_total_flops() / 2e9
 
 

@@ -59,6 +59,8 @@ def test_the_plain_step_computes_the_same_pictures():
 def test_arithmetic_is_counted():
     """ResNet-50 alone at this size has 22.8 GFLOP forward and about twice that backward; attention comes on top."""
     assert 3 * 22.8 < training_step.gigaflops_per_clip() < 3.6 * 22.8
+    assert 22.8 < training_step.gigaflops_per_clip(backward=False) < 1.2 * 22.8
+    assert training_step.gigaflops_per_clip("esresnet18", backward=False) < 1.5
 
 
 def test_memory_of_children_counts():
