@@ -1,4 +1,4 @@
-"""File bytes -> decode -> resample -> waveforms of the extractor's rate and channels, a batch at a time."""
+"""File bytes -> decode -> resample -> waveforms of the extractor's rate and channels, on every core."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -7,7 +7,6 @@ from functools import lru_cache
 import torch
 import torchaudio
 from datasets import Dataset
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import get_worker_info
 
 from datasets_scripts import AudioError, decode_audio
@@ -35,7 +34,9 @@ def _in_threads(work: Callable, items: list) -> list:
 
 
 def load_waveforms(cells: Iterable[dict], extractor: ESResNetFeatureExtractor) -> list[torch.Tensor | AudioError]:
-    """Decodes clips, fits their channels and resamples them, all of one rate in one operation.
+    """Decodes clips, fits their channels and resamples them.
+
+    Each clip by itself: the rounding of a convolution over several would depend on which of them share a batch.
 
     Args:
         cells: `{"bytes", "path"}` each, cells of a corpus's audio column.
@@ -46,31 +47,17 @@ def load_waveforms(cells: Iterable[dict], extractor: ESResNetFeatureExtractor) -
         channels than can be fitted.
     """
 
-    def decode(cell: dict) -> tuple[torch.Tensor | AudioError, int]:
+    def load(cell: dict) -> torch.Tensor | AudioError:
         try:
             samples, rate = decode_audio(cell)
-            return extractor.fit_channels(torch.from_numpy(samples)), rate
+            waveform = extractor.fit_channels(torch.from_numpy(samples))
         except AudioError as error:
-            return error, 0
+            return error
         except ValueError as error:
-            return AudioError(f"{cell['path'] or 'embedded clip'}: {error}"), 0
+            return AudioError(f"{cell['path'] or 'embedded clip'}: {error}")
+        return waveform if rate == extractor.sampling_rate else _resampler(rate, extractor.sampling_rate)(waveform)
 
-    decoded = _in_threads(decode, list(cells))
-    waveforms, rates = [waveform for waveform, _ in decoded], [rate for _, rate in decoded]
-    for rate in set(rates) - {0, extractor.sampling_rate}:
-        own = [number for number, found in enumerate(rates) if found == rate]
-        for number, waveform in zip(own, resample([waveforms[n] for n in own], rate, extractor), strict=True):
-            waveforms[number] = waveform
-    return waveforms
-
-
-def resample(waveforms: list[torch.Tensor], rate: int, extractor: ESResNetFeatureExtractor) -> list[torch.Tensor]:
-    """Clips of one rate, each (audio_channels, samples), to the extractor's rate."""
-    lengths = [-(-waveform.shape[1] * extractor.sampling_rate // rate) for waveform in waveforms]
-    # The filter sees zeros beyond a clip's end, whether they are padding or not.
-    padded = pad_sequence([waveform.T for waveform in waveforms], batch_first=True).transpose(1, 2)
-    resampled = _resampler(rate, extractor.sampling_rate)(padded.contiguous())
-    return [clip[:, :length] for clip, length in zip(resampled, lengths, strict=True)]
+    return _in_threads(load, list(cells))
 
 
 def load_waveform(audio: dict, extractor: ESResNetFeatureExtractor) -> torch.Tensor:
