@@ -98,7 +98,7 @@ def test_any_split_of_the_global_batch_is_the_same_update(
                 found[key], expected[key], rtol=1e-5, atol=5e-5, msg=lambda m, k=key: f"{k}: {m}"
             )
     losses, expected = ([e["loss"] for e in results_of(f)["history"][1:]] for f in (tmp_path / "run", reference))
-    assert losses == pytest.approx(expected, rel=1e-5)
+    assert losses == pytest.approx(expected, rel=5e-5)
     before, start_of = results_of(tmp_path / "run")["history"][0], results_of(reference)["history"][0]
     assert before == start_of  # k-NN is global
 
