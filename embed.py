@@ -219,7 +219,8 @@ def main() -> None:
         f"{total} files, {embedder.layer} vectors of {embedder.dim} numbers, on {embedder.device}, precision "
         f"{'fp32' if embedder.precision == 'no' else embedder.precision}"
     )
-    recordings = Recordings(args.folder, embedder.extractor, args.batch_size)
+    # As many files as cores: a file may be an hour long.
+    recordings = Recordings(args.folder, embedder.extractor, at_a_time=torch.get_num_threads())
     loader = DataLoader(recordings, batch_size=None, num_workers=decoding_processes(embedder.device))
     listed = args.output.with_name(f"{args.output.stem}.unreadable.csv")
     unreadable: dict[str, str] = {}

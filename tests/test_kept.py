@@ -188,13 +188,18 @@ def test_what_killed_runs_left_is_removed(cache):
     assert kept.is_dir() and young.is_dir() and not same.exists() and not old.exists()
 
 
-def test_command_line(tmp_path):
-    """The second run decodes nothing for training, and ends the same."""
+def on_eight_sounds(tmp_path):
+    """Options of a short run over eight files that it makes."""
     random = np.random.default_rng(0)
     (tmp_path / "sounds").mkdir()
     for clip in range(8):
         soundfile.write(tmp_path / "sounds" / f"{clip}.wav", 0.1 * random.standard_normal(RATE), 8000)
-    common = [*SMALL, "--corpus", f"audiofolder={tmp_path / 'sounds'}", "--num_train_epochs", "2"]
+    return [*SMALL, "--corpus", f"audiofolder={tmp_path / 'sounds'}", "--num_train_epochs", "2"]
+
+
+def test_command_line(tmp_path):
+    """The second run decodes nothing for training, and ends the same."""
+    common = on_eight_sounds(tmp_path)
     kept = ["--augmentation", "spectrogram", "--keep_spectrograms"]
     environment = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
     models = []
@@ -213,11 +218,7 @@ def test_command_line(tmp_path):
 
 def test_kept_waveforms_on_the_command_line(tmp_path):
     """The same weights as without."""
-    random = np.random.default_rng(0)
-    (tmp_path / "sounds").mkdir()
-    for clip in range(8):
-        soundfile.write(tmp_path / "sounds" / f"{clip}.wav", 0.1 * random.standard_normal(RATE), 8000)
-    common = [*SMALL, "--corpus", f"audiofolder={tmp_path / 'sounds'}", "--num_train_epochs", "2"]
+    common = on_eight_sounds(tmp_path)
     environment, models = {"HF_DATASETS_CACHE": str(tmp_path / "cache")}, []
     for name, options in {"decoded": [], "written": ["--keep_waveforms"], "read": ["--keep_waveforms"]}.items():
         log = succeed("train_npid.py", *common, *options, "--output_dir", tmp_path / name, env=environment)
