@@ -40,6 +40,7 @@ SPECTROGRAM_SETTINGS = (
     "spec_height",
     "spec_width",
     "resize_mode",
+    "frequency_scale",
     "max_length",
 )
 

@@ -14,6 +14,7 @@ logger = logging.get_logger(__name__)
 NUM_BANDS = 3
 POWER_FLOOR = 1e-18  # replaces exact zeros, which have no logarithm: -180 dB
 CPU_PART = 2  # clips at a time
+MEL_CORNER = 700.0  # in Hz: the mel scale is log(1 + f / 700), equal steps in frequency below and in pitch above
 FULL_SCALE = 32768.0  # ESResNet analyses 16-bit sample values, this interface takes samples in +-1
 
 # Small networks get small, standardised pictures; averaging keeps the energy that bilinear sampling would skip.
@@ -37,6 +38,23 @@ def _analysis_window(win_length: int, n_fft: int, dtype: torch.dtype, device: to
         return (window.to(torch.float32).double() * (FULL_SCALE / n_fft**0.5)).to(device, dtype)
 
 
+@lru_cache(maxsize=8)
+def _mel_filters(rows: int, n_fft: int, sampling_rate: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Triangles equally spaced on the mel scale from 0 Hz to half the rate: (bins, rows); each averages its bins.
+
+    Where rows lie closer than bins, a triangle reaches at least to the next bin on either side: it interpolates.
+    """
+    bins = torch.arange(n_fft // 2 + 1, dtype=torch.float64)
+    top = math.log1p(sampling_rate / 2 / MEL_CORNER)
+    edges = torch.linspace(0, top, rows + 2, dtype=torch.float64).expm1() * (MEL_CORNER * n_fft / sampling_rate)
+    centre = edges[1:-1]
+    lowest, highest = torch.minimum(edges[:-2], centre - 1), torch.maximum(edges[2:], centre + 1)
+    rising, falling = (bins[:, None] - lowest) / (centre - lowest), (highest - bins[:, None]) / (highest - centre)
+    filters = torch.minimum(rising, falling).clamp(min=0)
+    with torch.inference_mode(False):  # kept between calls, of which the next may need gradients
+        return (filters / filters.sum(dim=0)).to(device, dtype)
+
+
 def three_band_power(
     waveform: torch.Tensor,
     n_fft: int = 2048,
@@ -45,6 +63,7 @@ def three_band_power(
     spec_height: int | None = None,
     spec_width: int | None = None,
     resize_mode: str = "bilinear",
+    mel_rate: int | None = None,
 ) -> torch.Tensor:
     """Power spectrogram in three equal frequency bands, the lowest band first (ESResNet, section 3.1).
 
@@ -53,6 +72,8 @@ def three_band_power(
         n_fft, win_length, hop_length: Settings of the centred STFT, in samples.
         spec_height, spec_width: Size of each band's picture; None keeps the STFT's own.
         resize_mode: "bilinear" (the original's, corners aligned) or "area" (average over the cells that are merged).
+        mel_rate: Spaces the 3 * spec_height rows equally on the mel scale of this sampling rate, in Hz, before they are
+            split into bands; None spaces them equally in frequency, as the original does.
 
     Returns:
         (..., 3, height, width) in squared 16-bit sample units, above zero, in the waveform's dtype.
@@ -60,7 +81,7 @@ def three_band_power(
     Raises:
         ValueError: if the waveform is shorter than half an FFT window.
     """
-    settings = (n_fft, win_length, hop_length, spec_height, spec_width, resize_mode)
+    settings = (n_fft, win_length, hop_length, spec_height, spec_width, resize_mode, mel_rate)
     return _by_parts(waveform, lambda part: _power(part, *settings))
 
 
@@ -72,6 +93,7 @@ def _power(
     spec_height: int | None,
     spec_width: int | None,
     resize_mode: str,
+    mel_rate: int | None,
 ) -> torch.Tensor:
     """`three_band_power` of a batch: (batch, samples) -> (batch, 3, height, width)."""
     samples = waveform.shape[-1]
@@ -82,10 +104,15 @@ def _power(
         )
     window = _analysis_window(win_length, n_fft, waveform.dtype, waveform.device)
     spectrum = torch.stft(waveform, n_fft, hop_length, win_length, window, return_complex=True)
-    band_height = spectrum.shape[-2] // NUM_BANDS
+    bins = spectrum.shape[-2]
+    band_height = spec_height if mel_rate else bins // NUM_BANDS
     # In the order in which the transform leaves them in memory, frame by frame: (batch, frames, bins, 2).
-    squares = torch.view_as_real(spectrum.transpose(1, 2)[..., : NUM_BANDS * band_height]).square()
+    squares = torch.view_as_real(
+        spectrum.transpose(1, 2)[..., : bins if mel_rate else NUM_BANDS * band_height]
+    ).square()
     power = F.threshold(squares[..., 0] + squares[..., 1], 0, POWER_FLOOR, inplace=True)
+    if mel_rate:
+        power = power @ _mel_filters(NUM_BANDS * band_height, n_fft, mel_rate, power.dtype, power.device)
     power = power.unflatten(2, (NUM_BANDS, band_height)).transpose(1, 2)
     size = (spec_width or power.shape[-2], spec_height or power.shape[-1])
     if size != power.shape[-2:]:
@@ -138,12 +165,13 @@ def three_band_spectrogram(
     min_db: float | None = None,
     mean: float = 0.0,
     std: float = 1.0,
+    mel_rate: int | None = None,
 ) -> torch.Tensor:
     """Three-band power spectrogram in decibels; with the defaults, ESResNet's own.
 
     Args:
         waveform: (..., samples) in +-1, float32 or float64.
-        n_fft, win_length, hop_length, spec_height, spec_width, resize_mode: See `three_band_power`.
+        n_fft, win_length, hop_length, spec_height, spec_width, resize_mode, mel_rate: See `three_band_power`.
         min_db, mean, std: See `power_to_decibel`.
 
     Returns:
@@ -152,7 +180,7 @@ def three_band_spectrogram(
     Raises:
         ValueError: if the waveform is shorter than half an FFT window.
     """
-    settings = (n_fft, win_length, hop_length, spec_height, spec_width, resize_mode)
+    settings = (n_fft, win_length, hop_length, spec_height, spec_width, resize_mode, mel_rate)
     return _by_parts(waveform, lambda part: power_to_decibel(_power(part, *settings), min_db, mean, std))
 
 
@@ -242,6 +270,9 @@ class ESResNetFeatureExtractor(FeatureExtractionMixin):
         hop_length (`int`, defaults to 561): In samples.
         spec_height, spec_width (`int`, *optional*): Size of each band's picture; None keeps the STFT's own.
         resize_mode (`str`, defaults to `"bilinear"`): How the power is resized: `"bilinear"` or `"area"`.
+        frequency_scale (`str`, defaults to `"linear"`): How the rows of the three bands divide the frequencies:
+            `"linear"`, as the original's do, or `"mel"`, which needs `spec_height`: low sounds then have as many rows
+            as high ones.
         do_normalize (`bool`, defaults to `False`): Whether to floor the level at `min_db` and standardise it. The
             original network takes plain decibels.
         min_db, mean, std (`float`): In dB relative to one 16-bit unit; -9.7 is 100 dB below full scale's power of 1.
@@ -251,7 +282,8 @@ class ESResNetFeatureExtractor(FeatureExtractionMixin):
         padding_value (`float`, defaults to 0.0): Where transformers' pipelines look up their fill value to batch.
 
     Raises:
-        ValueError: if `resize_mode` is unknown, or a size, rate or `std` is not positive.
+        ValueError: if `resize_mode` or `frequency_scale` is unknown, a size, rate or `std` is not positive, or a mel
+            scale has no `spec_height`.
 
     Example:
 
@@ -276,6 +308,7 @@ class ESResNetFeatureExtractor(FeatureExtractionMixin):
         spec_height: int | None = None,
         spec_width: int | None = None,
         resize_mode: str = "bilinear",
+        frequency_scale: str = "linear",
         do_normalize: bool = False,
         min_db: float = -9.7,
         mean: float = 45.3,
@@ -288,6 +321,10 @@ class ESResNetFeatureExtractor(FeatureExtractionMixin):
         super().__init__(**kwargs)
         if resize_mode not in ("bilinear", "area"):
             raise ValueError(f"resize_mode must be 'bilinear' or 'area', not {resize_mode!r}")
+        if frequency_scale not in ("linear", "mel"):
+            raise ValueError(f"frequency_scale must be 'linear' or 'mel', not {frequency_scale!r}")
+        if frequency_scale == "mel" and spec_height is None:
+            raise ValueError("frequency_scale='mel' needs spec_height, the rows of each band")
         if not 0 < win_length <= n_fft or hop_length <= 0:
             raise ValueError(
                 f"expected 0 < win_length ({win_length}) <= n_fft ({n_fft}) and hop_length > 0 ({hop_length})"
@@ -310,6 +347,7 @@ class ESResNetFeatureExtractor(FeatureExtractionMixin):
         self.spec_height = spec_height
         self.spec_width = spec_width
         self.resize_mode = resize_mode
+        self.frequency_scale = frequency_scale
         self.do_normalize = do_normalize
         self.min_db = min_db
         self.mean = mean
@@ -348,6 +386,7 @@ class ESResNetFeatureExtractor(FeatureExtractionMixin):
             spec_height=self.spec_height and max(self.spec_height, min(oversampling * self.spec_height, bins)),
             spec_width=self.spec_width and max(self.spec_width, min(oversampling * self.spec_width, frames)),
             resize_mode=self.resize_mode,
+            mel_rate=self.sampling_rate if self.frequency_scale == "mel" else None,
         )
 
     def decibel(self, power: torch.Tensor) -> torch.Tensor:

@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import torch
 from transformers import AutoFeatureExtractor
+from transformers.audio_utils import mel_filter_bank
 
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor, three_band_spectrogram
 from modeling_dls.feature_extraction_esresnet import (
     PRESETS,
     _analysis_window,
+    _mel_filters,
     fit_length,
     power_to_decibel,
     three_band_power,
@@ -84,6 +86,20 @@ def slow_area(picture, height, width):
     )
 
 
+def slow_mel(power, rows, n_fft, rate):
+    """(bins, frames) -> (rows, frames): weighted means, by triangles that are at least one bin wide on each side."""
+    edges = [700 * (np.exp(i / (rows + 1) * np.log(1 + rate / 2 / 700)) - 1) * n_fft / rate for i in range(rows + 2)]
+    mel = []
+    for lowest, centre, highest in zip(edges, edges[1:], edges[2:], strict=False):
+        lowest, highest = min(lowest, centre - 1), max(highest, centre + 1)
+        weights = [
+            max(0, (k - lowest) / (centre - lowest) if k <= centre else (highest - k) / (highest - centre))
+            for k in range(len(power))
+        ]
+        mel.append(sum(w * row for w, row in zip(weights, power, strict=True)) / sum(weights))
+    return np.array(mel)
+
+
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-6), (torch.float32, 0.01)])
 @pytest.mark.parametrize(
     "n_fft, win_length, hop_length, samples",
@@ -109,6 +125,30 @@ def test_power_is_resized_band_by_band_before_the_logarithm(resize_mode, slow_re
     )
     assert actual.shape == resized.shape
     np.testing.assert_allclose(actual.numpy(), 10 * np.log10(resized), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("height, width", [(3, None), (20, 4)])  # rows wider and narrower than the bins
+def test_rows_on_the_mel_scale(height, width):
+    waveform = noise(200)
+    # 66 bins: slow_power's three bands are all of them, as the mel scale's are.
+    power = slow_power(waveform, 130, 120, 20).reshape(66, -1)
+    mel = slow_mel(power, 3 * height, 130, RATE).reshape(3, height, -1)
+    expected = 10 * np.log10(np.stack([slow_area(band, height, width or mel.shape[2]) for band in mel]))
+    actual = three_band_spectrogram(
+        torch.from_numpy(waveform), 130, 120, 20, height, width, resize_mode="area", mel_rate=RATE
+    )
+    np.testing.assert_allclose(actual.numpy(), expected, rtol=0, atol=1e-6)
+    extractor = ESResNetFeatureExtractor(RATE, 130, 120, 20, height, width, "area", "mel")
+    features = extractor(waveform, sampling_rate=RATE, return_tensors="pt")["input_values"][0, 0]
+    np.testing.assert_allclose(features.numpy(), expected, rtol=0, atol=0.01)
+
+
+def test_the_mel_scale_is_transformers():
+    """Where triangles are wider than a bin, they are those of transformers, but for their height."""
+    theirs = mel_filter_bank(1025, 30, 0, 22050, 44100, mel_scale="htk")
+    np.testing.assert_allclose(
+        _mel_filters(30, 2048, 44100, torch.float64, torch.device("cpu")), theirs / theirs.sum(0), atol=1e-3
+    )
 
 
 def test_default_settings_are_the_originals():
@@ -140,7 +180,13 @@ def test_leading_dimensions_are_kept_and_independent(shape):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"spec_height": 4, "spec_width": 5}, {"min_db": 0.0, "mean": 45.3, "std": 20}]
+    "settings",
+    [
+        {},
+        {"spec_height": 4, "spec_width": 5},
+        {"spec_height": 4, "mel_rate": RATE},
+        {"min_db": 0.0, "mean": 45.3, "std": 20},
+    ],
 )
 def test_gradients_are_right(settings):
     waveform = torch.from_numpy(noise(40, scale=0.5)).requires_grad_()
@@ -160,7 +206,14 @@ def test_gradients_flow_after_a_first_call_in_inference_mode():
 
 
 @pytest.mark.parametrize("clips", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("size", [{}, {"spec_height": 5, "spec_width": 7, "resize_mode": "area"}])
+@pytest.mark.parametrize(
+    "size",
+    [
+        {},
+        {"spec_height": 5, "spec_width": 7, "resize_mode": "area"},
+        {"spec_height": 5, "spec_width": 7, "mel_rate": RATE},
+    ],
+)
 def test_a_batch_is_taken_apart_and_put_together(clips, size):
     """On a CPU a few clips are transformed at a time: nobody may notice, not even by a bit or in a gradient."""
     waveform = torch.randn(clips, 2, 300, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -483,6 +536,8 @@ def test_do_normalize_floors_and_standardises():
     "settings, message",
     [
         ({"resize_mode": "nearest"}, "resize_mode"),
+        ({"frequency_scale": "bark"}, "frequency_scale"),
+        ({"frequency_scale": "mel"}, "spec_height"),
         ({"win_length": 0}, "win_length"),
         ({"win_length": 65}, "n_fft"),
         ({"hop_length": 0}, "hop_length"),
@@ -508,6 +563,7 @@ UNUSUAL = {
     "spec_height": 7,
     "spec_width": 9,
     "resize_mode": "area",
+    "frequency_scale": "mel",
     "do_normalize": True,
     "min_db": -20.5,
     "mean": 3.25,
