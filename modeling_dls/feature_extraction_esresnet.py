@@ -72,7 +72,7 @@ def three_band_power(
         n_fft, win_length, hop_length: Settings of the centred STFT, in samples.
         spec_height, spec_width: Size of each band's picture; None keeps the STFT's own.
         resize_mode: "bilinear" (the original's, corners aligned) or "area" (average over the cells that are merged).
-        mel_rate: Spaces the 3 * spec_height rows equally on the mel scale of this sampling rate, in Hz, before they are
+        mel_rate: Spaces the 3 * spec_height rows equally on the mel scale of this sampling rate (Hz) before they are
             split into bands; None spaces them equally in frequency, as the original does.
 
     Returns:
