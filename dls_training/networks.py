@@ -9,7 +9,7 @@ from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor
 
 from .arguments import UserError
 
-STRUCTURE = ("embedding_size", "hidden_sizes", "depths", "layer_type", "attention")
+STRUCTURE = ("embedding_size", "hidden_sizes", "depths", "layer_type", "attention", "pooling")
 
 
 def structure(config: ESResNetConfig) -> dict:

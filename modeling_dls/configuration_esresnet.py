@@ -47,11 +47,14 @@ class ESResNetConfig(PretrainedConfig):
         layer_type (`str`, defaults to `"bottleneck"`): `"bottleneck"` (ResNet-50) or `"basic"` (ResNet-18).
         hidden_act (`str`, defaults to `"relu"`): Activation of the residual layers.
         attention (`bool`, defaults to `True`): ESResNet-Attention, or plain ESResNet.
+        pooling (`str`, defaults to `"mean"`): What the heads see: the mean of the last stage's output, gated by its
+            attention (ESResNet), or `"statistics"`, the mean, standard deviation and maximum over time of every
+            stage's output, in a few rows of frequency, standardised by batch norm.
         embedding_dim (`int`, defaults to 128): Size of the projection for instance discrimination (d in the paper);
             `embedding_size` is the stem's width, as in transformers' ResNet.
 
     Raises:
-        ValueError: if `layer_type` is unknown, or `hidden_sizes` and `depths` differ in length.
+        ValueError: if `layer_type` or `pooling` is unknown, or `hidden_sizes` and `depths` differ in length.
 
     Example:
 
@@ -78,11 +81,14 @@ class ESResNetConfig(PretrainedConfig):
         layer_type="bottleneck",
         hidden_act="relu",
         attention=True,
+        pooling="mean",
         embedding_dim=128,
         **kwargs,
     ):
         if layer_type not in ("basic", "bottleneck"):
             raise ValueError(f"layer_type must be 'basic' or 'bottleneck', not {layer_type!r}")
+        if pooling not in ("mean", "statistics"):
+            raise ValueError(f"pooling must be 'mean' or 'statistics', not {pooling!r}")
         if len(hidden_sizes) != len(depths):
             raise ValueError(f"hidden_sizes and depths must be equally long, not {hidden_sizes} and {depths}")
         self.num_channels = num_channels
@@ -92,6 +98,7 @@ class ESResNetConfig(PretrainedConfig):
         self.layer_type = layer_type
         self.hidden_act = hidden_act
         self.attention = attention
+        self.pooling = pooling
         self.embedding_dim = embedding_dim
         # transformers' ResNetStage reads these; ESResNet has the v1.5 layout: the stride is in the 3x3 convolution.
         self.downsample_in_first_stage = False
@@ -100,9 +107,21 @@ class ESResNetConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
     @property
+    def pooled_rows(self) -> list[int]:
+        """Rows of frequency in which `pooling="statistics"` keeps the stem's and each stage's output apart.
+
+        They halve as the stages' pictures do: 8, 8, 4, 2, 1.
+        """
+        rows = [2 ** (len(self.depths) - 1 - stage) for stage in range(len(self.depths))]
+        return [rows[0], *rows]
+
+    @property
     def hidden_size(self) -> int:
         """Size of the pooled feature vector."""
-        return self.hidden_sizes[-1]
+        if self.pooling == "mean":
+            return self.hidden_sizes[-1]
+        channels = [self.embedding_size, *self.hidden_sizes]
+        return 3 * sum(width * rows for width, rows in zip(channels, self.pooled_rows, strict=True))
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "ESResNetConfig":

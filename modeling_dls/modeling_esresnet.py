@@ -85,6 +85,39 @@ class ESResNetStage(nn.Module):
         return features if self.attention is None else features * self.attention(x, features.shape[-2:])
 
 
+class StatisticsPooling(nn.Module):
+    """Mean, standard deviation and maximum over time of the stem's and every stage's output, row by row.
+
+    A sound's class shows in how much there is at which pitch, how it varies and how far it rises, early stages
+    included; a mean over the last stage's few cells keeps little of that. Each number is standardised over clips by a
+    batch norm without scale and shift, so that no stage drowns another.
+
+    Attributes:
+        rows: Rows that each picture's height is averaged to.
+        norm: The batch norm.
+    """
+
+    EPSILON = 1e-4  # in the variance: where nothing varies, the square root has no gradient
+
+    def __init__(self, config: ESResNetConfig):
+        super().__init__()
+        self.rows = config.pooled_rows
+        self.norm = nn.BatchNorm1d(config.hidden_size, affine=False)
+
+    def forward(self, pictures: list[torch.Tensor], audio_channels: int) -> torch.Tensor:
+        """Pools (batch * audio_channels, channels, height, width) pictures -> (batch, hidden_size)."""
+        statistics = []
+        for picture, rows in zip(pictures, self.rows, strict=True):
+            # Half precision is too coarse for a variance.
+            picture = picture if picture.dtype == torch.float64 else picture.float()
+            if picture.shape[2] != rows:
+                picture = F.adaptive_avg_pool2d(picture, (rows, picture.shape[3]))
+            variance, mean = torch.var_mean(picture, dim=3, correction=0)
+            statistics += [mean, (variance + self.EPSILON).sqrt(), picture.amax(dim=3)]
+        pooled = torch.cat([statistic.flatten(1) for statistic in statistics], dim=1)
+        return self.norm(pooled.unflatten(0, (-1, audio_channels)).sum(dim=1))
+
+
 @contextmanager
 def frozen_batch_norm_statistics(module: nn.Module):
     """Batch norm normalises as before inside this context, but leaves its running statistics alone."""
@@ -137,9 +170,10 @@ class ESResNetPreTrainedModel(PreTrainedModel):
             bound = 1 / math.sqrt(module.in_features)
             init.uniform_(module.weight, -bound, bound)
             init.uniform_(module.bias, -bound, bound)
-        elif isinstance(module, nn.BatchNorm2d):
-            init.ones_(module.weight)
-            init.zeros_(module.bias)
+        elif isinstance(module, _BatchNorm):
+            if module.affine:
+                init.ones_(module.weight)
+                init.zeros_(module.bias)
             init.zeros_(module.running_mean)
             init.ones_(module.running_var)
             init.zeros_(module.num_batches_tracked)
@@ -191,8 +225,10 @@ class ESResNetModel(ESResNetPreTrainedModel):
         super().__init__(config)
         self.embedder = ResNetEmbeddings(config)
         self.stages = nn.ModuleList([ESResNetStage(config, index) for index in range(len(config.depths))])
-        size = config.hidden_size
-        self.attention = ESResNetAttention(size, size, HEAD_KERNEL) if config.attention else None
+        statistics = config.pooling == "statistics"
+        size = config.hidden_sizes[-1]
+        self.attention = ESResNetAttention(size, size, HEAD_KERNEL) if config.attention and not statistics else None
+        self.pooling = StatisticsPooling(config) if statistics else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -207,7 +243,7 @@ class ESResNetModel(ESResNetPreTrainedModel):
             output_hidden_states: Whether to return the stem's and every stage's output.
 
         Returns:
-            `last_hidden_state` (batch, audio_channels, hidden_size, h, w), `pooler_output` (batch, hidden_size), and
+            `last_hidden_state` (batch, audio_channels, channels, h, w), `pooler_output` (batch, hidden_size), and
             `hidden_states`, a tuple of (batch, audio_channels, channels, h, w).
 
         Raises:
@@ -229,16 +265,23 @@ class ESResNetModel(ESResNetPreTrainedModel):
             else:
                 x = stage(x)
             hidden_states.append(x)
-        pooled = x.mean(dim=(2, 3), keepdim=True)
-        if self.attention is not None:
-            pooled = pooled * self.attention(x, (1, 1))
         return BaseModelOutputWithPoolingAndNoAttention(
             last_hidden_state=x.unflatten(0, batch_and_channels),
-            pooler_output=pooled.flatten(1).unflatten(0, batch_and_channels).sum(dim=1),
+            pooler_output=self._pool(hidden_states, input_values.shape[1]),
             hidden_states=tuple(h.unflatten(0, batch_and_channels) for h in hidden_states)
             if output_hidden_states
             else None,
         )
+
+    def _pool(self, hidden_states: list[torch.Tensor], audio_channels: int) -> torch.Tensor:
+        """The stem's and every stage's output -> (batch, hidden_size), summed over audio channels."""
+        if self.pooling is not None:
+            return self.pooling(hidden_states, audio_channels)
+        x = hidden_states[-1]
+        pooled = x.mean(dim=(2, 3), keepdim=True)
+        if self.attention is not None:
+            pooled = pooled * self.attention(x, (1, 1))
+        return pooled.flatten(1).unflatten(0, (-1, audio_channels)).sum(dim=1)
 
 
 class ESResNetForInstanceDiscrimination(ESResNetPreTrainedModel):

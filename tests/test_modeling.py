@@ -198,6 +198,35 @@ def test_network_equals_a_slow_version(attention, layer_type, height, width):
     torch.testing.assert_close(model(x).pooler_output, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("height, width", [(32, 64), (70, 47), (5, 9)])
+def test_statistics_equal_a_slow_version(height, width):
+    model = randomised(ESResNetModel, tiny_config(pooling="statistics")).double()
+    outputs = model(pictures(2, 2, height, width).double(), output_hidden_states=True)
+    state = model.state_dict()
+    for clip in range(2):
+        numbers = []
+        for picture, rows in zip(outputs.hidden_states, (8, 8, 4, 2, 1), strict=True):
+            channels = picture[clip].detach().numpy()  # (audio channels, channels, height, width)
+            old = channels.shape[2]
+            kept = [channels[:, :, i * old // rows : -(-(i + 1) * old // rows)].mean(axis=2) for i in range(rows)]
+            kept = np.stack(kept, axis=2)
+            for statistic in (kept.mean(3), np.sqrt(kept.var(3) + 1e-4), kept.max(3)):
+                numbers += statistic.sum(axis=0).flatten().tolist()
+        mean, variance = state["pooling.norm.running_mean"].numpy(), state["pooling.norm.running_var"].numpy()
+        expected = (np.array(numbers) - mean) / np.sqrt(variance + 1e-5)
+        np.testing.assert_allclose(outputs.pooler_output[clip].detach().numpy(), expected, rtol=1e-9, atol=1e-9)
+    assert outputs.pooler_output.shape[1] == model.config.hidden_size == 3 * 8 * (16 + 4 * 16)
+
+
+def test_statistics_of_constant_pictures_have_gradients():
+    model = ESResNetForInstanceDiscrimination(tiny_config(pooling="statistics")).train()
+    with torch.autocast("cpu", torch.bfloat16):
+        embeddings = model(torch.zeros(3, 1, 3, 32, 64)).embeddings
+    assert embeddings.dtype == torch.float32
+    (embeddings * torch.randn(3, 32)).sum().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+
+
 @pytest.mark.parametrize("size", [(8, 12), (4, 6), (2, 12), (5, 7), (1, 1), (3, 12)])
 def test_max_pool_equals_a_slow_version(size):
     x = torch.randn(2, 3, 8, 12)
@@ -247,7 +276,8 @@ def test_config_round_trip(preset, tmp_path):
         assert {**loaded.to_dict(), "_name_or_path": ""} == {**config.to_dict(), "_name_or_path": ""}
         assert (loaded.attention, loaded.embedding_dim, loaded.num_labels) == (False, 17, 2)
         assert loaded.layer_type == PRESETS[preset].get("layer_type", "bottleneck")
-        assert loaded.hidden_size == config.hidden_sizes[-1]
+        assert loaded.pooling == config.pooling == PRESETS[preset].get("pooling", "mean")
+        assert config.pooling == "statistics" or loaded.hidden_size == config.hidden_sizes[-1]
 
 
 def test_default_config_is_the_papers_network():
@@ -274,6 +304,7 @@ def test_auto_map_is_always_complete(head, tmp_path):
     "settings, message",
     [
         ({"layer_type": "dense"}, "layer_type must be 'basic' or 'bottleneck', not 'dense'"),
+        ({"pooling": "max"}, "pooling must be 'mean' or 'statistics', not 'max'"),
         ({"depths": (1, 1)}, "hidden_sizes and depths must be equally long"),
     ],
 )
@@ -489,6 +520,8 @@ def test_what_a_checkpoint_lacks_is_initialised_and_what_it_has_is_kept(tmp_path
     saved.save_pretrained(tmp_path)
     # from_pretrained builds on the meta device: what is not filled in afterwards is whatever the memory held.
     model = ESResNetForAudioClassification.from_pretrained(tmp_path, attention=True, num_labels=9)
+    statistics = ESResNetModel.from_pretrained(tmp_path, pooling="statistics").pooling.norm
+    assert not statistics.running_mean.any() and (statistics.running_var == 1).all()
     assert_same_state(model.esresnet, saved.state_dict())
     new = [m for m in model.named_modules() if "attention" in m[0] or m[0] == "classifier"]
     assert len(new) == 5 * 4 + 1
