@@ -38,12 +38,22 @@ def parse_args(argv: list[str] | None = None):
         "a checkpoint is given)")  # fmt: skip
     add("--labels_per_class", type=at_least(1), help="train on this many clips of each class (default: all)")
     add("--freeze_backbone", action="store_true", help="train the classifier alone; the paper found that worse")
+    add(
+        "--freeze_batch_norm",
+        action="store_true",
+        help="keep the batch-norm statistics of the pre-training: batches of a few labelled clips estimate them badly",
+    )
+    add("--classifier_init", choices=("random", "ridge"), default="random",
+        help="ridge: start from a closed-form classifier, ridge regression on the features of the network as it is; "
+        "with --num_train_epochs 0, that alone (default: random)")  # fmt: skip
     args = finish_parsing(parser, argv)
     args.init = args.init or ("pretrained" if args.model_name_or_path else "scratch")
     if args.init == "pretrained" and not args.model_name_or_path:
         parser.error("--init pretrained needs --model_name_or_path")
     if args.freeze_backbone and args.init == "scratch":
         parser.error("--freeze_backbone needs a pre-trained backbone: --init pretrained")
+    if args.freeze_batch_norm and args.init == "scratch":
+        parser.error("--freeze_batch_norm needs the statistics of a pre-training: --init pretrained")
     if len(args.corpus) > 1:
         parser.error("--corpus can be given once: fine-tuning has one label set")
     return args
@@ -67,6 +77,7 @@ from datasets import Dataset
 from datasets_scripts import corpus_report, train_test_folds
 from dls_training.arguments import plain_options
 from dls_training.checkpoints import claim_output_dir, files_moved_into_place, find_checkpoint, write_json
+from dls_training.closed_form import ridge_classifier
 from dls_training.input_pipeline import (
     ViewMaker,
     evaluation_loader,
@@ -74,12 +85,12 @@ from dls_training.input_pipeline import (
     mean_over_windows,
     training_loader,
 )
-from dls_training.loop import GlobalBatch, TrainingLoop
+from dls_training.loop import GlobalBatch, TrainingLoop, describe
 from dls_training.memory_bank import BANK_FILE, clip_keys, opened
 from dls_training.metrics import Accuracy
 from dls_training.networks import make_config, make_extractor, make_model, structure
 from dls_training.runtime import environment, make_accelerator, run_script, start_tracking
-from hub_cards import write_card
+from hub_cards import final_accuracy, write_card
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor, ESResNetForAudioClassification
 
 logger = logging.getLogger("dls")
@@ -124,6 +135,9 @@ def few_labels(train: Dataset, per_class: int | None, seed: int) -> Dataset:
     return train.select(np.sort(np.concatenate(chosen)))
 
 
+RIDGE_VIEWS = 4  # of each clip, whose features are averaged
+
+
 class FoldRun:
     """Fine-tuning with one fold held out, in a folder of its own that can be resumed and is recognised when done."""
 
@@ -137,7 +151,7 @@ class FoldRun:
         if args.freeze_backbone:
             model.esresnet.requires_grad_(False)
         self.bare_model = model
-        fixed = ("init", "freeze_backbone", "labels_per_class")
+        fixed = ("init", "freeze_backbone", "freeze_batch_norm", "classifier_init", "labels_per_class")
         identity = structure(config) | {name: getattr(args, name) for name in fixed}
         identity |= {"labels": list(config.id2label.values()), "training clips": len(train)}
         self.loop = TrainingLoop(
@@ -154,8 +168,9 @@ class FoldRun:
 
     def step(self, batch: GlobalBatch) -> torch.Tensor:
         """One optimizer step on the cross entropy."""
-        if self.args.freeze_backbone:
-            self.bare_model.esresnet.eval()  # frozen batch norm neither learns statistics nor depends on the batch
+        if self.args.freeze_backbone or self.args.freeze_batch_norm:
+            # Batch norm then neither learns statistics nor depends on the batch; nothing else differs in this mode.
+            self.bare_model.esresnet.eval()
 
         def clip_losses(number):
             part = batch.batches[number]
@@ -163,6 +178,44 @@ class FoldRun:
             return F.cross_entropy(logits, part["labels"], reduction="none")
 
         return self.loop.optimize(batch, clip_losses)
+
+    @torch.no_grad()
+    def start_from_ridge(self) -> None:
+        """Sets the classifier to ridge regression on the features of augmented views of the training clips."""
+        clips = self.loop.clips_per_epoch + 1  # of which the sampler may leave one out of an epoch
+        config, device = self.bare_model.config, self.accelerator.device
+        features = torch.zeros(clips, config.hidden_size, device=device)
+        views = torch.zeros(clips, device=device)
+        labels = torch.zeros(clips, dtype=torch.int64, device=device)
+        if self.args.init == "scratch":
+            self.estimate_batch_norm_statistics()
+        self.bare_model.eval()
+        for epoch in range(RIDGE_VIEWS):
+            self.loop.loader.set_epoch(epoch)
+            for batch in self.loop.loader:
+                rows = batch["index"], batch["labels"], self.pooled(batch)
+                index, own_labels, pooled = self.accelerator.gather_for_metrics(rows)
+                features.index_add_(0, index, pooled)
+                views.index_add_(0, index, torch.ones_like(index, dtype=views.dtype))
+                labels[index] = own_labels
+        seen = views > 0
+        mean = features[seen] / views[seen, None]
+        weight, bias = ridge_classifier(mean.cpu(), labels[seen].cpu(), config.num_labels)
+        self.bare_model.classifier.weight.copy_(weight)
+        self.bare_model.classifier.bias.copy_(bias)
+
+    def pooled(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        with self.accelerator.autocast():
+            return self.bare_model.esresnet(self.make_views(batch)).pooler_output.float()
+
+    def estimate_batch_norm_statistics(self) -> None:
+        """Of a random network, from one pass over the training clips: what it starts with describes no data at all."""
+        self.bare_model.train()
+        for batch in self.loop.loader:
+            self.pooled(batch)
+        for name, buffer in self.bare_model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                buffer.copy_(self.accelerator.reduce(buffer, "mean"))
 
     def evaluate(self, epoch: int, is_last: bool) -> dict[str, float]:
         """Accuracy on the held-out fold: each clip's class probabilities are the mean over its windows."""
@@ -179,12 +232,21 @@ class FoldRun:
 
     def train(self) -> dict:
         """Trains and returns the fold's results."""
-        self.loop.train(self.step, self.evaluate)
         history = self.loop.progress.history
+        if self.args.classifier_init == "ridge" and not history:
+            self.start_from_ridge()
+            accuracy = self.evaluate(0, is_last=False)
+            history.append({"epoch": 0, "step": 0, **accuracy, "seconds": self.loop.seconds})
+            logger.info(f"{self.loop.log_prefix}before training: {describe(history[0])}")
+        self.loop.train(self.step, self.evaluate)
+        start = [entry for entry in history if not entry["epoch"]]
+        history = [entry for entry in history if entry["epoch"]]
         return {
+            **({"accuracy_at_start": start[0]["accuracy"], "seconds_at_start": start[0]["seconds"]} if start else {}),
             "accuracy_per_epoch": [entry["accuracy"] for entry in history],
             "loss_per_epoch": [entry["loss"] for entry in history],
             "clips_per_second": [entry["clips_per_second"] for entry in history],
+            "seconds_per_epoch": [entry["seconds"] for entry in history],
             "seconds": self.loop.progress.seconds,
         }
 
@@ -267,10 +329,12 @@ def main() -> None:
             accelerator.wait_for_everyone()
         results["folds"][str(fold)] = json.loads(done.read_text(encoding="utf-8"))
 
-    curves = np.array([fold["accuracy_per_epoch"] for fold in results["folds"].values()])
-    results["mean_accuracy_per_epoch"] = curves.mean(axis=0).tolist()
-    results["std_accuracy_per_epoch"] = curves.std(axis=0).tolist()
-    logger.info(f"accuracy {curves.mean(axis=0)[-1]:.4f} ± {curves.std(axis=0)[-1]:.4f} after the last epoch")
+    curves = ["accuracy_per_epoch", *(["accuracy_at_start"] if args.classifier_init == "ridge" else [])]
+    for curve in curves:
+        by_fold = np.array([fold[curve] for fold in results["folds"].values()])
+        results |= {f"mean_{curve}": by_fold.mean(axis=0).tolist(), f"std_{curve}": by_fold.std(axis=0).tolist()}
+    last = np.array([final_accuracy(fold) for fold in results["folds"].values()])
+    logger.info(f"accuracy {last.mean():.4f} ± {last.std():.4f} at the end")
     if accelerator.is_main_process:
         with files_moved_into_place(args.output_dir) as folder:
             # The root loads as the first fold's model; with a single fold, it is that model.

@@ -103,7 +103,7 @@ def make_parser(description: str, defaults: dict, reasons: str) -> argparse.Argu
     model.add_argument("--preset", choices=PRESETS, help="network, where no checkpoint is given (default: esresnet50)")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--num_train_epochs", type=at_least(1), default=defaults["num_train_epochs"],
+    training.add_argument("--num_train_epochs", type=at_least(0), default=defaults["num_train_epochs"],
                           help="default: %(default)s")  # fmt: skip
     training.add_argument("--max_train_steps", type=at_least(1), help="stop after this many optimizer steps")
     training.add_argument("--per_device_train_batch_size", type=at_least(2),
@@ -164,6 +164,8 @@ def plain_options(args: argparse.Namespace) -> dict:
 def finish_parsing(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
     """Parses, fills in what depends on other options, and notes the command for the results."""
     args = parser.parse_args(argv)
+    if not args.num_train_epochs and getattr(args, "classifier_init", None) != "ridge":
+        parser.error("--num_train_epochs 0 trains nothing; train_classification.py can, with --classifier_init ridge")
     if args.keep_spectrograms and args.augmentation != "spectrogram":
         parser.error("--keep_spectrograms needs --augmentation spectrogram: waveforms are augmented before that")
     if args.keep_spectrograms and args.keep_waveforms:

@@ -119,6 +119,11 @@ class TrainingLoop:
             logger.info(f"going on from {checkpoint}: epoch {self.progress.epoch + 1}, step {self.progress.step}")
 
     @property
+    def seconds(self) -> float:
+        """What the run took so far, in all its stretches, evaluation included; not what a killed stretch lost."""
+        return self.progress.seconds + time.perf_counter() - self.clock
+
+    @property
     def finished(self) -> bool:
         return self.progress.step >= self.total_steps
 
@@ -189,7 +194,7 @@ class TrainingLoop:
         }
         logger.info(f"{self.log_prefix}{describe(entry)}, {rate:.1f} clips/s")
         self.accelerator.log(flatten(entry, self.log_prefix), step=progress.step)
-        progress.history.append(entry | {"clips_per_second": rate})
+        progress.history.append(entry | {"clips_per_second": rate, "seconds": self.seconds})
         if whole:
             progress.epoch, progress.batches, progress.loss_sum, progress.clips = progress.epoch + 1, 0, 0.0, 0
             if self.finished or self.args.checkpointing_steps == "epoch":
@@ -256,8 +261,7 @@ class TrainingLoop:
 
     def checkpoint(self) -> None:
         """Saves everything that the run needs to go on."""
-        self.progress.seconds += time.perf_counter() - self.clock
-        self.clock = time.perf_counter()
+        self.progress.seconds, self.clock = self.seconds, time.perf_counter()
         if not self.accelerator.is_main_process:
             self.save_model(None)
         else:

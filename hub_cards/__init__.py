@@ -1,5 +1,5 @@
 """Measured results -> model cards. Nothing in a card is typed in by hand."""
 
-from .card import write_card
+from .card import final_accuracy, write_card
 
-__all__ = ["write_card"]
+__all__ = ["final_accuracy", "write_card"]

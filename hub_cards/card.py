@@ -62,7 +62,7 @@ def classification_card(results: dict, config: dict) -> tuple[ModelCardData, str
             dataset_config=f"fold-{fold}",
             dataset_split="train",
             metric_type="accuracy",
-            metric_value=fold_results["accuracy_per_epoch"][-1],
+            metric_value=final_accuracy(fold_results),
         )
         for fold, fold_results in folds.items()
     ]
@@ -73,27 +73,40 @@ def classification_card(results: dict, config: dict) -> tuple[ModelCardData, str
         model_name=f"esresnet-{corpus}",
         eval_results=evaluations,
     )
+    rows, held_out = accuracy_rows(results), next(iter(folds))
     heard = [fold_results["test_clips_heard_in_pretraining"] for fold_results in folds.values()]
     fields = {
         "heard": None if None in heard else sum(heard),
         "test_clips": sum(fold_results["test_clips"] for fold_results in folds.values()),
         "labels": list(config["id2label"].values()),
-        "held_out": next(iter(folds)),
-        "mean": results["mean_accuracy_per_epoch"][-1],
-        "std": results["std_accuracy_per_epoch"][-1],
+        "held_out": held_out,
+        "trained": bool(results["mean_accuracy_per_epoch"]),
+        "mean": rows[-1]["mean" if len(folds) > 1 else f"fold {held_out}"],
+        "std": rows[-1].get("std"),
     }
     return data, "classification.md", fields
 
 
+def final_accuracy(fold_results: dict) -> float:
+    """On the held-out fold after the last epoch; of the closed-form classifier, where no epoch was trained."""
+    return (fold_results["accuracy_per_epoch"] or [fold_results["accuracy_at_start"]])[-1]
+
+
 def accuracy_rows(results: dict) -> list[dict]:
-    """One row per epoch that was evaluated: {"epoch": number, what: accuracy}."""
+    """One row per evaluation: {"epoch": number, what: accuracy}; epoch 0 is a closed-form classifier's."""
     if results["task"] == "npid":
         return [{"epoch": e["epoch"], **e["knn_accuracy"]} for e in results["history"] if e.get("knn_accuracy")]
-    columns = {f"fold {fold}": fold_results["accuracy_per_epoch"] for fold, fold_results in results["folds"].items()}
+    start, folds = "mean_accuracy_at_start" in results, results["folds"]
+
+    def curve(source, prefix=""):
+        first = [source[f"{prefix}accuracy_at_start"]] if start else []
+        return first + source[f"{prefix}accuracy_per_epoch"]
+
+    columns = {f"fold {fold}": curve(fold_results) for fold, fold_results in folds.items()}
     if len(columns) > 1:
-        columns |= {"mean": results["mean_accuracy_per_epoch"], "std": results["std_accuracy_per_epoch"]}
+        columns |= {"mean": curve(results, "mean_"), "std": curve(results, "std_")}
     rows = zip(*columns.values(), strict=True)
-    return [{"epoch": epoch, **dict(zip(columns, row, strict=True))} for epoch, row in enumerate(rows, start=1)]
+    return [{"epoch": epoch, **dict(zip(columns, row, strict=True))} for epoch, row in enumerate(rows, 1 - start)]
 
 
 def markdown_table(rows: list[dict]) -> str:

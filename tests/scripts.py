@@ -12,6 +12,8 @@ SMALL = [
     "--report_to", "none",
 ]  # fmt: skip
 
+MEASURED = ("clips_per_second", "seconds")  # in a run's history, by a clock
+
 
 def start(command: list, **options) -> subprocess.Popen:
     """Starts `python SCRIPT …` (or `accelerate launch SCRIPT …`, `python -m MODULE …`) from another folder."""

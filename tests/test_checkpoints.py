@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
+from scripts import MEASURED
 from torch.utils.data import DataLoader
 
 from dls_training.arguments import UserError
@@ -526,7 +527,7 @@ class Run:
 
     def outcome(self):
         """Weights, and the history without what a clock measured."""
-        history = [{k: v for k, v in entry.items() if k != "clips_per_second"} for entry in self.loop.progress.history]
+        history = [{k: v for k, v in e.items() if k not in MEASURED} for e in self.loop.progress.history]
         return [parameter.tolist() for parameter in self.model.parameters()], history
 
 

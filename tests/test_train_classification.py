@@ -61,17 +61,21 @@ def test_reported_accuracy_is_that_of_the_saved_model(all_folds, sound_folder):
     """Scored again, a clip at a time, with nothing of the training code."""
     corpus = load_corpus("audiofolder", sound_folder)
     for fold in (1, 2):
-        folder = all_folds / f"fold-{fold}"
-        model = AutoModelForAudioClassification.from_pretrained(folder).eval()
-        extractor = AutoFeatureExtractor.from_pretrained(folder)
-        correct = []
-        for clip in train_test_folds(corpus, fold)[1]:
-            samples, rate = decode_audio(clip["audio"])
-            samples = np.repeat(samples[0], 44100 // rate) if rate == 44100 else resample(samples, rate)
-            with torch.no_grad():
-                logits = model(**extractor(samples, sampling_rate=44100, return_tensors="pt")).logits
-            correct.append(logits.argmax().item() == clip["label"])
-        assert np.mean(correct) == results_of(all_folds)["folds"][str(fold)]["accuracy_per_epoch"][-1]
+        accuracy = accuracy_clip_by_clip(all_folds / f"fold-{fold}", train_test_folds(corpus, fold)[1])
+        assert accuracy == results_of(all_folds)["folds"][str(fold)]["accuracy_per_epoch"][-1]
+
+
+def accuracy_clip_by_clip(folder, test):
+    model = AutoModelForAudioClassification.from_pretrained(folder).eval()
+    extractor = AutoFeatureExtractor.from_pretrained(folder)
+    correct = []
+    for clip in test:
+        samples, rate = decode_audio(clip["audio"])
+        samples = np.repeat(samples[0], 44100 // rate) if rate == 44100 else resample(samples, rate)
+        with torch.no_grad():
+            logits = model(**extractor(samples, sampling_rate=44100, return_tensors="pt")).logits
+        correct.append(logits.argmax().item() == clip["label"])
+    return np.mean(correct)
 
 
 def resample(samples, rate):
@@ -185,3 +189,56 @@ def test_bad_input(options, sound_folder, tmp_path):
     for i, path in enumerate(sorted(unlabelled.glob("*.wav"))):
         path.rename(unlabelled / "ab"[i % 2] / path.name)
     assert "no folds" in fail(script, *without_corpus, *output)
+
+
+# --- The closed-form classifier ---
+
+
+@pytest.mark.parametrize("init", ["pretrained", "scratch"])
+def test_closed_form_classifier_alone(init, options, pretrained, sound_folder, tmp_path):
+    """Its accuracy is the saved model's, and its weights are ridge regression on the features of augmented views."""
+    succeed(
+        "train_classification.py", *options, "--model_name_or_path", pretrained, "--init", init, "--fold", "2",
+        "--classifier_init", "ridge", "--num_train_epochs", "0", "--output_dir", tmp_path / "run",
+    )  # fmt: skip
+    results = results_of(tmp_path / "run")
+    fold = results["folds"]["2"]
+    assert fold["accuracy_per_epoch"] == results["mean_accuracy_per_epoch"] == []
+    assert results["mean_accuracy_at_start"] == fold["accuracy_at_start"] > 0.25
+    assert 0 < fold["seconds_at_start"] <= fold["seconds"]
+    test = train_test_folds(load_corpus("audiofolder", sound_folder), 2)[1]
+    assert fold["accuracy_at_start"] == accuracy_clip_by_clip(tmp_path / "run", test)
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert (
+        f"of the closed-form classifier, ridge regression on the features; 1 fold(s). {fold['accuracy_at_start']:.3f}"
+        in card
+    )
+    assert "closed-form classifier's weights" in card and "last epoch" not in card
+
+
+def test_training_goes_on_from_the_closed_form_classifier(options, pretrained, tmp_path):
+    common = [*options, "--model_name_or_path", pretrained, "--fold", "2", "--classifier_init", "ridge"]
+    for name, extra in (("alone", ["--num_train_epochs", "0"]), ("still", ["--learning_rate", "0"]), ("on", [])):
+        succeed("train_classification.py", *common, *extra, "--freeze_batch_norm", "--output_dir", tmp_path / name)
+    alone, still, on = (results_of(tmp_path / name)["folds"]["2"] for name in ("alone", "still", "on"))
+    assert alone["accuracy_at_start"] == still["accuracy_at_start"] == on["accuracy_at_start"]
+    # With frozen statistics and a rate of zero, nothing moves.
+    assert still["accuracy_per_epoch"] == [alone["accuracy_at_start"]] * 3
+    first, last = (load_file(tmp_path / name / "model.safetensors") for name in ("alone", "still"))
+    assert all(torch.equal(first[name], last[name]) for name in first)
+    assert len(on["accuracy_per_epoch"]) == len(on["seconds_per_epoch"]) == 3
+    assert on["seconds_at_start"] < on["seconds_per_epoch"][0] < on["seconds_per_epoch"][2] <= on["seconds"] + 1
+    rows = [line for line in (tmp_path / "on" / "README.md").read_text().splitlines() if line.startswith("| 0 |")]
+    assert rows == [f"| 0 | {on['accuracy_at_start']:.3f} |"]
+    trained = load_file(tmp_path / "on" / "model.safetensors")
+    assert not torch.equal(trained["classifier.weight"], first["classifier.weight"])
+    frozen = [name for name in first if "running_" in name]
+    assert frozen and all(torch.equal(trained[name], first[name]) for name in frozen)
+
+
+def test_closed_form_options_that_do_nothing_are_refused():
+    message = fail("train_classification.py", "--num_train_epochs", "0")
+    assert "--num_train_epochs 0 trains nothing" in message and "--classifier_init ridge" in message
+    message = fail("train_classification.py", "--freeze_batch_norm")
+    assert "--freeze_batch_norm needs the statistics of a pre-training" in message
+    assert "--num_train_epochs 0 trains nothing" in fail("train_npid.py", "--num_train_epochs", "0")

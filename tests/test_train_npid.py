@@ -14,7 +14,7 @@ import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
-from scripts import ROOT, SMALL, fail, run_script, start, succeed
+from scripts import MEASURED, ROOT, SMALL, fail, run_script, start, succeed
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioXVector
 
 import modeling_dls  # noqa: F401 (registers the Auto classes)
@@ -35,7 +35,7 @@ def assert_same_outcome(folder, other):
         for key in first:
             assert torch.equal(first[key], second[key]), f"{name}: {key}"
     histories = [
-        [{k: v for k, v in entry.items() if k != "clips_per_second"} for entry in results_of(f)["history"]]
+        [{k: v for k, v in entry.items() if k not in MEASURED} for entry in results_of(f)["history"]]
         for f in (folder, other)
     ]
     assert histories[0] == histories[1]
