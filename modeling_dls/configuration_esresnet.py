@@ -48,8 +48,8 @@ class ESResNetConfig(PretrainedConfig):
         hidden_act (`str`, defaults to `"relu"`): Activation of the residual layers.
         attention (`bool`, defaults to `True`): ESResNet-Attention, or plain ESResNet.
         pooling (`str`, defaults to `"mean"`): What the heads see: the mean of the last stage's output, gated by its
-            attention (ESResNet), or `"statistics"`, the mean, standard deviation and maximum over time of every
-            stage's output, in a few rows of frequency, standardised by batch norm.
+            attention (ESResNet), or `"statistics"`: how the spectrogram itself and every stage's output are
+            distributed over time, in a few rows of frequency, standardised by batch norm.
         embedding_dim (`int`, defaults to 128): Size of the projection for instance discrimination (d in the paper);
             `embedding_size` is the stem's width, as in transformers' ResNet.
 
@@ -108,20 +108,20 @@ class ESResNetConfig(PretrainedConfig):
 
     @property
     def pooled_rows(self) -> list[int]:
-        """Rows of frequency in which `pooling="statistics"` keeps the stem's and each stage's output apart.
+        """Rows of frequency in which `pooling="statistics"` keeps the spectrogram, the stem's and each stage's output.
 
-        They halve as the stages' pictures do: 8, 8, 4, 2, 1.
+        They halve as the stages' pictures do: 16, 8, 8, 4, 2, 1 for four stages.
         """
-        rows = [2 ** (len(self.depths) - 1 - stage) for stage in range(len(self.depths))]
-        return [rows[0], *rows]
+        stages = [2 ** (len(self.depths) - 1 - stage) for stage in range(len(self.depths))]
+        return [2 * stages[0], stages[0], *stages]
 
     @property
     def hidden_size(self) -> int:
         """Size of the pooled feature vector."""
         if self.pooling == "mean":
             return self.hidden_sizes[-1]
-        channels = [self.embedding_size, *self.hidden_sizes]
-        return 3 * sum(width * rows for width, rows in zip(channels, self.pooled_rows, strict=True))
+        channels = [self.num_channels, self.embedding_size, *self.hidden_sizes]
+        return 4 * sum(width * rows for width, rows in zip(channels, self.pooled_rows, strict=True))
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "ESResNetConfig":

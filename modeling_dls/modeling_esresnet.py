@@ -86,11 +86,11 @@ class ESResNetStage(nn.Module):
 
 
 class StatisticsPooling(nn.Module):
-    """Mean, standard deviation and maximum over time of the stem's and every stage's output, row by row.
+    """Mean, deviation, maximum and change over time of the spectrogram and of every stage's output, row by row.
 
-    A sound's class shows in how much there is at which pitch, how it varies and how far it rises, early stages
-    included; a mean over the last stage's few cells keeps little of that. Each number is standardised over clips by a
-    batch norm without scale and shift, so that no stage drowns another.
+    A sound's class shows in how much there is at which pitch, how it varies, how far it rises and how fast; a mean
+    over the last stage's few cells keeps little of that, and the first stages know it as well as the last. Each number
+    is standardised over clips by a batch norm without scale and shift, so that no stage drowns another.
 
     Attributes:
         rows: Rows that each picture's height is averaged to.
@@ -105,7 +105,11 @@ class StatisticsPooling(nn.Module):
         self.norm = nn.BatchNorm1d(config.hidden_size, affine=False)
 
     def forward(self, pictures: list[torch.Tensor], audio_channels: int) -> torch.Tensor:
-        """Pools (batch * audio_channels, channels, height, width) pictures -> (batch, hidden_size)."""
+        """Pools (batch * audio_channels, channels, height, width) pictures -> (batch, hidden_size).
+
+        For each picture: the means of all its channels and rows, then the standard deviations, the maxima, and the
+        mean absolute differences between neighbouring frames (zero where there is one frame only).
+        """
         statistics = []
         for picture, rows in zip(pictures, self.rows, strict=True):
             # Half precision is too coarse for a variance.
@@ -113,7 +117,8 @@ class StatisticsPooling(nn.Module):
             if picture.shape[2] != rows:
                 picture = F.adaptive_avg_pool2d(picture, (rows, picture.shape[3]))
             variance, mean = torch.var_mean(picture, dim=3, correction=0)
-            statistics += [mean, (variance + self.EPSILON).sqrt(), picture.amax(dim=3)]
+            change = picture.diff(dim=3).abs().sum(dim=3) / max(picture.shape[3] - 1, 1)
+            statistics += [mean, (variance + self.EPSILON).sqrt(), picture.amax(dim=3), change]
         pooled = torch.cat([statistic.flatten(1) for statistic in statistics], dim=1)
         return self.norm(pooled.unflatten(0, (-1, audio_channels)).sum(dim=1))
 
@@ -267,16 +272,17 @@ class ESResNetModel(ESResNetPreTrainedModel):
             hidden_states.append(x)
         return BaseModelOutputWithPoolingAndNoAttention(
             last_hidden_state=x.unflatten(0, batch_and_channels),
-            pooler_output=self._pool(hidden_states, input_values.shape[1]),
+            pooler_output=self._pool(input_values, hidden_states),
             hidden_states=tuple(h.unflatten(0, batch_and_channels) for h in hidden_states)
             if output_hidden_states
             else None,
         )
 
-    def _pool(self, hidden_states: list[torch.Tensor], audio_channels: int) -> torch.Tensor:
-        """The stem's and every stage's output -> (batch, hidden_size), summed over audio channels."""
+    def _pool(self, input_values: torch.Tensor, hidden_states: list[torch.Tensor]) -> torch.Tensor:
+        """The spectrogram, the stem's and every stage's output -> (batch, hidden_size), summed over audio channels."""
+        audio_channels = input_values.shape[1]
         if self.pooling is not None:
-            return self.pooling(hidden_states, audio_channels)
+            return self.pooling([input_values.flatten(0, 1), *hidden_states], audio_channels)
         x = hidden_states[-1]
         pooled = x.mean(dim=(2, 3), keepdim=True)
         if self.attention is not None:

@@ -201,21 +201,25 @@ def test_network_equals_a_slow_version(attention, layer_type, height, width):
 @pytest.mark.parametrize("height, width", [(32, 64), (70, 47), (5, 9)])
 def test_statistics_equal_a_slow_version(height, width):
     model = randomised(ESResNetModel, tiny_config(pooling="statistics")).double()
-    outputs = model(pictures(2, 2, height, width).double(), output_hidden_states=True)
+    x = pictures(2, 2, height, width).double()
+    outputs = model(x, output_hidden_states=True)
     state = model.state_dict()
     for clip in range(2):
         numbers = []
-        for picture, rows in zip(outputs.hidden_states, (8, 8, 4, 2, 1), strict=True):
-            channels = picture[clip].detach().numpy()  # (audio channels, channels, height, width)
-            old = channels.shape[2]
-            kept = [channels[:, :, i * old // rows : -(-(i + 1) * old // rows)].mean(axis=2) for i in range(rows)]
+        pictures_of_clip = [x[clip], *(stage[clip].detach() for stage in outputs.hidden_states)]
+        for picture, rows in zip(pictures_of_clip, (16, 8, 8, 4, 2, 1), strict=True):
+            old, frames = picture.shape[2:]  # of (audio channels, channels, height, width)
+            kept = [
+                picture[:, :, i * old // rows : -(-(i + 1) * old // rows)].numpy().mean(axis=2) for i in range(rows)
+            ]
             kept = np.stack(kept, axis=2)
-            for statistic in (kept.mean(3), np.sqrt(kept.var(3) + 1e-4), kept.max(3)):
+            change = [np.abs(kept[..., t] - kept[..., t - 1]) for t in range(1, frames)] or [np.zeros(kept.shape[:3])]
+            for statistic in (kept.mean(3), np.sqrt(kept.var(3) + 1e-4), kept.max(3), np.mean(change, axis=0)):
                 numbers += statistic.sum(axis=0).flatten().tolist()
         mean, variance = state["pooling.norm.running_mean"].numpy(), state["pooling.norm.running_var"].numpy()
         expected = (np.array(numbers) - mean) / np.sqrt(variance + 1e-5)
         np.testing.assert_allclose(outputs.pooler_output[clip].detach().numpy(), expected, rtol=1e-9, atol=1e-9)
-    assert outputs.pooler_output.shape[1] == model.config.hidden_size == 3 * 8 * (16 + 4 * 16)
+    assert outputs.pooler_output.shape[1] == model.config.hidden_size == 4 * (16 * 3 + 8 * (16 + 4 * 16))
 
 
 def test_statistics_of_constant_pictures_have_gradients():
