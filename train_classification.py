@@ -9,19 +9,32 @@ epoch. No checkpoint is chosen by it; the model is the last epoch's.
 
 from dls_training.arguments import UserError, at_least, finish_parsing, make_parser
 
-DEFAULTS = {
-    "num_train_epochs": 15,
-    "per_device_train_batch_size": 16,
-    "optimizer": "adam",
-    "learning_rate": 2.5e-4,
-    "weight_decay": 5e-4,
-    "lr_scheduler_type": "constant",
-    "output_dir": "runs/classification",
+RECIPES = {
+    "paper": {
+        "preset": "esresnet50",
+        "num_train_epochs": 15,
+        "per_device_train_batch_size": 16,
+        "optimizer": "adam",
+        "learning_rate": 2.5e-4,
+        "weight_decay": 5e-4,
+        "lr_scheduler_type": "constant",
+        "output_dir": "runs/classification",
+    },
+    "recommended": {
+        "preset": "small_mel",
+        "augmentation": "spectrogram",
+        "augmentation_strength": 0.3,
+        "keep_spectrograms": True,
+        "num_train_epochs": 3,
+        "classifier_init": "ridge",
+        "learning_rate": 1e-4,
+    },
 }
-REASONS = """Batch size, optimizer, rate and weight decay are ESResNet's. Three things differ: 15 epochs instead of 300
-and a constant rate instead of its schedule (--lr_scheduler_type esresnet), whose five cold and ten warm-up epochs
-are longer than the few epochs that a pre-trained network needs; and bf16 where the processor computes in it,
-because that is faster."""
+REASONS = """The defaults are those of --recipe paper: batch size, optimizer, rate and weight decay are ESResNet's.
+Three things differ: 15 epochs instead of 300 and a constant rate instead of its schedule (--lr_scheduler_type
+esresnet), whose five cold and ten warm-up epochs are longer than the few epochs that a pre-trained network needs; and
+bf16 where the processor computes in it, because that is faster.
+--recipe recommended is what worked best on a small machine (see results/)."""
 
 
 def fold_or_all(text: str) -> int | str:
@@ -30,7 +43,7 @@ def fold_or_all(text: str) -> int | str:
 
 
 def parse_args(argv: list[str] | None = None):
-    parser = make_parser(__doc__.splitlines()[0], DEFAULTS, REASONS)
+    parser = make_parser(__doc__.splitlines()[0], RECIPES, REASONS)
     add = parser.add_argument_group("fine-tuning").add_argument
     add("--fold", type=fold_or_all, default="all", metavar="N|all", help="fold held out for evaluation (default: all)")
     add("--init", choices=("pretrained", "scratch"),
@@ -46,7 +59,7 @@ def parse_args(argv: list[str] | None = None):
     add("--classifier_init", choices=("random", "ridge"), default="random",
         help="ridge: start from a closed-form classifier, ridge regression on the features of the network as it is; "
         "with --num_train_epochs 0, that alone (default: random)")  # fmt: skip
-    args = finish_parsing(parser, argv)
+    args = finish_parsing(parser, RECIPES, argv)
     args.init = args.init or ("pretrained" if args.model_name_or_path else "scratch")
     if args.init == "pretrained" and not args.model_name_or_path:
         parser.error("--init pretrained needs --model_name_or_path")
@@ -144,7 +157,7 @@ class FoldRun:
     def __init__(self, args, accelerator: Accelerator, extractor: ESResNetFeatureExtractor, config: ESResNetConfig,
                  train: Dataset, test: Dataset, output_dir: Path, log_prefix: str):  # fmt: skip
         self.args, self.accelerator, self.extractor = args, accelerator, extractor
-        self.make_views = ViewMaker(extractor, args.augmentation)
+        self.make_views = ViewMaker(extractor, args.augmentation, args.augmentation_strength)
         checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
         pretrained = args.model_name_or_path if args.init == "pretrained" else None
         model = make_model(ESResNetForAudioClassification, checkpoint or pretrained, config, args.seed)

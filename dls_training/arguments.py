@@ -3,9 +3,10 @@
 import argparse
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
-PRESETS = ("esresnet50", "esresnet18", "small", "tiny")
+PRESETS = ("esresnet50", "esresnet18", "small", "small_mel", "tiny")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 CACHE_GIGABYTES = 20.0
@@ -29,6 +30,18 @@ def at_least(minimum, kind=int):
     return parse
 
 
+def between(lowest: float, highest: float):
+    """An argparse type: lowest <= number <= highest."""
+
+    def parse(text: str) -> float:
+        if not lowest <= float(text) <= highest:
+            raise argparse.ArgumentTypeError(f"must be between {lowest:g} and {highest:g}, not {text}")
+        return float(text)
+
+    parse.__name__ = "float"  # argparse names the type in its message when the text is no number
+    return parse
+
+
 def fraction(text: str) -> float:
     """An argparse type: 0 <= value < 1."""
     value = float(text)
@@ -48,17 +61,24 @@ def corpus_and_source(text: str) -> tuple[str, str | None]:
     return name, source or None
 
 
-def make_parser(description: str, defaults: dict, reasons: str) -> argparse.ArgumentParser:
+def make_parser(description: str, recipes: dict[str, dict], reasons: str) -> argparse.ArgumentParser:
     """The options that both train scripts have.
 
     Args:
         description: What the script does.
-        defaults: Of the options whose default differs between the scripts.
+        recipes: Name -> values of options, which hold where an option is not given. The first is the default, and
+            sets every option that has no default of its own.
         reasons: Which defaults depart from the papers, and why; shown below the options.
     """
+    defaults = next(iter(recipes.values()))
+    own = "\n".join(f"--recipe {name} stands for\n{described(values)}" for name, values in list(recipes.items())[1:])
     parser = argparse.ArgumentParser(
-        description=description, epilog=reasons, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, epilog=f"{reasons}\n\n{own}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument(
+        "--recipe", choices=tuple(recipes), default=next(iter(recipes)),
+        help="a set of defaults, see below; options that are given prevail (default: %(default)s)",
+    )  # fmt: skip
     data = parser.add_argument_group("data")
     data.add_argument(
         "--corpus", action="append", type=corpus_and_source, metavar="NAME[=DIR]",
@@ -78,7 +98,11 @@ def make_parser(description: str, defaults: dict, reasons: str) -> argparse.Argu
         "being memorised (default: waveform)",
     )  # fmt: skip
     data.add_argument(
-        "--keep_spectrograms", action="store_true",
+        "--augmentation_strength", type=between(0, 1.5), default=1.0,
+        help="multiplies the ranges of the augmentation; 0 leaves only playing backwards (default: %(default)s)",
+    )  # fmt: skip
+    data.add_argument(
+        "--keep_spectrograms", action=argparse.BooleanOptionalAction, default=False,
         help="with --augmentation spectrogram: compute each clip's power spectrogram once and keep it on disk, so "
         "that the network and not decoding is the limit (short clips are padded centrally, not at random)",
     )  # fmt: skip
@@ -100,7 +124,11 @@ def make_parser(description: str, defaults: dict, reasons: str) -> argparse.Argu
 
     model = parser.add_argument_group("model")
     model.add_argument("--model_name_or_path", help="start from this checkpoint folder or Hub id")
-    model.add_argument("--preset", choices=PRESETS, help="network, where no checkpoint is given (default: esresnet50)")
+    model.add_argument(
+        "--preset",
+        choices=PRESETS,
+        help="network and spectrogram, where no checkpoint is given (default: the recipe's)",
+    )
 
     training = parser.add_argument_group("training")
     training.add_argument("--num_train_epochs", type=at_least(0), default=defaults["num_train_epochs"],
@@ -155,19 +183,36 @@ def make_parser(description: str, defaults: dict, reasons: str) -> argparse.Argu
     return parser
 
 
+def described(values: dict) -> str:
+    """A recipe's options as they would be typed, a few to a line."""
+    options = [f"--{name}" if value is True else f"--{name} {value}" for name, value in values.items()]
+    lines = textwrap.wrap(" ".join(options), 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
+    return "\n".join(lines)
+
+
 def plain_options(args: argparse.Namespace) -> dict:
     """The options as JSON takes them, without the command that they came from."""
     options = {name: value for name, value in vars(args).items() if name != "command"}
     return {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
 
 
-def finish_parsing(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Parses, fills in what depends on other options, and notes the command for the results."""
+def finish_parsing(
+    parser: argparse.ArgumentParser, recipes: dict[str, dict], argv: list[str] | None
+) -> argparse.Namespace:
+    """Parses, fills in the recipe and what depends on other options, and notes the command for the results."""
+    recipe = dict(recipes[parser.parse_known_args(argv)[0].recipe])
+    preset = recipe.pop("preset", None)
+    parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
+    if not args.model_name_or_path:  # a checkpoint brings its own network
+        args.preset = args.preset or preset
     if not args.num_train_epochs and getattr(args, "classifier_init", None) != "ridge":
         parser.error("--num_train_epochs 0 trains nothing; train_classification.py can, with --classifier_init ridge")
     if args.keep_spectrograms and args.augmentation != "spectrogram":
-        parser.error("--keep_spectrograms needs --augmentation spectrogram: waveforms are augmented before that")
+        parser.error(
+            "--keep_spectrograms needs --augmentation spectrogram, because waveforms are augmented before that: add "
+            "that, or --no-keep_spectrograms"
+        )
     if args.keep_spectrograms and args.keep_waveforms:
         parser.error("--keep_waveforms has nothing to do beside --keep_spectrograms: leave it out")
     if args.cache_gigabytes is not None and not (args.keep_spectrograms or args.keep_waveforms):
@@ -176,7 +221,8 @@ def finish_parsing(parser: argparse.ArgumentParser, argv: list[str] | None) -> a
         args.cache_gigabytes = CACHE_GIGABYTES
     if args.warmup_steps and args.lr_scheduler_type not in ("linear", "cosine"):
         parser.error(
-            f"--warmup_steps goes with linear and cosine, not with --lr_scheduler_type {args.lr_scheduler_type}"
+            f"--warmup_steps goes with linear and cosine, not with --lr_scheduler_type {args.lr_scheduler_type}: add "
+            "--warmup_steps 0"
         )
     args.corpus = args.corpus or [("synthetic", None)]
     args.command = shlex.join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])

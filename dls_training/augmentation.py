@@ -22,8 +22,9 @@ class WaveformAugmentation:
     """
 
     NUM_DRAWS = 3
+    MAX_SCALE = 1.25
 
-    def __init__(self, length: int, max_scale: float = 1.25, p_inversion: float = 0.5):
+    def __init__(self, length: int, max_scale: float = MAX_SCALE, p_inversion: float = 0.5):
         self.length = length
         self.max_scale = max_scale
         self.p_inversion = p_inversion
@@ -104,6 +105,7 @@ class SpectrogramAugmentation:
     NUM_MASKS = 2
     NUM_BANDS = 3
     NUM_DRAWS = 7 + 2 * NUM_MASKS * (1 + NUM_BANDS)
+    MAX_STRENGTH = 1.5  # a crop then keeps a tenth of the time
 
     def __init__(
         self,
@@ -120,6 +122,23 @@ class SpectrogramAugmentation:
         self.gain_db = gain_db
         self.max_time_mask = max_time_mask
         self.max_frequency_mask = max_frequency_mask
+
+    @classmethod
+    def of_strength(cls, strength: float) -> "SpectrogramAugmentation":
+        """The default ranges, all scaled: 0 only plays clips backwards, 1 is the default.
+
+        Args:
+            strength: 0 .. MAX_STRENGTH.
+        """
+        default = cls()
+        return cls(
+            min_time=1 - strength * (1 - default.min_time),
+            min_frequency=1 - strength * (1 - default.min_frequency),
+            max_mix=strength * default.max_mix,
+            gain_db=strength * default.gain_db,
+            max_time_mask=strength * default.max_time_mask,
+            max_frequency_mask=strength * default.max_frequency_mask,
+        )
 
     def __call__(self, power: torch.Tensor, draws: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         """Makes one view of each clip.

@@ -284,16 +284,20 @@ class ViewMaker:
         spectrogram_augmentation: None with `"waveform"`.
     """
 
-    def __init__(self, extractor: ESResNetFeatureExtractor, augmentation: str = "waveform"):
+    def __init__(self, extractor: ESResNetFeatureExtractor, augmentation: str = "waveform", strength: float = 1.0):
         """
         Args:
             extractor: With `max_length`.
             augmentation: `"waveform"`, `"spectrogram"` or `"both"`.
+            strength: Of either: its ranges are multiplied by it, the exponent of time scaling included.
         """
         self.extractor = extractor
-        only_crop = {"max_scale": 1.0, "p_inversion": 0.0} if augmentation == "spectrogram" else {}
-        self.waveform_augmentation = WaveformAugmentation(extractor.max_length, **only_crop)
-        self.spectrogram_augmentation = None if augmentation == "waveform" else SpectrogramAugmentation()
+        scale = WaveformAugmentation.MAX_SCALE**strength
+        settings = {"max_scale": 1.0, "p_inversion": 0.0} if augmentation == "spectrogram" else {"max_scale": scale}
+        self.waveform_augmentation = WaveformAugmentation(extractor.max_length, **settings)
+        self.spectrogram_augmentation = (
+            None if augmentation == "waveform" else SpectrogramAugmentation.of_strength(strength)
+        )
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """From `training_loader` -> (batch, audio_channels, 3, height, width)."""

@@ -32,6 +32,7 @@ FIXED_OPTIONS = (
     "clip_seconds",
     "audio_channels",
     "augmentation",
+    "augmentation_strength",
     "keep_spectrograms",
 )
 

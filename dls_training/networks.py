@@ -34,7 +34,7 @@ def make_extractor(args) -> ESResNetFeatureExtractor:
         except (OSError, ValueError) as error:
             raise UserError(f"--model_name_or_path {args.model_name_or_path}: {error}") from error
     else:
-        extractor = ESResNetFeatureExtractor.from_preset(args.preset or "esresnet50")
+        extractor = ESResNetFeatureExtractor.from_preset(args.preset)
     extractor.audio_channels = args.audio_channels
     set_length(extractor, args.clip_seconds)
     return extractor
@@ -59,7 +59,7 @@ def make_config(args, **overrides) -> ESResNetConfig:
         UserError: if there is no such checkpoint, or it was made from another preset than --preset.
     """
     if not args.model_name_or_path:
-        return ESResNetConfig.from_preset(args.preset or "esresnet50", **overrides)
+        return ESResNetConfig.from_preset(args.preset, **overrides)
     try:
         config = ESResNetConfig.from_pretrained(args.model_name_or_path, **overrides)
     except (OSError, ValueError) as error:

@@ -22,6 +22,14 @@ PRESETS = {
     "esresnet50": {},
     "esresnet18": {"spec_height": 64, "spec_width": 128, "resize_mode": "area", "do_normalize": True},
     "small": {"spec_height": 64, "spec_width": 128, "resize_mode": "area", "do_normalize": True},
+    # Pitch matters most where sounds differ most, below a few kilohertz; and when, more than at which pitch exactly.
+    "small_mel": {
+        "spec_height": 32,
+        "spec_width": 256,
+        "resize_mode": "area",
+        "frequency_scale": "mel",
+        "do_normalize": True,
+    },
     "tiny": {"spec_height": 32, "spec_width": 64, "resize_mode": "area", "do_normalize": True},
 }
 

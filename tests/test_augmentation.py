@@ -324,6 +324,17 @@ def test_spectrogram_augmentation_can_do_nothing():
     torch.testing.assert_close(augmentation(power, draws, (9, 14)), power.flip(-1))
 
 
+def test_strength_scales_every_range():
+    draws = torch.full((4, SpectrogramAugmentation.NUM_DRAWS), 0.7, dtype=torch.float64)
+    power = power_batch(4)
+    torch.testing.assert_close(SpectrogramAugmentation.of_strength(0)(power, draws, (9, 14)), power)
+    assert vars(SpectrogramAugmentation.of_strength(1)) == pytest.approx(vars(SpectrogramAugmentation()))
+    half = vars(SpectrogramAugmentation.of_strength(0.5))
+    assert half == pytest.approx(vars(SpectrogramAugmentation(0.7, 0.9, 0.15, 4.0, 1 / 12, 1 / 8)))
+    strongest = SpectrogramAugmentation.of_strength(SpectrogramAugmentation.MAX_STRENGTH)
+    assert strongest.min_time == pytest.approx(0.1) and 0 < strongest.max_time_mask < 0.5
+
+
 def test_masks_hide_the_promised_shares():
     """Over many draws, a time mask is up to a sixth of the width, and every width and place occurs."""
     draws = torch.rand(20_000, 1, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

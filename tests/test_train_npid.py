@@ -376,7 +376,34 @@ def test_help_is_quick_and_explains_defaults():
     started = time.perf_counter()
     text = succeed("train_npid.py", "--help")
     assert time.perf_counter() - started < 4
-    assert "The defaults are the papers'" in text and "--nce_t" in text
+    assert "The defaults are those of --recipe paper" in text and "--nce_t" in text
+    assert "--recipe recommended stands for\n  --preset small_mel" in text
+
+
+def test_recipes(sound_folder, tmp_path):
+    """Both scripts, one after the other; an option that is given prevails, and a checkpoint brings its network."""
+    quick = ["--recipe", "recommended", "--corpus", f"audiofolder={sound_folder}", "--clip_seconds", "0.5"]
+    quick += ["--max_train_steps", "2", "--report_to", "none"]
+    succeed("train_npid.py", *quick, "--learning_rate", "0.002", "--output_dir", tmp_path / "npid")
+    options = results_of(tmp_path / "npid")["options"]
+    assert (options["recipe"], options["objective"], options["nce_t"]) == ("recommended", "softmax", 0.1)
+    assert (options["preset"], options["learning_rate"], options["warmup_steps"]) == ("small_mel", 0.002, 0.3)
+    assert (options["nce_k"], options["keep_spectrograms"]) == (64, True)
+    config = json.loads((tmp_path / "npid" / "config.json").read_text())
+    assert config["pooling"] == "statistics"
+    succeed(
+        "train_classification.py", *quick, "--model_name_or_path", tmp_path / "npid", "--fold", "1",
+        "--output_dir", tmp_path / "classification",
+    )  # fmt: skip
+    options = results_of(tmp_path / "classification")["options"]
+    assert (options["preset"], options["classifier_init"], options["augmentation_strength"]) == (None, "ridge", 0.3)
+    signal = json.loads((tmp_path / "classification" / "preprocessor_config.json").read_text())
+    assert signal["frequency_scale"] == "mel"
+    # What no longer goes together is told with the way out.
+    assert "--no-keep_spectrograms" in fail("train_npid.py", *quick, "--augmentation", "both")
+    assert "--warmup_steps 0" in fail("train_npid.py", *quick, "--lr_scheduler_type", "constant")
+    message = fail("train_npid.py", *quick, "--augmentation_strength", "2")
+    assert "--augmentation_strength" in message and "between 0 and 1.5" in message
 
 
 # Bad input
