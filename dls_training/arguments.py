@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-PRESETS = ("esresnet50", "esresnet18", "small", "tiny")
+PRESETS = ("esresnet50", "esresnet18", "small", "tiny", "densenet121", "densenet_small")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 CACHE_GIGABYTES = 20.0
@@ -100,7 +100,10 @@ def make_parser(description: str, defaults: dict, reasons: str) -> argparse.Argu
 
     model = parser.add_argument_group("model")
     model.add_argument("--model_name_or_path", help="start from this checkpoint folder or Hub id")
-    model.add_argument("--preset", choices=PRESETS, help="network, where no checkpoint is given (default: esresnet50)")
+    model.add_argument(
+        "--preset", choices=PRESETS,
+        help="network, where no checkpoint is given; a densenet needs timm (default: esresnet50)",
+    )  # fmt: skip
 
     training = parser.add_argument_group("training")
     training.add_argument("--num_train_epochs", type=at_least(1), default=defaults["num_train_epochs"],

@@ -22,6 +22,8 @@ PRESETS = {
     "esresnet18": {"spec_height": 64, "spec_width": 128, "resize_mode": "area", "do_normalize": True},
     "small": {"spec_height": 64, "spec_width": 128, "resize_mode": "area", "do_normalize": True},
     "tiny": {"spec_height": 32, "spec_width": 64, "resize_mode": "area", "do_normalize": True},
+    "densenet121": {},
+    "densenet_small": {"spec_height": 64, "spec_width": 128, "resize_mode": "area", "do_normalize": True},
 }
 
 

@@ -166,6 +166,17 @@ def test_fine_tunes_for_another_label_set(options, all_folds, tmp_path):
     assert AutoModelForAudioClassification.from_pretrained(tmp_path / "run").config.num_labels == 3
 
 
+def test_a_densenet_is_pretrained_and_fine_tuned(sound_folder, tmp_path):
+    options = [*SMALL, "--preset", "densenet_small", "--corpus", f"audiofolder={sound_folder}"]
+    options += ["--max_train_steps", "2"]
+    succeed("train_npid.py", *options, "--output_dir", tmp_path / "npid")
+    start_from = ["--model_name_or_path", tmp_path / "npid", "--fold", "1"]
+    succeed("train_classification.py", *options, *start_from, "--output_dir", tmp_path / "classifier")
+    model = AutoModelForAudioClassification.from_pretrained(tmp_path / "classifier")
+    assert model.config.growth_rate == 16 and model.config.num_labels == 4
+    assert AutoFeatureExtractor.from_pretrained(tmp_path / "classifier").spec_width == 128
+
+
 def test_bad_input(options, sound_folder, tmp_path):
     script, output = "train_classification.py", ["--output_dir", tmp_path / "run"]
     assert "--fold 7" in fail(script, *options, "--fold", "7", *output)
