@@ -62,11 +62,13 @@ class ESResNetConfig(PretrainedConfig):
             `growth_rate`, what the layers of each stage come to.
         depths (`list[int]`, defaults to `[3, 4, 6, 3]`): Residual or dense layers in each stage.
         layer_type (`str`, defaults to `"bottleneck"`): `"bottleneck"` (ResNet-50, DenseNet) or `"basic"` (ResNet-18).
-        hidden_act (`str`, defaults to `"relu"`): Activation of the residual layers.
+        hidden_act (`str`, defaults to `"relu"`): Activation of the residual or dense layers.
         attention (`bool`, defaults to `True`): ESResNet-Attention, or plain ESResNet.
         embedding_dim (`int`, defaults to 128): Size of the projection for instance discrimination (d in the paper);
             `embedding_size` is the stem's width, as in transformers' ResNet.
         growth_rate (`int`, *optional*): Channels that each dense layer adds; None builds a ResNet.
+        initial_weights (`str`, *optional*): Where the weights came from before they were trained on sounds:
+            `"imagenet"`; None means that they were random.
 
     Raises:
         ValueError: if `layer_type` is unknown, `hidden_sizes` and `depths` differ in length, or `growth_rate` goes
@@ -99,6 +101,7 @@ class ESResNetConfig(PretrainedConfig):
         attention=True,
         embedding_dim=128,
         growth_rate=None,
+        initial_weights=None,
         **kwargs,
     ):
         if layer_type not in ("basic", "bottleneck"):
@@ -124,6 +127,7 @@ class ESResNetConfig(PretrainedConfig):
         self.attention = attention
         self.embedding_dim = embedding_dim
         self.growth_rate = growth_rate
+        self.initial_weights = initial_weights
         # transformers' ResNetStage reads these; ESResNet has the v1.5 layout: the stride is in the 3x3 convolution.
         self.downsample_in_first_stage = False
         self.downsample_in_bottleneck = False
