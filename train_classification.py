@@ -23,11 +23,12 @@ RECIPES = {
     "recommended": {
         "preset": "small_mel",
         "augmentation": "spectrogram",
-        "augmentation_strength": 0.3,
+        "augmentation_strength": 0.0,
         "keep_spectrograms": True,
         "num_train_epochs": 3,
         "classifier_init": "ridge",
-        "learning_rate": 1e-4,
+        "freeze_batch_norm": True,
+        "learning_rate": 3e-5,
     },
 }
 REASONS = """The defaults are those of --recipe paper: batch size, optimizer, rate and weight decay are ESResNet's.
@@ -65,8 +66,11 @@ def parse_args(argv: list[str] | None = None):
         parser.error("--init pretrained needs --model_name_or_path")
     if args.freeze_backbone and args.init == "scratch":
         parser.error("--freeze_backbone needs a pre-trained backbone: --init pretrained")
-    if args.freeze_batch_norm and args.init == "scratch":
-        parser.error("--freeze_batch_norm needs the statistics of a pre-training: --init pretrained")
+    if args.freeze_batch_norm and args.init == "scratch" and args.classifier_init != "ridge":
+        parser.error(
+            "--freeze_batch_norm needs statistics: of a pre-training (--init pretrained), or those that "
+            "--classifier_init ridge takes of the training clips"
+        )
     if len(args.corpus) > 1:
         parser.error("--corpus can be given once: fine-tuning has one label set")
     return args

@@ -396,7 +396,7 @@ def test_recipes(sound_folder, tmp_path):
         "--output_dir", tmp_path / "classification",
     )  # fmt: skip
     options = results_of(tmp_path / "classification")["options"]
-    assert (options["preset"], options["classifier_init"], options["augmentation_strength"]) == (None, "ridge", 0.3)
+    assert (options["preset"], options["classifier_init"], options["augmentation_strength"]) == (None, "ridge", 0.0)
     signal = json.loads((tmp_path / "classification" / "preprocessor_config.json").read_text())
     assert signal["frequency_scale"] == "mel"
     changed = ["--pooling", "mean", "--frequency_scale", "linear", "--spec_height", "16", "--spec_width", "40"]
