@@ -7,6 +7,7 @@ import textwrap
 from pathlib import Path
 
 PRESETS = ("esresnet50", "esresnet18", "small", "small_mel", "tiny")
+CHANGES_TO_PRESETS = ("pooling", "frequency_scale", "spec_height", "spec_width")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 CACHE_GIGABYTES = 20.0
@@ -129,6 +130,10 @@ def make_parser(description: str, recipes: dict[str, dict], reasons: str) -> arg
         choices=PRESETS,
         help="network and spectrogram, where no checkpoint is given (default: the recipe's)",
     )
+    model.add_argument("--pooling", choices=("mean", "statistics"), help="instead of the preset's")
+    model.add_argument("--frequency_scale", choices=("linear", "mel"), help="instead of the preset's")
+    for name in ("spec_height", "spec_width"):
+        model.add_argument(f"--{name}", type=at_least(1), help="of each band's picture, instead of the preset's")
 
     training = parser.add_argument_group("training")
     training.add_argument("--num_train_epochs", type=at_least(0), default=defaults["num_train_epochs"],
@@ -204,8 +209,10 @@ def finish_parsing(
     preset = recipe.pop("preset", None)
     parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
-    if not args.model_name_or_path:  # a checkpoint brings its own network
+    if not args.model_name_or_path:
         args.preset = args.preset or preset
+    elif changed := [name for name in CHANGES_TO_PRESETS if getattr(args, name) is not None]:
+        parser.error(f"--{changed[0]} changes a preset, but --model_name_or_path brings its own: leave it out")
     if not args.num_train_epochs and getattr(args, "classifier_init", None) != "ridge":
         parser.error("--num_train_epochs 0 trains nothing; train_classification.py can, with --classifier_init ridge")
     if args.keep_spectrograms and args.augmentation != "spectrogram":

@@ -17,11 +17,17 @@ def structure(config: ESResNetConfig) -> dict:
     return {name: getattr(config, name) for name in STRUCTURE}
 
 
+def given(args, *names: str) -> dict:
+    """Those of the options that were given."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
 def make_extractor(args) -> ESResNetFeatureExtractor:
     """The checkpoint's extractor, or the preset's, set to the length and channels of this run.
 
     Raises:
-        UserError: if the checkpoint has none, or a view is shorter than one analysis window.
+        UserError: if the checkpoint has none, the settings do not go together, or a view is shorter than one analysis
+            window.
     """
     if args.model_name_or_path:
         source = Path(args.model_name_or_path)
@@ -34,7 +40,11 @@ def make_extractor(args) -> ESResNetFeatureExtractor:
         except (OSError, ValueError) as error:
             raise UserError(f"--model_name_or_path {args.model_name_or_path}: {error}") from error
     else:
-        extractor = ESResNetFeatureExtractor.from_preset(args.preset)
+        changes = given(args, "frequency_scale", "spec_height", "spec_width")
+        try:
+            extractor = ESResNetFeatureExtractor.from_preset(args.preset, **changes)
+        except ValueError as error:
+            raise UserError(f"--preset {args.preset} with {', '.join(changes)} changed: {error}") from error
     extractor.audio_channels = args.audio_channels
     set_length(extractor, args.clip_seconds)
     return extractor
@@ -59,7 +69,7 @@ def make_config(args, **overrides) -> ESResNetConfig:
         UserError: if there is no such checkpoint, or it was made from another preset than --preset.
     """
     if not args.model_name_or_path:
-        return ESResNetConfig.from_preset(args.preset, **overrides)
+        return ESResNetConfig.from_preset(args.preset, **given(args, "pooling"), **overrides)
     try:
         config = ESResNetConfig.from_pretrained(args.model_name_or_path, **overrides)
     except (OSError, ValueError) as error:

@@ -12,15 +12,17 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import MaxNLocator
 
 
-def draw_spectrogram(axes, spectrogram: torch.Tensor, title: str) -> None:
+def draw_spectrogram(axes, spectrogram: torch.Tensor, title: str, like: torch.Tensor | None = None) -> None:
     """Three bands as the colours of one picture, the lowest band red (DLS, figure 3).
 
     Args:
         axes: To draw on.
         spectrogram: (3, height, width), in dB or standardised.
         title: Above the picture.
+        like: Another spectrogram, whose range from dark to bright is used; None takes its own.
     """
-    low, high = spectrogram.quantile(0.05), spectrogram.quantile(0.995)
+    scale = spectrogram if like is None else like
+    low, high = scale.quantile(0.05), scale.quantile(0.995)
     picture = ((spectrogram - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
     axes.imshow(picture.permute(1, 2, 0).numpy(), origin="lower", aspect="auto")
     axes.set(title=title, xticks=[], yticks=[])

@@ -18,6 +18,7 @@ import memory
 import training_step
 from measuring import Arm
 
+from dls_training.augmentation import SpectrogramAugmentation
 from modeling_dls import ESResNetFeatureExtractor
 
 
@@ -81,6 +82,19 @@ def test_start_up(tmp_path):
         lines = {line["what"]: line for line in csv.DictReader(file)}
     scripts = [name for name in lines if name.endswith("--help")]
     assert len(scripts) == 3 and all(float(lines[name]["seconds"]) < 4 for name in scripts)
+
+
+def test_every_augmentation_has_its_picture(tmp_path):
+    import augmentation_picture
+
+    shown = augmentation_picture.pictures(3, "tiny")
+    clip = shown.pop("the clip")
+    alone = [name for names in augmentation_picture.ALONE.values() for name in names]
+    assert sorted(alone) == sorted(vars(SpectrogramAugmentation()))
+    assert not any(torch.equal(picture, clip) for picture in shown.values())
+    command = [sys.executable, ROOT / "benchmarks" / "augmentation_picture.py", "--preset", "tiny"]
+    subprocess.run([str(word) for word in [*command, "--output", tmp_path / "picture.png"]], check=True)
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in Path(ROOT, "benchmarks").glob("*.py")))

@@ -399,6 +399,18 @@ def test_recipes(sound_folder, tmp_path):
     assert (options["preset"], options["classifier_init"], options["augmentation_strength"]) == (None, "ridge", 0.3)
     signal = json.loads((tmp_path / "classification" / "preprocessor_config.json").read_text())
     assert signal["frequency_scale"] == "mel"
+    changed = ["--pooling", "mean", "--frequency_scale", "linear", "--spec_height", "16", "--spec_width", "40"]
+    succeed("train_npid.py", *quick, *changed, "--output_dir", tmp_path / "changed")
+    config, signal = (
+        json.loads((tmp_path / "changed" / f"{name}.json").read_text()) for name in ("config", "preprocessor_config")
+    )
+    assert config["pooling"] == "mean" and config["embedding_size"] == 32
+    assert [signal[name] for name in ("frequency_scale", "spec_height", "spec_width")] == ["linear", 16, 40]
+    message = fail("train_npid.py", *quick, *changed[:2], "--model_name_or_path", tmp_path / "npid")
+    assert "--pooling changes a preset, but --model_name_or_path brings its own" in message
+    nowhere = ["--output_dir", tmp_path / "never"]
+    message = fail("train_npid.py", *quick, "--preset", "esresnet50", "--frequency_scale", "mel", *nowhere)
+    assert "--preset esresnet50 with frequency_scale changed" in message and "spec_height" in message
     # What no longer goes together is told with the way out.
     assert "--no-keep_spectrograms" in fail("train_npid.py", *quick, "--augmentation", "both")
     assert "--warmup_steps 0" in fail("train_npid.py", *quick, "--lr_scheduler_type", "constant")
