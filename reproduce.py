@@ -93,28 +93,28 @@ def check_commands(plan: Plan, store: CellStore, cells: list[Cell]) -> None:
     Raises:
         UserError: naming the file and the key.
     """
+    for name in dict.fromkeys(name for cell in cells for name in cell.corpora):
+        source = plan.directories[name]
+        on_the_hub = is_hub_id(source or "") and not source.startswith(".")
+        if source and not on_the_hub and not Path(source).expanduser().exists():
+            raise UserError(f"{plan.file}: corpora.{name}: there is no {source} here (see --corpus {name}=DIR)")
     if not cells:
         return
     import train_classification
     import train_npid
 
     parsers = {PRETRAINING: train_npid.parse_args, FINE_TUNING: train_classification.parse_args}
-    for cell in cells:
-        for name in cell.corpora:
-            source = plan.directories[name]
-            if source and not Path(source).expanduser().exists() and not is_hub_id(source):
-                raise UserError(f"{plan.file}: corpora.{name}: there is no {source} here (see --corpus {name}=DIR)")
-        if cell.script in parsers:
-            said = io.StringIO()
-            try:
-                with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
-                    parsers[cell.script](store.command(cell)[2:])
-            except SystemExit as error:
-                message = said.getvalue().strip().splitlines()[-1].rpartition("error: ")[2]
-                raise UserError(f"{plan.file}: options of {cell.where}: {message}") from error
+    for cell in (cell for cell in cells if cell.script in parsers):
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+                parsers[cell.script](store.command(cell)[2:])
+        except SystemExit as error:
+            message = said.getvalue().strip().splitlines()[-1].rpartition("error: ")[2]
+            raise UserError(f"{plan.file}: options of {cell.where}: {message}") from error
 
 
-def run_cells(args, store: CellStore, cells: list[Cell], started: float) -> int:
+def run_cells(args, store: CellStore, started: float) -> int:
     """Runs one cell after the other. Returns how many failed, or could not start because of that.
 
     Raises:
@@ -123,6 +123,10 @@ def run_cells(args, store: CellStore, cells: list[Cell], started: float) -> int:
     """
     failed, deadline = 0, started + 60 * args.max_minutes
     with claimed(args.work_dir) as lock, SignalWatch() as watch:
+        cells = cells_to_run(args.plan, store, args.only)  # not before: another run may have been at work until now
+        store.clear_leftovers()
+        if args.delete_weights:
+            store.delete_weights()
         for number, cell in enumerate(cells):
             if watch.received:
                 raise Interrupted(watch.received)
@@ -138,7 +142,7 @@ def run_cells(args, store: CellStore, cells: list[Cell], started: float) -> int:
                 failed += 1
             elif not run_cell(cell, store, lock, watch, deadline):
                 failed += 1
-            elif args.delete_weights:
+            if args.delete_weights:
                 store.delete_weights()
     return failed
 
@@ -160,11 +164,15 @@ def groups(cell: Cell) -> tuple:
     return (cell.kind, cell.facts.get("setting"), cell.facts.get("pretraining")), cell.kind
 
 
-def skipped_arms(plan: Plan, store: CellStore) -> dict[str, str]:
-    """{arm: why cells of it cannot run}"""
-    unfinished = [cell for cell in plan.cells if cell.kind == "finetune" and not store.result(cell)]
-    reasons = {plan.arms[cell.facts["arm"]]["label"]: store.blocked(cell) for cell in unfinished}
-    return {arm: reason for arm, reason in reasons.items() if reason}
+def skipped(plan: Plan, store: CellStore) -> dict[str, str]:
+    """{arm or pre-training: why it cannot be run}"""
+    reasons = {}
+    for cell in plan.cells:
+        if cell.kind != "imagenet" and not store.result(cell) and (reason := store.blocked(cell)):
+            is_arm = "arm" in cell.facts
+            what = plan.arms[cell.facts["arm"]]["label"] if is_arm else f"pre-training {cell.facts['pretraining']}"
+            reasons[what] = reason
+    return reasons
 
 
 def write_report(plan: Plan, store: CellStore) -> None:
@@ -180,7 +188,7 @@ def write_report(plan: Plan, store: CellStore) -> None:
             cells=len(cells),
             done=sum(bool(store.result(cell)) for cell in cells),
             missing=[cell.name for cell in cells if not store.result(cell) and not store.blocked(cell)],
-            skipped=skipped_arms(plan, store),
+            skipped=skipped(plan, store),
             has_curves=bool(panels),
             **tables(plan, by_setting, results),
         )
@@ -201,8 +209,8 @@ def main() -> None:
     args, started = ARGS, time.monotonic()
     plan, store = args.plan, CellStore(args.plan, args.file.with_suffix(""), args.work_dir)
     store.find_imagenet()
-    for arm, reason in skipped_arms(plan, store).items():
-        print(f"{arm} is skipped: {reason}")
+    for what, reason in skipped(plan, store).items():
+        print(f"{what} is skipped: {reason}")
     if args.report:
         write_report(plan, store)
         return
@@ -215,7 +223,7 @@ def main() -> None:
         return
     end, code = "", 0
     try:
-        code = 1 if run_cells(args, store, cells, started) else 0
+        code = 1 if run_cells(args, store, started) else 0
     except TimeoutError:
         end = f"{args.max_minutes:g} minutes are over"
     except Interrupted as interruption:

@@ -137,6 +137,11 @@ class CellStore:
             if cell.name not in needed and self.result(cell):
                 shutil.rmtree(self.work / cell.name, ignore_errors=True)
 
+    def clear_leftovers(self) -> None:
+        """Deletes what a run that was killed had not yet moved into place."""
+        for leftover in [*self.results.glob("**/.unfinished.*"), *self.work.glob(".unfinished.*")]:
+            shutil.rmtree(leftover)
+
     def find_imagenet(self) -> None:
         """Notes in the cell of the ImageNet weights whether they are there, and whether they can be used as they are.
 

@@ -31,6 +31,7 @@ class Cell:
         corpora: Names.
         start: Whose weights it starts from; None starts from scratch.
         facts: What the report tells it by: arm, setting, pretraining, seed, fold (None: all), change.
+        turn: Of its seed among the seeds, from 0.
         ready: A folder or Hub id that holds what this cell would make; None where it has to run.
         problem: Why it cannot run; None where it can.
     """
@@ -43,6 +44,7 @@ class Cell:
     corpora: list[str] = field(default_factory=list)
     start: "Cell | None" = None
     facts: dict = field(default_factory=dict)
+    turn: int = 0
     ready: str | None = None
     problem: str | None = None
 
@@ -103,9 +105,11 @@ class Planner:
         self.folds, self.each_fold = self.read_folds()
         self.imagenet = self.read_imagenet()
         self.pretrained: dict[str, list[dict[int | None, Cell]]] = {}
-        for name, section in top.sections("pretraining", {}).items():
+        for name, section in top.sections("pretraining").items():
             self.pretrained[name] = self.read_pretraining(name, section)
-        arms = {name: self.read_arm(name, section) for name, section in top.sections("arms", {}).items()}
+        arms = {}
+        for name, section in top.sections("arms").items():
+            arms[name] = self.read_arm(name, section, [arm["label"] for arm in arms.values()])
         settings, fine_tuned = {}, []
         for number, content in enumerate(top.take("fine_tuning", list, [])):
             section = top.section(f"fine_tuning[{number}]", content)
@@ -117,6 +121,8 @@ class Planner:
             fine_tuned += self.read_setting(name, section, options, arms)
         cells = ordered([*fine_tuned, *self.pretraining_cells(), *self.read_search()])
         top.close()
+        if not cells:
+            top.fail("there is nothing to run in it: expected pretraining, fine_tuning or search")
         self.plan = Plan(file, title, self.directories, self.corpus, target, arms, settings, cells)
 
     def read_corpora(self, directories: dict[str, str | None]) -> dict[str, str | None]:
@@ -151,7 +157,7 @@ class Planner:
         section = self.top.section("imagenet", self.top.take("imagenet", dict, {}))
         given, options = section.take("path", str, None), section.options()
         section.close()
-        cell = Cell(IMAGENET, "imagenet", "imagenet", CONVERSION, [given or "", *options], facts={"seed": 0})
+        cell = Cell(IMAGENET, "imagenet", "imagenet", CONVERSION, [given or "", *options])
         if given is None:
             cell.problem = f"{self.top.file} names no ImageNet weights (imagenet.path)"
         return cell
@@ -182,10 +188,10 @@ class Planner:
 
     def pretraining_cell(self, name, index, seed, fold, corpora, options, start) -> Cell:
         words = [*self.common, *options, *self.left_out(fold), "--seed", str(seed)]
-        facts = {"pretraining": name, "seed": seed, "fold": fold, "turn": index}
+        facts = {"pretraining": name, "seed": seed, "fold": fold}
         begins = start and self.start_cell(start, index, fold)
         cell_name = joined("pretrain", name, f"seed{seed}", fold and f"fold{fold}")
-        return Cell(cell_name, "pretrain", f"pretraining.{name}", PRETRAINING, words, corpora, begins, facts)
+        return Cell(cell_name, "pretrain", f"pretraining.{name}", PRETRAINING, words, corpora, begins, facts, index)
 
     def left_out(self, fold: int | None) -> list[str]:
         return ["--exclude_fold", f"{self.corpus}={fold}"] if fold else []
@@ -196,8 +202,10 @@ class Planner:
         by_fold = runs[index % len(runs)]
         return by_fold.get(fold) or by_fold[None]
 
-    def read_arm(self, name: str, section: Section) -> dict:
+    def read_arm(self, name: str, section: Section, labels: list[str]) -> dict:
         arm = {"label": section.take("label", str, name), "pretraining": section.take("pretraining", str)}
+        if arm["label"] in labels:
+            section.fail(f"another arm is called {arm['label']!r}", "label")
         section.check_known(arm["pretraining"], [SCRATCH, IMAGENET, *self.pretrained], "pretraining")
         section.close()
         return arm
@@ -212,10 +220,12 @@ class Planner:
             for fold in self.folds if self.each_fold or per_fold else [None]:
                 start = None if source == SCRATCH else self.start_cell(source, index, fold)
                 words = [*self.common, *options, "--fold", str(fold or "all"), "--seed", str(seed)]
-                facts = {"arm": arm, "setting": name, "seed": seed, "fold": fold, "turn": index}
+                facts = {"arm": arm, "setting": name, "seed": seed, "fold": fold}
                 cell_name = joined("finetune", name, arm, f"seed{seed}", fold and f"fold{fold}")
                 where = f"{section.where} ({name}), arm {arm}"
-                cells.append(Cell(cell_name, "finetune", where, FINE_TUNING, words, [self.corpus], start, facts))
+                cells.append(
+                    Cell(cell_name, "finetune", where, FINE_TUNING, words, [self.corpus], start, facts, index)
+                )
         return cells
 
     def pretraining_cells(self) -> list[Cell]:
@@ -244,11 +254,10 @@ class Planner:
         for (index, seed), change in product(enumerate(seeds), changes(words, lists, grid)):
             options = [*with_changes(words, change), *self.left_out(fold)]
             said = ",".join(f"{option.lstrip('-')}={value}" for option, value in change.items()) or "base"
-            facts = {"change": change, "seed": seed, "fold": fold, "turn": index}
+            facts = {"change": change, "seed": seed, "fold": fold}
             name = joined("search", said, f"seed{seed}")
-            cells[name] = Cell(
-                name, "search", "search", PRETRAINING, [*options, "--seed", str(seed)], corpora, None, facts
-            )
+            options += ["--seed", str(seed)]
+            cells[name] = Cell(name, "search", "search", PRETRAINING, options, corpora, None, facts, index)
         return list(cells.values())
 
 
@@ -287,6 +296,6 @@ def ordered(targets: list[Cell]) -> list[Cell]:
             add(cell.start)
         cells.setdefault(cell.name, cell)
 
-    for cell in sorted(targets, key=lambda cell: cell.facts["turn"]):
+    for cell in sorted(targets, key=lambda cell: cell.turn):
         add(cell)
     return list(cells.values())

@@ -47,9 +47,9 @@ class Section:
     def section(self, key: str, content) -> "Section":
         return Section(content, self.file, f"{self.where}.{key}" if self.where else key)
 
-    def sections(self, key: str, default=REQUIRED) -> dict[str, "Section"]:
-        """{name: section} of a key that holds named things."""
-        parent = self.section(key, self.take(key, dict, default))
+    def sections(self, key: str) -> dict[str, "Section"]:
+        """{name: section} of a key that holds named things; nothing where there is no such key."""
+        parent = self.section(key, self.take(key, dict, {}))
         for name in parent.content:
             parent.check_name(name)
         return {name: parent.section(name, content) for name, content in parent.content.items()}
@@ -58,9 +58,9 @@ class Section:
         if not NAME.fullmatch(name):
             self.fail(f"{name!r} is no name: letters, digits, _, + and - make one")
 
-    def choices(self, key: str, known, default=REQUIRED) -> list[str]:
+    def choices(self, key: str, known) -> list[str]:
         """A list of names, each of which must be known."""
-        names = self.take(key, list, default)
+        names = [str(name) for name in self.take(key, list)]
         for name in names:
             self.check_known(name, known, key)
         if len(set(names)) < len(names) or not names:
@@ -71,7 +71,7 @@ class Section:
         if name not in known:
             self.fail(f"there is no {name!r}; choose from {', '.join(known)}", key)
 
-    def numbers(self, key: str, default=REQUIRED, minimum: int = 0) -> list[int]:
+    def numbers(self, key: str, default: list[int] | None = None, minimum: int = 0) -> list[int]:
         values = self.take(key, list, default)
         if not values or len(set(values)) < len(values) or not all(type(v) is int and v >= minimum for v in values):
             self.fail(f"must be a list of different whole numbers from {minimum}, not {values!r}", key)
@@ -90,7 +90,7 @@ class Section:
 
     def close(self) -> None:
         if self.content:
-            self.fail(f"is unknown (or is there twice): {', '.join(self.content)}")
+            self.fail("is unknown", next(iter(self.content)))
 
 
 class UniqueKeys(yaml.SafeLoader):
