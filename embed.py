@@ -97,7 +97,7 @@ class Embedder:
             clip_seconds: Length of a window; None takes the checkpoint's.
 
         Raises:
-            UserError: if there is no such checkpoint, or it has no projection where one is asked for.
+            UserError: if there is no such checkpoint, it has no projection where one is asked for, or needs timm.
         """
         try:
             config = AutoConfig.from_pretrained(source)
@@ -108,7 +108,7 @@ class Embedder:
             self.layer = layer or ("projection" if has_projection else "pooled")
             network = ESResNetForInstanceDiscrimination if self.layer == "projection" else ESResNetModel
             model = network.from_pretrained(source).eval()
-        except (OSError, ValueError, RuntimeError) as error:
+        except (ImportError, OSError, ValueError, RuntimeError) as error:
             raise UserError(f"--model {source}: {error}") from error
         if clip_seconds is not None or self.extractor.max_length is None:
             set_length(self.extractor, clip_seconds or CLIP_SECONDS)

@@ -274,6 +274,13 @@ def pretraining_of(args) -> dict | None:
     return {name: earlier[name] for name in kept if name in earlier}
 
 
+def arm_of(args, config: ESResNetConfig, pretraining: dict | None) -> str:
+    """What the network had learned before: "scratch", "imagenet", "npid", "imagenet+npid"; "pretrained" if unknown."""
+    if args.init == "scratch":
+        return "scratch"
+    return "+".join(filter(None, [config.initial_weights, (pretraining or {}).get("task")])) or "pretrained"
+
+
 def keys_heard(args) -> set[bytes] | None:
     """The keys of the clips that the pre-training trained on, from its memory bank; None where there is none.
 
@@ -308,13 +315,16 @@ def main() -> None:
     extractor = make_extractor(args)
     ((corpus, dataset),) = load_corpora(args, accelerator)
     names = labelled(dataset, corpus)
-    config = make_config(args, id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)})
+    settings = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    if args.init == "scratch":
+        settings["initial_weights"] = None
+    config = make_config(args, **settings)
     folds = folds_to_run(args.fold, dataset, corpus)
     pretraining, known = pretraining_of(args), keys_heard(args)
     results = {
         "task": "classification",
         "corpus": corpus,
-        "arm": "scratch" if args.init == "scratch" else (pretraining or {}).get("task", "pretrained"),
+        "arm": arm_of(args, config, pretraining),
         "pretraining": pretraining,
         "skipped_files": corpus_report(dataset)["skipped"],
         "seed": args.seed,

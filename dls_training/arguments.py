@@ -6,7 +6,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-PRESETS = ("esresnet50", "esresnet18", "small", "small_mel", "tiny")
+PRESETS = ("esresnet50", "esresnet18", "small", "small_mel", "tiny", "densenet121", "densenet_small")
 CHANGES_TO_PRESETS = ("pooling", "frequency_scale", "spec_height", "spec_width")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
@@ -128,7 +128,7 @@ def make_parser(description: str, recipes: dict[str, dict], reasons: str) -> arg
     model.add_argument(
         "--preset",
         choices=PRESETS,
-        help="network and spectrogram, where no checkpoint is given (default: the recipe's)",
+        help="network and spectrogram, where no checkpoint is given; a densenet needs timm (default: the recipe's)",
     )
     model.add_argument("--pooling", choices=("mean", "statistics"), help="instead of the preset's")
     model.add_argument("--frequency_scale", choices=("linear", "mel"), help="instead of the preset's")

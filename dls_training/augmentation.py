@@ -98,7 +98,9 @@ class SpectrogramAugmentation:
         min_time, min_frequency: Smallest share of the picture that a crop keeps.
         max_mix: Largest share of another clip's power.
         gain_db: Largest change of level, in dB, up or down.
-        max_time_mask, max_frequency_mask: Largest share of the picture that one mask hides.
+        max_time_mask, max_frequency_mask: Largest share of the picture that one mask hides. What is hidden becomes as
+            loud as the clip is on average, in dB: silence would be an event of its own.
+        floor: Power below which the network hears no difference.
     """
 
     OVERSAMPLING = 2
@@ -115,6 +117,7 @@ class SpectrogramAugmentation:
         gain_db: float = 8.0,
         max_time_mask: float = 1 / 6,
         max_frequency_mask: float = 1 / 4,
+        floor: float = POWER_FLOOR,
     ):
         self.min_time = min_time
         self.min_frequency = min_frequency
@@ -122,13 +125,15 @@ class SpectrogramAugmentation:
         self.gain_db = gain_db
         self.max_time_mask = max_time_mask
         self.max_frequency_mask = max_frequency_mask
+        self.floor = floor
 
     @classmethod
-    def of_strength(cls, strength: float) -> "SpectrogramAugmentation":
+    def of_strength(cls, strength: float, floor: float = POWER_FLOOR) -> "SpectrogramAugmentation":
         """The default ranges, all scaled: 0 only plays clips backwards, 1 is the default.
 
         Args:
             strength: 0 .. MAX_STRENGTH.
+            floor: See the attribute.
         """
         default = cls()
         return cls(
@@ -138,6 +143,7 @@ class SpectrogramAugmentation:
             gain_db=strength * default.gain_db,
             max_time_mask=strength * default.max_time_mask,
             max_frequency_mask=strength * default.max_frequency_mask,
+            floor=floor,
         )
 
     def __call__(self, power: torch.Tensor, draws: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -149,7 +155,7 @@ class SpectrogramAugmentation:
             size: Height and width of the views.
 
         Returns:
-            (batch, audio_channels, 3, *size), above zero; what is masked is as quiet as digital silence.
+            (batch, audio_channels, 3, *size), above zero.
         """
         draws = draws.to(power.dtype)
         crop, (inversion, mix, gain), masks = draws[:, :4], draws[:, 4:7].T, draws[:, 7:]
@@ -157,7 +163,8 @@ class SpectrogramAugmentation:
         share = per_clip(self.max_mix * mix)
         view = torch.lerp(view, view.roll(1, dims=0), share)
         view = view * per_clip(10 ** (self.gain_db * (2 * gain - 1) / 10))
-        return view.masked_fill(self.masked(masks, *size)[:, None], POWER_FLOOR)
+        average = view.clamp(min=self.floor).log().mean(dim=(1, 2, 3, 4), keepdim=True).exp()
+        return torch.where(self.masked(masks, *size)[:, None], average, view)
 
     def resized_crop(
         self, power: torch.Tensor, draws: torch.Tensor, inverted: torch.Tensor, size: tuple[int, int]

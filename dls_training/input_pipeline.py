@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Sampler
 
 from datasets_scripts import load_corpus
-from modeling_dls.feature_extraction_esresnet import CPU_PART, ESResNetFeatureExtractor
+from modeling_dls.feature_extraction_esresnet import CPU_PART, POWER_FLOOR, ESResNetFeatureExtractor
 
 from .arguments import UserError
 from .augmentation import NUM_DRAWS, SpectrogramAugmentation, WaveformAugmentation
@@ -295,8 +295,9 @@ class ViewMaker:
         scale = WaveformAugmentation.MAX_SCALE**strength
         settings = {"max_scale": 1.0, "p_inversion": 0.0} if augmentation == "spectrogram" else {"max_scale": scale}
         self.waveform_augmentation = WaveformAugmentation(extractor.max_length, **settings)
+        floor = 10 ** (extractor.min_db / 10) if extractor.do_normalize else POWER_FLOOR
         self.spectrogram_augmentation = (
-            None if augmentation == "waveform" else SpectrogramAugmentation.of_strength(strength)
+            None if augmentation == "waveform" else SpectrogramAugmentation.of_strength(strength, floor)
         )
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:

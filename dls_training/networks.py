@@ -9,7 +9,7 @@ from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor
 
 from .arguments import UserError
 
-STRUCTURE = ("embedding_size", "hidden_sizes", "depths", "layer_type", "attention", "pooling")
+STRUCTURE = ("embedding_size", "hidden_sizes", "depths", "layer_type", "attention", "pooling", "growth_rate")
 
 
 def structure(config: ESResNetConfig) -> dict:
@@ -95,12 +95,14 @@ def make_model(
     Random weights depend on the seed alone, whatever ran before in this process.
 
     Raises:
-        UserError: naming the source, if there are no such weights.
+        UserError: naming the source, if there are no such weights; or timm, if the network needs it.
     """
     set_seed(seed)
-    if source is None:
-        return model_class(config).train()
     try:
+        if source is None:
+            return model_class(config).train()
         return model_class.from_pretrained(source, config=config, ignore_mismatched_sizes=True).train()
+    except ImportError as error:
+        raise UserError(str(error)) from error
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"no weights can be loaded from {source}: {error}") from error

@@ -26,6 +26,7 @@ def write_card(folder: Path) -> None:
     fields |= {
         "results": results,
         "signal": signal,
+        "initial_weights": config.get("initial_weights"),
         "clip_seconds": signal["max_length"] / signal["sampling_rate"],
         "table": markdown_table(accuracy_rows(results)),
     }

@@ -31,6 +31,8 @@ PRESETS = {
         "do_normalize": True,
     },
     "tiny": {"spec_height": 32, "spec_width": 64, "resize_mode": "area", "do_normalize": True},
+    "densenet121": {},
+    "densenet_small": {"spec_height": 64, "spec_width": 128, "resize_mode": "area", "do_normalize": True},
 }
 
 

@@ -1,6 +1,7 @@
-"""ESResNet: transformers' ResNet stages with ESResNet's attention in parallel, summed over audio channels."""
+"""ESResNet: stages of a ResNet or DenseNet with ESResNet's attention in parallel, summed over audio channels."""
 
 import math
+from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # of one process, or synchron
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndNoAttention,
     ImageClassifierOutputWithNoAttention,
@@ -24,8 +26,9 @@ from .configuration_esresnet import ESResNetConfig
 # ESResNet alternates attention along frequency and along time, and looks both ways after the last stage.
 STAGE_KERNELS = ((3, 1), (1, 5))
 HEAD_KERNEL = (3, 5)
-# Names of a batch norm and of the convolution before it, in transformers' ResNet layers and in the attention.
-CONVOLUTION_AND_NORM = (("convolution", "normalization"), ("conv_point", "bn"))
+# Names of a batch norm and of the convolution before it, in ResNet layers, in the attention, and in DenseNet layers.
+CONVOLUTION_AND_NORM = (("convolution", "normalization"), ("conv_point", "bn"), ("conv1", "norm2.normalization"))
+BOTTLENECK_SIZE = 4  # times the growth rate: width of a dense layer's 1x1 convolution (DenseNet-BC)
 
 
 @dataclass
@@ -67,21 +70,53 @@ class ESResNetAttention(nn.Module):
         return self.bn(self.conv_point(self.conv_depth(max_pool_to(x, size)))).sigmoid()
 
 
+class DenseStage(nn.Sequential):
+    """A dense block and its transition, both timm's; after the last block, the final norm and activation instead.
+
+    Raises:
+        ImportError: if timm is not installed.
+    """
+
+    def __init__(self, config: ESResNetConfig, index: int):
+        # In a try block, where transformers does not look for what a checkpoint's code needs: ResNets go without timm.
+        try:
+            from timm.models.densenet import DenseBlock, DenseTransition
+        except ImportError as error:
+            raise ImportError(f"a network with growth_rate is timm's DenseNet: pip install timm ({error})") from error
+
+        def norm_and_activation(channels: int, **factory) -> nn.Sequential:
+            # timm's own have the activation within the batch norm, and lose it where torch synchronises batch norm.
+            norm = nn.BatchNorm2d(channels, **factory)
+            return nn.Sequential(OrderedDict(normalization=norm, activation=ACT2FN[config.hidden_act]))
+
+        in_channels = config.hidden_sizes[index - 1] if index else config.embedding_size
+        depth, out_channels = config.depths[index], config.hidden_sizes[index]
+        block = DenseBlock(depth, in_channels, BOTTLENECK_SIZE, config.growth_rate, norm_layer=norm_and_activation)
+        if index < len(config.depths) - 1:
+            channels = in_channels + depth * config.growth_rate
+            transition = DenseTransition(channels, out_channels, norm_layer=norm_and_activation)
+        else:
+            transition = norm_and_activation(out_channels)
+        super().__init__(OrderedDict(block=block, transition=transition))
+
+
 class ESResNetStage(nn.Module):
-    """One ResNet stage, gated by attention on the stage's input where the configuration asks for it."""
+    """One ResNet or DenseNet stage, gated by attention on the stage's input where the configuration asks for it."""
 
     def __init__(self, config: ESResNetConfig, index: int):
         super().__init__()
         in_channels = config.hidden_sizes[index - 1] if index else config.embedding_size
         out_channels = config.hidden_sizes[index]
-        self.residual = ResNetStage(
-            config, in_channels, out_channels, stride=2 if index else 1, depth=config.depths[index]
-        )
+        if config.growth_rate is None:
+            stride = 2 if index else 1
+            self.residual = ResNetStage(config, in_channels, out_channels, stride, config.depths[index])
+        else:
+            self.dense = DenseStage(config, index)
         kernel_size = STAGE_KERNELS[index % len(STAGE_KERNELS)]
         self.attention = ESResNetAttention(in_channels, out_channels, kernel_size) if config.attention else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        features = self.residual(x)
+        features = self.dense(x) if hasattr(self, "dense") else self.residual(x)
         return features if self.attention is None else features * self.attention(x, features.shape[-2:])
 
 
@@ -186,7 +221,8 @@ class ESResNetPreTrainedModel(PreTrainedModel):
     def fold_batch_norm(self):
         """Makes each batch norm part of the convolution before it, for repeated inference; in place.
 
-        The answers are the same but for rounding. What is left can neither be trained nor saved.
+        The answers are the same but for rounding. What is left can neither be trained nor saved. In a DenseNet the
+        batch norms that follow no convolution stay.
 
         Returns:
             The model itself.
@@ -196,12 +232,13 @@ class ESResNetPreTrainedModel(PreTrainedModel):
         """
         if self.training:
             raise ValueError("batch norm can only be folded in evaluation mode: call eval() first")
-        for module in list(self.modules()):
-            for convolution, norm in CONVOLUTION_AND_NORM:
-                if isinstance(getattr(module, norm, None), _BatchNorm):
-                    fused = fuse_conv_bn_eval(getattr(module, convolution), getattr(module, norm))
-                    setattr(module, convolution, fused.requires_grad_(False))
-                    setattr(module, norm, nn.Identity())
+        modules = dict(self.named_modules())
+        for name, norm in modules.items():
+            for convolution, suffix in CONVOLUTION_AND_NORM:
+                before = name.removesuffix(suffix) + convolution
+                if isinstance(norm, _BatchNorm) and name.endswith(suffix) and before in modules:
+                    self.set_submodule(before, fuse_conv_bn_eval(modules[before], norm).requires_grad_(False))
+                    self.set_submodule(name, nn.Identity())
         self.batch_norm_folded = True
         return self
 

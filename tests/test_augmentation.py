@@ -278,12 +278,13 @@ def slow_picture(power, partner, draws, augmentation, size):
         first = int(pair[1] * (size - length + 1))
         return slice(first, first + length)
 
+    average = np.exp(np.mean([np.log(max(cell, augmentation.floor)) for cell in view.flatten()]))
     pairs = np.asarray(draws[7:]).reshape(-1, 2)
     for pair in pairs[:2]:
-        view[..., stretch(pair, augmentation.max_time_mask, width)] = 1e-18
+        view[..., stretch(pair, augmentation.max_time_mask, width)] = average
     for band in range(3):
         for pair in pairs[2 + 2 * band : 4 + 2 * band]:
-            view[:, band, stretch(pair, augmentation.max_frequency_mask, height)] = 1e-18
+            view[:, band, stretch(pair, augmentation.max_frequency_mask, height)] = average
     return view, stretched(power, share_x, share_y, draws)
 
 
@@ -294,7 +295,7 @@ def power_batch(clips, channels=1, height=9, width=14):
 @pytest.mark.parametrize("size", [(9, 14), (5, 7)])
 @pytest.mark.parametrize("channels", [1, 2])
 def test_spectrogram_augmentation_against_cells(channels, size):
-    augmentation = SpectrogramAugmentation()
+    augmentation = SpectrogramAugmentation(floor=0.5)  # within the range of these powers
     power = power_batch(6, channels)
     draws = np.random.default_rng(2).random((6, augmentation.NUM_DRAWS))
     draws[0], draws[1] = 0, LAST
@@ -329,8 +330,8 @@ def test_strength_scales_every_range():
     power = power_batch(4)
     torch.testing.assert_close(SpectrogramAugmentation.of_strength(0)(power, draws, (9, 14)), power)
     assert vars(SpectrogramAugmentation.of_strength(1)) == pytest.approx(vars(SpectrogramAugmentation()))
-    half = vars(SpectrogramAugmentation.of_strength(0.5))
-    assert half == pytest.approx(vars(SpectrogramAugmentation(0.7, 0.9, 0.15, 4.0, 1 / 12, 1 / 8)))
+    half = vars(SpectrogramAugmentation.of_strength(0.5, 0.2))
+    assert half == pytest.approx(vars(SpectrogramAugmentation(0.7, 0.9, 0.15, 4.0, 1 / 12, 1 / 8, 0.2)))
     strongest = SpectrogramAugmentation.of_strength(SpectrogramAugmentation.MAX_STRENGTH)
     assert strongest.min_time == pytest.approx(0.1) and 0 < strongest.max_time_mask < 0.5
 

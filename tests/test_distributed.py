@@ -248,15 +248,20 @@ def test_shard_bank_needs_processes(sound_folder, tmp_path):
     assert code == 2 and "--shard_bank" in output.splitlines()[-1]
 
 
-def test_synchronised_batch_norm_keeps_the_checkpoints_names():
-    """Only a GPU runs it; the weights' names must be the same everywhere."""
+@pytest.mark.parametrize("preset", ["tiny", "densenet_small"])
+def test_synchronised_batch_norm_keeps_the_checkpoints_names_and_answers(preset):
+    """Only a GPU trains with it; the weights' names must be the same everywhere, and no activation may go missing."""
     from modeling_dls import ESResNetConfig, ESResNetForInstanceDiscrimination
     from modeling_dls.modeling_esresnet import frozen_batch_norm_statistics
 
-    model = ESResNetForInstanceDiscrimination(ESResNetConfig.from_preset("tiny"))
-    names = list(model.state_dict())
+    model = ESResNetForInstanceDiscrimination(ESResNetConfig.from_preset(preset)).eval()
+    names, picture = list(model.state_dict()), torch.randn(1, 1, 3, 32, 64)
+    with torch.no_grad():
+        expected = model(picture).embeddings
     converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     assert converted is model and list(model.state_dict()) == names
     norms = [module for module in model.modules() if isinstance(module, torch.nn.SyncBatchNorm)]
+    with torch.no_grad():
+        torch.testing.assert_close(model(picture).embeddings, expected)
     with frozen_batch_norm_statistics(model):
         assert norms and all(norm.momentum == 0.0 for norm in norms)

@@ -33,6 +33,12 @@ HEADS = {
 }
 every_head = pytest.mark.parametrize("head", HEADS)
 with_and_without_attention = pytest.mark.parametrize("attention", [True, False])
+LAYERS = {
+    "basic": {},
+    "bottleneck": {"layer_type": "bottleneck"},
+    "dense": {"layer_type": "bottleneck", "hidden_sizes": None, "growth_rate": 8},
+}
+every_layer = pytest.mark.parametrize("layers", LAYERS.values(), ids=LAYERS)
 
 
 def tiny_config(**overrides):
@@ -163,10 +169,22 @@ def slow_esresnet(state, config, picture):
         x = convolve(convolve(slow_max_pool(x, size), f"{name}.conv_depth"), f"{name}.conv_point")
         return 1 / (1 + (-norm(x, f"{name}.bn")).exp())
 
-    x = convolve_norm(picture[None], "embedder.embedder", stride=2).clamp(min=0)
-    x = F.max_pool2d(x, 3, 2, 1)
-    for i, depth in enumerate(config.depths):
-        stage_input = x
+    def norm_relu_convolve(x, norm_name, name):
+        return convolve(norm(x, f"{norm_name}.normalization").clamp(min=0), name)
+
+    def dense(x, i, depth):
+        for j in range(1, depth + 1):
+            name = f"stages.{i}.dense.block.denselayer{j}"
+            new = norm_relu_convolve(x, f"{name}.norm1", f"{name}.conv1")
+            x = torch.cat([x, norm_relu_convolve(new, f"{name}.norm2", f"{name}.conv2")], dim=1)
+        name = f"stages.{i}.dense.transition"
+        if i == len(config.depths) - 1:
+            return norm(x, f"{name}.normalization").clamp(min=0)
+        x = norm_relu_convolve(x, f"{name}.norm", f"{name}.conv")
+        x = x[..., : x.shape[-2] // 2 * 2, : x.shape[-1] // 2 * 2]
+        return (x[..., ::2, ::2] + x[..., 1::2, ::2] + x[..., ::2, 1::2] + x[..., 1::2, 1::2]) / 4
+
+    def residual(x, i, depth):
         for j in range(depth):
             name = f"stages.{i}.residual.layers.{j}"
             stride = 2 if i and not j else 1
@@ -181,6 +199,13 @@ def slow_esresnet(state, config, picture):
                 x = convolve_norm(x, f"{name}.layer.1", stride).clamp(min=0)
                 x = convolve_norm(x, f"{name}.layer.2")
             x = (x + shortcut).clamp(min=0)
+        return x
+
+    x = convolve_norm(picture[None], "embedder.embedder", stride=2).clamp(min=0)
+    x = F.max_pool2d(x, 3, 2, 1)
+    for i, depth in enumerate(config.depths):
+        stage_input = x
+        x = residual(x, i, depth) if config.growth_rate is None else dense(x, i, depth)
         if config.attention:
             x = x * attend(stage_input, x.shape[-2:], f"stages.{i}.attention")
     pooled = x.mean(dim=(2, 3), keepdim=True)
@@ -188,10 +213,10 @@ def slow_esresnet(state, config, picture):
 
 
 @pytest.mark.parametrize("height, width", [(32, 64), (33, 61), (70, 47)])
-@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
+@every_layer
 @with_and_without_attention
-def test_network_equals_a_slow_version(attention, layer_type, height, width):
-    config = tiny_config(attention=attention, layer_type=layer_type, depths=(2, 1, 1, 2))
+def test_network_equals_a_slow_version(attention, layers, height, width):
+    config = tiny_config(attention=attention, depths=(2, 1, 1, 2), **layers)
     model = randomised(ESResNetModel, config).double()
     x = pictures(2, 2, height, width).double()
     expected = torch.stack([sum(slow_esresnet(model.state_dict(), config, one) for one in clip) for clip in x])
@@ -310,11 +335,29 @@ def test_auto_map_is_always_complete(head, tmp_path):
         ({"layer_type": "dense"}, "layer_type must be 'basic' or 'bottleneck', not 'dense'"),
         ({"pooling": "max"}, "pooling must be 'mean' or 'statistics', not 'max'"),
         ({"depths": (1, 1)}, "hidden_sizes and depths must be equally long"),
+        ({"growth_rate": 8, "hidden_sizes": None}, r"hidden_sizes \[12, 10, 9, 17\], not 'basic' and None"),
+        ({"growth_rate": 8, "layer_type": "bottleneck"}, r"not 'bottleneck' and \(16, 32, 64, 128\): leave them out"),
     ],
 )
 def test_impossible_configs_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         tiny_config(**settings)
+
+
+def test_sizes_of_densenets():
+    sizes = {"densenet121": [128, 256, 512, 1024], "densenet_small": [64, 128, 256, 512]}
+    for preset, expected in sizes.items():
+        config = ESResNetConfig.from_preset(preset)
+        assert config.hidden_sizes == expected and config.hidden_size == expected[-1]
+    assert not any(ESResNetConfig.from_preset(preset).growth_rate for preset in PRESETS if preset not in sizes)
+
+
+@every_head
+def test_a_densenet_needs_timm(head, monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm.models.densenet", None)
+    with pytest.raises(ImportError, match="pip install timm"):
+        head(tiny_config(**LAYERS["dense"]))
+    head(tiny_config())
 
 
 def test_an_unknown_preset_is_refused():
@@ -358,6 +401,14 @@ def test_hidden_states_are_the_stem_and_every_stage(head):
     for by_config, by_argument in zip(model(x).hidden_states, outputs.hidden_states, strict=True):
         assert torch.equal(by_config, by_argument)
     assert model(x, output_hidden_states=False).hidden_states is None
+
+
+def test_hidden_states_of_a_densenet_end_with_its_normalised_features():
+    model = randomised(ESResNetModel, tiny_config(**LAYERS["dense"], attention=False))
+    outputs = model(pictures(2, 2, height=64, width=100), output_hidden_states=True)
+    shapes = [tuple(h.shape) for h in outputs.hidden_states]
+    assert shapes == [(2, 2, c, h, w) for c, h, w in [(16, 16, 25), (12, 8, 12), (10, 4, 6), (9, 2, 3), (17, 2, 3)]]
+    assert torch.equal(outputs.hidden_states[-1], outputs.last_hidden_state) and (outputs.last_hidden_state >= 0).all()
 
 
 @every_head
@@ -441,9 +492,10 @@ def test_embeddings_have_unit_length_in_float32_at_least(weights):
 
 
 @every_head
-def test_bfloat16_autocast_trains(head):
+@every_layer
+def test_bfloat16_autocast_trains(head, layers):
     torch.manual_seed(0)
-    model = head(tiny_config())
+    model = head(tiny_config(**layers))
     with torch.no_grad():
         expected = copy.deepcopy(model).train()(pictures(4))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -465,8 +517,9 @@ def test_bfloat16_autocast_trains(head):
 
 @every_head
 @with_and_without_attention
-def test_a_saved_model_loads_the_same_through_its_auto_class(head, attention, tmp_path):
-    model = randomised(head, tiny_config(attention=attention))
+@every_layer
+def test_a_saved_model_loads_the_same_through_its_auto_class(head, attention, layers, tmp_path):
+    model = randomised(head, tiny_config(attention=attention, **layers))
     model.save_pretrained(tmp_path)
     loaded = HEADS[head].from_pretrained(tmp_path)
     assert type(loaded) is head
@@ -511,16 +564,17 @@ def assert_initial(name, module):
 
 
 @every_head
-@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
-def test_a_new_model_is_initialised(head, layer_type):
+@every_layer
+def test_a_new_model_is_initialised(head, layers):
     torch.manual_seed(0)
-    for name, module in head(tiny_config(layer_type=layer_type)).named_modules():
+    for name, module in head(tiny_config(**layers)).named_modules():
         assert_initial(name, module)
 
 
-def test_what_a_checkpoint_lacks_is_initialised_and_what_it_has_is_kept(tmp_path):
+@every_layer
+def test_what_a_checkpoint_lacks_is_initialised_and_what_it_has_is_kept(layers, tmp_path):
     torch.manual_seed(0)
-    saved = randomised(ESResNetModel, tiny_config(attention=False))
+    saved = randomised(ESResNetModel, tiny_config(attention=False, **layers))
     saved.save_pretrained(tmp_path)
     # from_pretrained builds on the meta device: what is not filled in afterwards is whatever the memory held.
     model = ESResNetForAudioClassification.from_pretrained(tmp_path, attention=True, num_labels=9)
@@ -578,9 +632,10 @@ def training_step(model, x, labels=None):
 
 
 @with_and_without_attention
-def test_every_parameter_learns_and_statistics_follow(attention):
+@every_layer
+def test_every_parameter_learns_and_statistics_follow(attention, layers):
     torch.manual_seed(0)
-    model = ESResNetForAudioClassification(tiny_config(attention=attention))
+    model = ESResNetForAudioClassification(tiny_config(attention=attention, **layers))
     _, gradients, buffers = training_step(model, pictures(4, 2), torch.tensor([0, 1, 2, 3]))
     for name, gradient in gradients.items():
         assert gradient is not None and torch.isfinite(gradient).all(), name
@@ -594,9 +649,10 @@ def test_every_parameter_learns_and_statistics_follow(attention):
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize("arguments", [None, {"use_reentrant": True}, {"use_reentrant": False}])
 @with_and_without_attention
-def test_gradient_checkpointing_changes_nothing_but_memory(attention, arguments):
+@every_layer
+def test_gradient_checkpointing_changes_nothing_but_memory(attention, arguments, layers):
     torch.manual_seed(0)
-    plain = ESResNetForAudioClassification(tiny_config(attention=attention))
+    plain = ESResNetForAudioClassification(tiny_config(attention=attention, **layers))
     checkpointed = copy.deepcopy(plain)
     checkpointed.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
     assert checkpointed.is_gradient_checkpointing
@@ -648,17 +704,20 @@ def test_training_on_a_single_clip_needs_a_network_without_attention():
 
 @every_head
 @with_and_without_attention
-@pytest.mark.parametrize("layer_type", ["basic", "bottleneck"])
-def test_folded_batch_norm_gives_the_same(head, attention, layer_type):
-    model = randomised(head, tiny_config(attention=attention, layer_type=layer_type)).double()
+@every_layer
+def test_folded_batch_norm_gives_the_same(head, attention, layers):
+    model = randomised(head, tiny_config(attention=attention, **layers)).double()
     values = pictures().double()
     with torch.no_grad():
         expected = model(values)
-        assert model.fold_batch_norm() is model
+        assert model.fold_batch_norm() is model and model.fold_batch_norm() is model  # again changes nothing
         found = model(values)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name], tensor)
-    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    kept = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    # In a DenseNet, those of concatenated features: one a layer, and one a stage.
+    assert all("denselayer1.norm1." in name or ".transition." in name for name in kept)
+    assert len(kept) == (8 if "growth_rate" in layers else 0)
 
 
 def test_a_folded_model_is_neither_trained_nor_saved(tmp_path):

@@ -14,6 +14,7 @@ from modeling_dls import (
     ESResNetFeatureExtractor,
     ESResNetForAudioClassification,
     ESResNetForInstanceDiscrimination,
+    ESResNetModel,
 )
 
 LABELS = ["dog", "rain", "sea waves", "crying baby"]
@@ -23,7 +24,7 @@ OPTIONAL = {"accelerate", "datasets", "evaluate", "librosa", "matplotlib", "pand
 OPTIONAL |= {"tensorboard", "timm", "torchaudio", "torchcodec", "torchvision"}
 
 # Runs in a process of its own. Nothing but the standard library and sys.argv comes from this file.
-STRANGER = """
+BEFORE = """
 import importlib.machinery, importlib.util, json, sys
 
 job = json.loads(sys.argv[1])
@@ -46,7 +47,9 @@ except ModuleNotFoundError:
     pass
 else:
     raise AssertionError("this package is importable, the test would prove nothing")
+"""
 
+STRANGER = """
 import numpy as np
 import torch
 from transformers import AutoConfig, AutoFeatureExtractor, AutoModel, AutoModelForAudioClassification
@@ -84,6 +87,43 @@ answer["imported"] = sorted({name.partition(".")[0] for name in sys.modules} & s
 print(json.dumps(answer))
 """
 
+DENSE = """
+import torch
+from transformers import AutoConfig, AutoModel
+
+answer = {"growth_rate": AutoConfig.from_pretrained(job["dense"], trust_remote_code=True).growth_rate}
+try:
+    AutoModel.from_pretrained(job["dense"], trust_remote_code=True)
+except ImportError as error:
+    answer["without timm"] = str(error)
+job["hidden"] = sorted(set(job["hidden"]) - {"timm", "torchvision"})  # as if it had been installed meanwhile
+model = AutoModel.from_pretrained(job["dense"], trust_remote_code=True)
+with torch.no_grad():
+    answer["with timm"] = model(torch.ones(1, 1, 3, 32, 64)).pooler_output.tolist()
+print(json.dumps(answer))
+"""
+
+
+def run_stranger(script: str, job: dict, folder) -> dict:
+    """What `script` prints in a process that finds neither this package nor what `OPTIONAL` names."""
+    job |= {"hidden": sorted(HERE | OPTIONAL)}
+    (folder / "elsewhere").mkdir()
+    finished = subprocess.run(
+        [sys.executable, "-I", "-c", BEFORE + script, json.dumps(job)],
+        cwd=folder / "elsewhere",
+        env={
+            **os.environ,
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(folder / "home"),
+            "HF_MODULES_CACHE": str(folder / "code"),
+        },
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout.splitlines()[-1])
+
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
@@ -104,24 +144,9 @@ def published(tmp_path_factory):
         extractor.save_pretrained(folder / name)
     clips = np.random.RandomState(0).uniform(-0.5, 0.5, (3, 8000)).astype(np.float32)
     np.save(folder / "clips.npy", clips)
-    (folder / "elsewhere").mkdir()
     job = {name: str(folder / name) for name in ("classifier", "embedder", "resaved")}
-    job |= {"clips": str(folder / "clips.npy"), "hidden": sorted(HERE | OPTIONAL)}
-    finished = subprocess.run(
-        [sys.executable, "-I", "-c", STRANGER, json.dumps(job)],
-        cwd=folder / "elsewhere",
-        env={
-            **os.environ,
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(folder / "home"),
-            "HF_MODULES_CACHE": str(folder / "code"),
-        },
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
-    assert finished.returncode == 0, finished.stderr
-    return clips, models, extractor, json.loads(finished.stdout.splitlines()[-1]), folder
+    answer = run_stranger(STRANGER, job | {"clips": str(folder / "clips.npy")}, folder)
+    return clips, models, extractor, answer, folder
 
 
 def test_every_auto_class_gives_the_same_as_the_package(published):
@@ -168,3 +193,15 @@ def test_a_checkpoint_saved_again_there_works_as_before(published):
 def test_torch_numpy_and_transformers_are_enough(published):
     *_, answer, _ = published
     assert answer["imported"] == []
+
+
+def test_a_densenet_there_needs_timm_and_says_so(tmp_path):
+    torch.manual_seed(0)
+    config = ESResNetConfig(embedding_size=16, depths=(1, 1, 1, 1), growth_rate=8)
+    model = ESResNetModel(config).eval()
+    model.save_pretrained(tmp_path / "dense")
+    answer = run_stranger(DENSE, {"dense": str(tmp_path / "dense")}, tmp_path)
+    assert answer["growth_rate"] == 8 and "pip install timm" in answer["without timm"]
+    with torch.no_grad():
+        expected = model(torch.ones(1, 1, 3, 32, 64)).pooler_output
+    np.testing.assert_allclose(answer["with timm"], expected, rtol=1e-5, atol=1e-6)

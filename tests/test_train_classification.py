@@ -4,16 +4,20 @@ import json
 import shutil
 import sys
 import time
+from argparse import Namespace
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from scripts import ROOT, SMALL, fail, start, succeed
+from timm.models.densenet import DenseNet
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 
-import modeling_dls  # noqa: F401 (registers the Auto classes)
 from datasets_scripts import decode_audio, load_corpus, train_test_folds
+from modeling_dls import ESResNetConfig
+from modeling_dls.convert_esresnet_checkpoint import main as convert_imagenet
+from train_classification import arm_of
 
 
 def results_of(folder):
@@ -127,13 +131,17 @@ def test_killed_within_and_between_folds(options, pretrained, all_folds, tmp_pat
 
 def test_init_scratch_keeps_only_the_settings(options, pretrained, tmp_path):
     """The same network and signal settings as the checkpoint's, other weights: those of a run without checkpoint."""
+    checkpoint = shutil.copytree(pretrained, tmp_path / "imagenet")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"initial_weights": "imagenet"}))
     common = [*options, "--fold", "1", "--max_train_steps", "2"]
-    scratch = ["--model_name_or_path", pretrained, "--init", "scratch"]
+    scratch = ["--model_name_or_path", checkpoint, "--init", "scratch"]
     succeed("train_classification.py", *common, *scratch, "--output_dir", tmp_path / "a")
     succeed("train_classification.py", *common, "--output_dir", tmp_path / "b")
     assert results_of(tmp_path / "a")["arm"] == "scratch" and results_of(tmp_path / "a")["pretraining"] is None
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert all(torch.equal(a[key], b[key]) for key in a)
+    assert AutoModelForAudioClassification.from_pretrained(tmp_path / "a").config.initial_weights is None
 
 
 def test_few_labels(options, tmp_path):
@@ -168,6 +176,45 @@ def test_fine_tunes_for_another_label_set(options, all_folds, tmp_path):
         "--fold", "1", "--max_train_steps", "1", "--output_dir", tmp_path / "run",
     )  # fmt: skip
     assert AutoModelForAudioClassification.from_pretrained(tmp_path / "run").config.num_labels == 3
+
+
+def test_imagenets_densenet_is_pretrained_and_fine_tuned(sound_folder, tmp_path):
+    """Each takes what the one before wrote, as the preset's network, and says where its weights came from."""
+    torch.save(DenseNet(growth_rate=16).state_dict(), tmp_path / "densenet.pth")
+    arguments = [tmp_path / "densenet.pth", tmp_path / "imagenet", "--preset", "densenet_small"]
+    assert convert_imagenet([str(argument) for argument in arguments]) == 0
+    options = [*SMALL, "--preset", "densenet_small", "--corpus", f"audiofolder={sound_folder}"]
+    options += ["--max_train_steps", "2"]
+    from_imagenet = ["--model_name_or_path", tmp_path / "imagenet", "--output_dir", tmp_path / "npid"]
+    succeed("train_npid.py", *options, *from_imagenet, "--learning_rate", "0")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("imagenet", "npid"))
+    learnt = [key for key in first if key.endswith(("weight", "bias"))]
+    assert learnt and all(torch.equal(first[key], second[f"esresnet.{key}"]) for key in learnt)
+    from_npid = ["--model_name_or_path", tmp_path / "npid", "--fold", "1", "--output_dir", tmp_path / "classifier"]
+    succeed("train_classification.py", *options, *from_npid)
+    assert results_of(tmp_path / "classifier")["arm"] == "imagenet+npid"
+    model = AutoModelForAudioClassification.from_pretrained(tmp_path / "classifier")
+    assert model.config.growth_rate == 16 and model.config.num_labels == 4
+    extractor = AutoFeatureExtractor.from_pretrained(tmp_path / "classifier")
+    assert extractor.spec_width == 128 and extractor.do_normalize
+    for name in ("npid", "classifier"):
+        assert "first weights came from ImageNet." in (tmp_path / name / "README.md").read_text()
+    assert "Pre-trained on unlabelled audio" in (tmp_path / "classifier" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("init", "initial_weights", "task", "arm"),
+    [
+        ("scratch", None, None, "scratch"),
+        ("pretrained", None, None, "pretrained"),
+        ("pretrained", None, "npid", "npid"),
+        ("pretrained", "imagenet", None, "imagenet"),
+        ("pretrained", "imagenet", "npid", "imagenet+npid"),
+    ],
+)
+def test_the_arm_is_what_the_network_had_learned_before(init, initial_weights, task, arm):
+    config = ESResNetConfig(initial_weights=initial_weights)
+    assert arm_of(Namespace(init=init), config, {"task": task} if task else None) == arm
 
 
 def test_bad_input(options, sound_folder, tmp_path):
