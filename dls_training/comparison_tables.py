@@ -222,17 +222,17 @@ def machines(results: list[dict]) -> list[dict]:
 
 
 def differences_in_circumstances(results: list[dict]) -> list[str]:
-    """What differs between cells that the report sets side by side, although the plan gives them the same options."""
+    """What differs between cells that are set side by side, beside what the plan says."""
     found = [result for result in results if result["kind"] == "finetune"]
     problems = []
     for name in sorted({name for result in found for name in result["network"]}):
         values = {json.dumps(result["network"].get(name)) for result in found}
         if len(values) > 1:
-            problems.append(f"arms differ in the network or the spectrogram: {name} is {' or '.join(sorted(values))}")
+            problems.append(f"network or spectrogram: {name} is {' or '.join(sorted(values))}")
     for setting in dict.fromkeys(result["setting"] for result in found):
         runs = [result["options"] for result in found if result["setting"] == setting]
         for name in sorted({name for options in runs for name in options} - DIFFERENT_OPTIONS):
             values = {json.dumps(options.get(name)) for options in runs}
             if len(values) > 1:
-                problems.append(f"{setting} ran with different --{name}: {' and '.join(sorted(values))}")
+                problems.append(f"{setting}: --{name} is {' or '.join(sorted(values))}")
     return problems

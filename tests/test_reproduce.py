@@ -13,13 +13,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from scripts import ROOT, fail, run_script, start, succeed
+from transformers import ResNetConfig, ResNetForImageClassification
 
 from dls_training.arguments import UserError
 from dls_training.plan import Planner
-from modeling_dls import ESResNetConfig, ESResNetForAudioClassification
-from modeling_dls.convert_esresnet_checkpoint import original_name
 
 EXAMPLE = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8"), re.DOTALL)[1]
 
@@ -237,24 +235,22 @@ def test_weights_that_are_gone_are_made_again(finished, tmp_path):
 
 @pytest.mark.slow
 def test_imagenet_weights_are_converted(sound_folder, tmp_path):
-    """Where they are no ESResNet folder: by a cell of its own, whose weights its arm then starts from."""
+    """Where they are no ESResNet's: by a cell of its own, from which its arm then starts."""
     miniature = Miniature(tmp_path, sound_folder)
-    model = ESResNetForAudioClassification(ESResNetConfig(num_labels=10))
-    (tmp_path / "weights").mkdir()
-    named = {original_name(name): tensor for name, tensor in model.state_dict().items()}
-    torch.save(named, tmp_path / "weights" / "imagenet")
-    miniature.write(EXAMPLE.replace("--preset tiny", "--max_train_steps 1"))
-    code, output = miniature.run("--only", "finetune.*.imagenet.*")
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+    ResNetForImageClassification(ResNetConfig(**sizes)).save_pretrained(tmp_path / "weights" / "imagenet")
+    only = ["--only", "finetune.*.imagenet.*"]
+    code, output = miniature.run(*only)
     assert code == 0 and "[1/2] imagenet (new)" in output, output
     cells = cells_of(miniature.results)
-    command = "python -m modeling_dls.convert_esresnet_checkpoint weights/imagenet runs/mini/imagenet"
-    assert cells["imagenet"]["command"] == command
-    fine_tuned = cells["finetune.from-ridge.imagenet.seed0.fold2"]
-    assert (
-        fine_tuned["starts_from"] == "imagenet" and "--model_name_or_path runs/mini/imagenet" in fine_tuned["command"]
-    )
-    (tmp_path / "weights" / "imagenet").unlink()
-    code, output = miniature.run("--only", "finetune.*.imagenet.*", "--dry_run")
+    convert = "python -m modeling_dls.convert_esresnet_checkpoint weights/imagenet runs/mini/imagenet --preset tiny"
+    fine_tune = cells["finetune.from-ridge.imagenet.seed0.fold2"]
+    assert cells["imagenet"]["command"] == convert and fine_tune["starts_from"] == "imagenet"
+    assert "--model_name_or_path runs/mini/imagenet" in fine_tune["command"]
+    report = (miniature.results / "README.md").read_text()
+    assert table(report, "Seconds until")[0]["with its pre-training"] == "trained elsewhere"
+    shutil.rmtree(tmp_path / "weights")
+    code, output = miniature.run(*only, "--dry_run")
     assert code == 0 and "0 cell(s) to run" in output and "skipped" not in output
 
 
@@ -280,7 +276,7 @@ MISTAKES = [
     ("arms: [scratch, dls, ", "arms: [dls, dls, ", ": fine_tuning[0].arms: must name one thing or several, each once"),
     ("- name: from-ridge", "- names: from-ridge", ": fine_tuning[0].name: is missing"),
     ("    folds: all", "    folds: each", ": pretraining.dls-train.folds: there is no 'each'"),
-    ("    folds: all", "    folds: all\n    folds: all", ", line 16: 'folds' is there twice"),
+    ("    folds: all", "    folds: all\n    folds: all", ", line 17: 'folds' is there twice"),
     ("    folds: all", "    start: dls-train", ": pretraining.dls-train.start: there is no 'dls-train'"),
     ("    folds: all", "    seeds: 3", ": pretraining.dls-train.seeds: must be a list, not 3"),
     ("  dls-train:\n", "  dls/train:\n", ": pretraining: 'dls/train' is no name"),
@@ -436,7 +432,7 @@ def test_accuracies_are_those_of_the_cells(reported):
     assert "Not run yet, or failed (see `logs/`): `finetune.default.dls-train.seed2.fold4`." in report
     assert "Skipped: imagenet, because /nowhere/resnet18.pth is neither here" in report
     assert "Skipped: pre-training both" not in report, "it is done"
-    assert "Not comparable" not in report
+    assert "more than pre-training" not in report
 
 
 def test_differences_are_paired(reported):
@@ -532,7 +528,7 @@ def test_other_tables(reported):
     assert table(report, "## Where it ran")[0]["cells"] == str(len(cells))
 
 
-def test_what_is_not_comparable_is_said(reported, tmp_path):
+def test_what_else_differs_is_said(reported, tmp_path):
     """Another network, or options that changed under the same words (a recipe, between two commits)."""
     folder = shutil.copytree(reported[0], tmp_path / "all")
     shutil.copy(reported[0].with_suffix(".yaml"), tmp_path)
@@ -541,8 +537,5 @@ def test_what_is_not_comparable_is_said(reported, tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
     succeed("reproduce.py", tmp_path / "all.yaml", "--report")
     report = (folder / "README.md").read_text()
-    assert (
-        "**Not comparable as it stands:** arms differ in the network or the spectrogram: depths is [1] or [2]."
-        in report
-    )
-    assert "**Not comparable as it stands:** default ran with different --learning_rate: 1 and null." in report
+    assert "**Arms differ in more than pre-training:** network or spectrogram: depths is [1] or [2]." in report
+    assert "**Arms differ in more than pre-training:** default: --learning_rate is 1 or null." in report
