@@ -1,5 +1,6 @@
 """Pictures of what was measured: spectrograms as the network sees them, accuracy curves, a map of the embedding."""
 
+import itertools
 from pathlib import Path
 
 import matplotlib
@@ -8,6 +9,7 @@ import torch
 
 matplotlib.use("Agg")  # before pyplot: a canvas that needs no screen
 import matplotlib.pyplot as plt
+from matplotlib.ticker import MaxNLocator
 
 
 def draw_spectrogram(axes, spectrogram: torch.Tensor, title: str, like: torch.Tensor | None = None) -> None:
@@ -31,15 +33,17 @@ def draw_curves(axes, arms: dict[str, dict]) -> None:
 
     Args:
         axes: To draw on.
-        arms: Name -> contents of `all_results.json` of train_classification.py.
+        arms: Name -> contents of `all_results.json` of train_classification.py; `first_epoch` (default: 1) is that of
+            the first accuracy.
     """
     for name, results in arms.items():
         mean, std = np.array(results["mean_accuracy_per_epoch"]), np.array(results["std_accuracy_per_epoch"])
-        epochs = np.arange(1, len(mean) + 1)
+        epochs = np.arange(len(mean)) + results.get("first_epoch", 1)
         (line,) = axes.plot(epochs, mean, marker="o", label=name)
         if len(results["folds"]) > 1:
             axes.fill_between(epochs, mean - std, mean + std, color=line.get_color(), alpha=0.2)
     axes.set(xlabel="epoch of fine-tuning", ylabel="accuracy on the held-out fold", ylim=(0, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend()
 
@@ -79,6 +83,33 @@ def draw_overview(path: Path, spectrograms: dict[str, torch.Tensor], arms: dict[
         draw_spectrogram(figure.add_subplot(grid[0, 2 * i : 2 * i + 2]), spectrogram, title)
     draw_curves(figure.add_subplot(grid[1, : len(spectrograms)]), arms)
     draw_map(figure.add_subplot(grid[1, len(spectrograms) :]), *bank)
+    save(figure, path)
+
+
+def draw_comparison(path: Path, panels: dict[str, dict[str, dict]]) -> None:
+    """The accuracy curves of several fine-tuning settings side by side, moved into place when complete.
+
+    Args:
+        path: A .png file.
+        panels: Title -> arms, see `draw_curves`.
+    """
+    columns = min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(5.5 * columns, 4.5 * rows), sharey=True, squeeze=False, layout="constrained"
+    )
+    for place in axes.flat[len(panels) :]:
+        place.remove()
+    names = dict.fromkeys(name for arms in panels.values() for name in arms)
+    colours = dict(zip(names, itertools.cycle(plt.get_cmap("tab10").colors), strict=False))
+    for place, (title, arms) in zip(axes.flat, panels.items(), strict=False):
+        place.set_prop_cycle(color=[colours[name] for name in arms])  # the same in every panel
+        draw_curves(place, arms)
+        place.set_title(title)
+    save(figure, path)
+
+
+def save(figure, path: Path) -> None:
     unfinished = path.with_suffix(".unfinished.png")
     figure.savefig(unfinished, dpi=110)
     plt.close(figure)

@@ -1,5 +1,6 @@
-"""Measured results -> model cards. Nothing in a card is typed in by hand."""
+"""Measured results -> model cards and reports. Nothing in them is typed in by hand."""
 
 from .card import final_accuracy, write_card
+from .comparison import write_comparison
 
-__all__ = ["final_accuracy", "write_card"]
+__all__ = ["final_accuracy", "write_card", "write_comparison"]

@@ -1,0 +1,541 @@
+"""reproduce.py through the command line: a miniature that is killed on its way, its report, and mistakes."""
+
+import csv
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scripts import ROOT, fail, run_script, start, succeed
+from transformers import ResNetConfig, ResNetForImageClassification
+
+from dls_training.arguments import UserError
+from dls_training.plan import Planner
+
+EXAMPLE = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+
+
+def cells_of(folder: Path) -> dict[str, dict]:
+    return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "cells").glob("*.json"))}
+
+
+def table(report: str, title: str) -> list[dict[str, str]]:
+    """The rows of the first table behind a text of the report."""
+    lines = report[report.index(title) :].splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("| "))
+    rows = []
+    for line in lines[first:]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+
+class Miniature:
+    """The example of docs/reproduce.md in a folder of its own, started anew each time as a user would."""
+
+    def __init__(self, folder: Path, sounds: Path):
+        self.folder, self.results, self.work = folder, folder / "results" / "mini", folder / "runs" / "mini"
+        self.options = ["results/mini.yaml", "--corpus", f"audiofolder={sounds}"]
+        (folder / "results").mkdir()
+        self.write(EXAMPLE)
+
+    def write(self, text: str) -> None:
+        (self.folder / "results" / "mini.yaml").write_text(text)
+
+    def start(self, *options, **popen_options) -> subprocess.Popen:
+        return start(
+            [sys.executable, ROOT / "reproduce.py", *self.options, *options], cwd=self.folder, **popen_options
+        )
+
+    def copy(self, folder: Path) -> "Miniature":
+        """The same, as far as it is done, for what the others should not see."""
+        copy = Miniature(folder, self.options[-1].partition("=")[2])
+        shutil.copytree(self.results, copy.results)
+        shutil.copytree(self.work, copy.work)
+        return copy
+
+    def run(self, *options) -> tuple[int, str]:
+        return run_script("reproduce.py", *self.options, *options, cwd=self.folder)
+
+    def wait_for(self, pattern: str, process: subprocess.Popen) -> None:
+        while not list(self.work.glob(pattern)):
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.005)
+
+
+def killed_on_a_terminal(miniature: Miniature) -> str:
+    """SIGKILL in the middle of the first cell. Returns what the terminal showed of it."""
+    ours, terminal = os.openpty()
+    command = [sys.executable, str(ROOT / "reproduce.py"), *miniature.options]
+    process = subprocess.Popen(command, cwd=miniature.folder, stdout=subprocess.DEVNULL, stderr=terminal)
+    os.close(terminal)
+    miniature.wait_for("finetune.*/checkpoint-*", process)
+    time.sleep(0.3)  # longer than reproduce.py looks away
+    process.kill()
+    process.wait()
+    shown = b""
+    try:
+        while part := os.read(ours, 4096):
+            shown += part
+    except OSError:  # the other end is closed
+        return shown.decode()
+    finally:
+        os.close(ours)
+    return shown.decode()
+
+
+@pytest.fixture(scope="module")
+def finished(sound_folder, tmp_path_factory):
+    """The miniature, killed in its first cell and terminated in a later one; and what each start printed."""
+    miniature = Miniature(tmp_path_factory.mktemp("mini"), sound_folder)
+    printed = {"killed": killed_on_a_terminal(miniature)}
+    second = miniature.start()
+    first_lines = [second.stdout.readline(), second.stdout.readline()]
+    third = miniature.start()  # waits until the second has left
+    miniature.wait_for("pretrain.dls.seed0/checkpoint-*", second)
+    second.send_signal(signal.SIGTERM)
+    printed["terminated"] = "".join(first_lines) + second.communicate(timeout=60)[0]
+    assert second.returncode == 143, printed["terminated"]
+    printed["finished"] = third.communicate(timeout=300)[0]
+    assert third.returncode == 0, printed["finished"]
+    return miniature, printed
+
+
+def test_goes_on_after_a_kill(finished):
+    """Killed, terminated, or waiting for another: every cell is run to its end, and none twice."""
+    miniature, printed = finished
+    assert re.search(r"fold 2/epoch \d+/8: .*clips/s\]", printed["killed"]), "a terminal shows the script's progress"
+    assert "[1/7] finetune.from-ridge.scratch.seed0.fold2 (goes on)" in printed["terminated"]
+    assert "SIGTERM: saved; the same command goes on from here" in printed["terminated"]
+    assert "waiting for another run to leave" in printed["finished"]
+    assert "[1/6] pretrain.dls.seed0 (goes on)" in printed["finished"]
+    assert re.search(r"\[6/6\] .*: \d+ (s|min) so far, about \d+ s left", printed["finished"])
+    for name in ("finetune.from-ridge.scratch.seed0.fold2", "pretrain.dls.seed0"):
+        log = (miniature.results / "logs" / f"{name}.log").read_text()
+        assert log.startswith("$ python train_") and "going on from" in log
+        assert "\r" not in log and "[00:" not in log, "progress bars are left out"
+        result = cells_of(miniature.results)[name]
+        measured = result["history"] if "history" in result else result["folds"]["2"]
+        assert result["wall_seconds"] > (
+            measured[-1]["seconds"] if isinstance(measured, list) else measured["seconds"]
+        )
+    assert not list(miniature.work.glob("*/**/checkpoint-*")) and not list(miniature.results.rglob(".*"))
+
+
+def test_second_run_does_nothing(finished):
+    miniature, _ = finished
+    files = [path for path in miniature.results.rglob("*") if path.is_file()]
+    (miniature.results / "cells" / ".unfinished.left").mkdir()
+    before = {path: path.read_bytes() for path in files}
+    code, output = miniature.run()
+    assert code == 0 and "[1/" not in output
+    assert {path: path.read_bytes() for path in files} == before
+    assert not list(miniature.results.rglob(".*")), "what a killed run left is cleared away"
+
+
+def test_cells_say_what_was_run(finished):
+    """The recorded command is the one that was run, and pre-training left out what it had to."""
+    miniature, _ = finished
+    cells = cells_of(miniature.results)
+    assert len(cells) == 7
+    sounds = miniature.options[-1]
+    assert cells["pretrain.dls-train.seed0.fold2"]["command"] == (
+        f"python train_npid.py --corpus {sounds} --preset tiny --clip_seconds 0.5 --per_device_train_batch_size 8 "
+        "--report_to none --num_train_epochs 2 --exclude_fold audiofolder=2 --seed 0 "
+        "--output_dir runs/mini/pretrain.dls-train.seed0.fold2"
+    )
+    assert cells["pretrain.dls-train.seed0.fold2"]["excluded_folds"] == {"audiofolder": [2]}
+    commands = (miniature.results / "commands.txt").read_text().splitlines()
+    assert {cell["command"] for cell in cells.values()} <= set(commands) and len(commands) == 9
+    heard = {
+        name: [run["test_clips_heard_in_pretraining"] for run in cell["folds"].values()]
+        for name, cell in cells.items()
+        if cell["kind"] == "finetune"
+    }
+    assert heard == {
+        "finetune.from-ridge.scratch.seed0.fold2": [None],
+        "finetune.from-ridge.dls.seed0.fold2": [20],
+        "finetune.from-ridge.dls-train.seed0.fold2": [0],
+    }
+    assert all(cell["environment"]["commit"] and cell["wall_seconds"] > 0 for cell in cells.values())
+
+
+def test_report_of_the_miniature(finished):
+    miniature, printed = finished
+    report = (miniature.results / "README.md").read_text()
+    cells = cells_of(miniature.results)
+    assert "7 of 8 cells are done" in report
+    skipped = "weights/imagenet is neither here nor to be had from the Hub"
+    assert (
+        f"Skipped: ImageNet, because {skipped}" in report and f"ImageNet is skipped: {skipped}" in printed["finished"]
+    )
+    rows = table(report, "## Search")
+    for row, name in zip(rows, ("base", "embedding_dim=16"), strict=True):
+        knn = [entry["knn_accuracy"]["audiofolder"] for entry in cells[f"search.{name}.seed0"]["history"]]
+        assert row["k-NN before"] == f"{knn[0]:.3f}" and row["k-NN after"].strip("*") == f"{knn[-1]:.3f}"
+    assert rows[1]["change"] == "`--embedding_dim 16`"
+    difference = float(rows[1]["k-NN after"].strip("*")) - float(rows[0]["k-NN after"].strip("*"))
+    assert float(rows[1]["difference to the base"]) == pytest.approx(difference, abs=2e-3)
+    heard = {row["arm"]: row["held-out clips heard"] for row in table(report, "Accuracy on the held-out fold")}
+    assert heard == {
+        "from scratch": "nothing heard", "DLS (transductive)": "20 of 20", "DLS (training folds only)": "0 of 20",
+    }  # fmt: skip
+    assert (miniature.results / "accuracy.png").stat().st_size > 10_000
+
+
+def test_only_what_changed_is_run_again(finished, tmp_path):
+    """And a cell that fails is reported, and stops those only that start from it."""
+    copy = finished[0].copy(tmp_path)
+    hopeless = "--learning_rate 1e30 --mixed_precision no --num_train_epochs 2"
+    copy.write(EXAMPLE.replace("    options: --num_train_epochs 2", f"    options: {hopeless}"))
+    code, output = copy.run()
+    assert code == 1
+    assert "[1/2] pretrain.dls-train.seed0.fold2 (again: the plan has changed)" in output
+    assert "failed with exit code 2" in output and "lower --learning_rate" in output
+    assert "[2/2] finetune.from-ridge.dls-train.seed0.fold2 (again: the plan has changed)" in output
+    assert "not started: it needs pretrain.dls-train.seed0.fold2" in output
+    report = (copy.results / "README.md").read_text()
+    assert "5 of 8 cells are done" in report and "training folds only" not in table(report, "Accuracy on")
+    missing = "`pretrain.dls-train.seed0.fold2`, `finetune.from-ridge.dls-train.seed0.fold2`"
+    assert missing in report or ", ".join(reversed(missing.split(", "))) in report
+    assert "lower --learning_rate" in (copy.results / "logs" / "pretrain.dls-train.seed0.fold2.log").read_text()
+
+
+def test_weights_that_are_gone_are_made_again(finished, tmp_path):
+    """Deleted with --delete_weights, all but those that unfinished cells start from."""
+    copy = finished[0].copy(tmp_path)
+    copy.write(
+        EXAMPLE.replace("name: from-ridge", "name: again").replace("[scratch, dls, dls-train,", "[scratch, dls,")
+    )
+    code, output = copy.run("--only", "search.*", "--delete_weights")
+    assert code == 0 and "[1/" not in output
+    assert (copy.work / "pretrain.dls.seed0").is_dir()
+    assert not list(copy.work.glob("search.*/")) and not list(copy.work.glob("pretrain.dls-train.*/"))
+    imagenet = copy.folder / "weights" / "imagenet"
+    shutil.copytree(copy.work / "pretrain.dls.seed0", imagenet)
+    (copy.work / "pretrain.dls.seed0" / "model.safetensors").unlink()
+    code, output = copy.run("--dry_run")
+    assert code == 0
+    assert re.findall(r"^(\S+) \((.*)\)$", output, re.MULTILINE) == [
+        ("finetune.again.scratch.seed0.fold2", "new"),
+        ("pretrain.dls.seed0", "again: its weights are gone"),
+        ("finetune.again.dls.seed0.fold2", "new"),
+        ("finetune.again.imagenet.seed0.fold2", "new"),
+    ]
+    assert "--model_name_or_path weights/imagenet" in output, "an ESResNet folder is used as it is"
+
+
+@pytest.mark.slow
+def test_imagenet_weights_are_converted(sound_folder, tmp_path):
+    """Where they are no ESResNet's: by a cell of its own, from which its arm then starts."""
+    miniature = Miniature(tmp_path, sound_folder)
+    sizes = {"embedding_size": 16, "hidden_sizes": [16, 32, 64, 128], "depths": [1, 1, 1, 1], "layer_type": "basic"}
+    ResNetForImageClassification(ResNetConfig(**sizes)).save_pretrained(tmp_path / "weights" / "imagenet")
+    only = ["--only", "finetune.*.imagenet.*"]
+    code, output = miniature.run(*only)
+    assert code == 0 and "[1/2] imagenet (new)" in output, output
+    cells = cells_of(miniature.results)
+    convert = "python -m modeling_dls.convert_esresnet_checkpoint weights/imagenet runs/mini/imagenet --preset tiny"
+    fine_tune = cells["finetune.from-ridge.imagenet.seed0.fold2"]
+    assert cells["imagenet"]["command"] == convert and fine_tune["starts_from"] == "imagenet"
+    assert "--model_name_or_path runs/mini/imagenet" in fine_tune["command"]
+    report = (miniature.results / "README.md").read_text()
+    assert table(report, "Seconds until")[0]["with its pre-training"] == "trained elsewhere"
+    shutil.rmtree(tmp_path / "weights")
+    code, output = miniature.run(*only, "--dry_run")
+    assert code == 0 and "0 cell(s) to run" in output and "skipped" not in output
+
+
+def test_ends_in_time(finished, tmp_path):
+    copy = finished[0].copy(tmp_path)
+    copy.write(EXAMPLE.replace("--num_train_epochs 8 --knn_interval 4", "--num_train_epochs 100000"))
+    code, output = copy.run("--only", "pretrain.dls.*", "--max_minutes", "0.08")
+    assert code == 0 and "0.08 minutes are over; the same command goes on from here" in output
+    assert "`pretrain.dls.seed0`" in (copy.results / "README.md").read_text(), "it is not run yet"
+    assert json.loads((copy.work / "pretrain.dls.seed0.json").read_text())["seconds"] > 0
+
+
+MISTAKES = [
+    ("corpus: audiofolder\n", "", ": corpus: is missing"),
+    ("corpus: audiofolder\n", "corpus: esc10\n", ": corpus: there is no 'esc10'; choose from audiofolder"),
+    ("audiofolder: my_recordings", "fsd50k: /data", ": corpora.fsd50k: there is no such corpus; choose from esc10"),
+    ("folds: [2]", "folds: [two]", ": folds: must be a list of different whole numbers from 1, not ['two']"),
+    ("folds: [2]\n", "", ": pretraining.dls-train.folds: the file must say how many folds audiofolder has"),
+    ("target: 0.6", "target: high", ": target: must be a number, not 'high'"),
+    ("target: 0.6", "goal: 0.6", ": goal: is unknown"),
+    ("title: A", "title: [A", ", line 2: "),
+    ("arms: [scratch, dls, ", "arms: [scratch, dlss, ", ": fine_tuning[0].arms: there is no 'dlss'"),
+    ("arms: [scratch, dls, ", "arms: [dls, dls, ", ": fine_tuning[0].arms: must name one thing or several, each once"),
+    ("- name: from-ridge", "- names: from-ridge", ": fine_tuning[0].name: is missing"),
+    ("    folds: all", "    folds: each", ": pretraining.dls-train.folds: there is no 'each'"),
+    ("    folds: all", "    folds: all\n    folds: all", ", line 17: 'folds' is there twice"),
+    ("    folds: all", "    start: dls-train", ": pretraining.dls-train.start: there is no 'dls-train'"),
+    ("    folds: all", "    seeds: 3", ": pretraining.dls-train.seeds: must be a list, not 3"),
+    ("  dls-train:\n", "  dls/train:\n", ": pretraining: 'dls/train' is no name"),
+    ("{pretraining: dls-train,", "{pretraining: other,", ": arms.dls-train.pretraining: there is no 'other'"),
+    ("{pretraining: dls-train,", "{pretraining: ,", ": arms.dls-train.pretraining: is missing"),
+    ("--num_train_epochs 8 --knn", "--seed 3 --knn", ": pretraining.dls.options: --seed is what keys of this file"),
+    ("label: DLS (training folds only)", "label: from scratch", ": arms.dls-train.label: another arm is called 'from"),
+    ("options: --num_train_epochs 1", "options: --a 'b", ": search.options: No closing quotation"),
+    ("  vary:", "  varry:", ": search.vary: is missing"),
+    ("--embedding_dim: [16]", "embedding_dim: [16]", ": search.vary.embedding_dim: is no option of train_npid.py"),
+    ("--embedding_dim: [16]", "--embedding_dim: [1/6]", ": search.vary.--embedding_dim: values can have letters"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("right, wrong, message", MISTAKES)
+def test_mistakes_in_the_file(right, wrong, message, tmp_path):
+    assert EXAMPLE.count(right) == 1
+    file = tmp_path / "plan.yaml"
+    file.write_text(EXAMPLE.replace(right, wrong))
+    with pytest.raises(UserError) as error:
+        Planner(file, {})
+    assert str(error.value).startswith(f"{file}{message}") and "\n" not in str(error.value)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere.yaml cannot be read: No such file"):
+        Planner(tmp_path / "nowhere.yaml", {})
+
+
+def test_mistakes_are_answered_before_anything_is_run(sound_folder, tmp_path):
+    miniature = Miniature(tmp_path, sound_folder)
+
+    def answer(*options):
+        message = fail("reproduce.py", *(options or miniature.options), cwd=tmp_path)
+        assert message.startswith("error: ") and not miniature.results.exists() and not miniature.work.exists()
+        return message
+
+    assert "expected a .yaml file" in answer("results")
+    assert "--corpus esc50: results/mini.yaml has audiofolder" in answer(
+        "results/mini.yaml", "--corpus", "esc50=/data"
+    )
+    assert "corpora.audiofolder: there is no ./sounds here" in answer(*miniature.options[:2], "audiofolder=./sounds")
+    assert "--only nothing: there is no such cell" in answer(*miniature.options, "--only", "nothing")
+    miniature.write(EXAMPLE.replace("--classifier_init ridge", "--classifier_init rigde"))
+    expected = "results/mini.yaml: options of fine_tuning[0] (from-ridge), arm scratch: argument --classifier_init: "
+    assert answer().startswith(f"error: {expected}invalid choice: 'rigde'")
+    miniature.write("- a list")
+    assert answer() == "error: results/mini.yaml: must have keys, not ['a list']"
+
+
+# The report, from numbers that were made up: three seeds, five folds, everything that a file can declare.
+
+DECLARED = """
+corpora: {esc10: , urbansound8k: /data/UrbanSound8K}
+corpus: esc10
+target: 0.6
+imagenet: {path: /nowhere/resnet18.pth}
+pretraining:
+  dls: {corpora: [esc10], seeds: [0, 1, 2]}
+  dls-train: {corpora: [esc10], folds: all, seeds: [0, 1]}
+  other: {corpora: [urbansound8k]}
+  both: {corpora: [esc10], start: imagenet}
+  further: {corpora: [esc10], start: other}
+arms:
+  scratch: {pretraining: none}
+  dls: {pretraining: dls, label: DLS}
+  dls-train: {pretraining: dls-train}
+  further: {pretraining: further}
+  imagenet: {pretraining: imagenet}
+  both: {pretraining: both}
+fine_tuning:
+  - {name: default, arms: [scratch, dls, dls-train, further, imagenet, both], seeds: [0, 1, 2]}
+  - {name: head, arms: [scratch, dls], options: --classifier_init ridge --num_train_epochs 0}
+search: {corpora: [esc10], seeds: [0, 1], options: --nce_t 0.4, grid: true, vary: {--nce_t: [0.4, 0.1], --nce_k: [16]}}
+"""
+EPOCHS = 6
+
+
+def made_up(cell, random: np.random.Generator) -> dict:
+    """A result as CellStore.finish writes it."""
+    result = {
+        "cell": cell.name, "key": cell.key, "kind": cell.kind, **cell.facts, "command": "", "network": {"depths": [1]},
+        "starts_from": cell.start and cell.start.name, "wall_seconds": random.uniform(50, 500), "options": {},
+        "environment": {"hardware": "abacus", "threads": 2, "precision": "no", "commit": "1", "versions": {"a": "1"}},
+    }  # fmt: skip
+    if cell.kind in ("pretrain", "search"):
+        corpora = dict.fromkeys(cell.corpora)
+        history = [
+            {"epoch": epoch, "knn_accuracy": {c: random.integers(80) / 80 for c in corpora}} for epoch in (0, 9)
+        ]
+        return result | {"history": history, "clips": dict.fromkeys(corpora, 400), "excluded_folds": {}}
+    folds = {}
+    for fold in [cell.facts["fold"]] if cell.facts["fold"] else range(1, 6):
+        epochs = 0 if cell.facts["setting"] == "head" else EPOCHS
+        level = 0.2 + 0.1 * len(cell.facts["arm"]) / 4
+        accuracy = [round(80 * (level + random.uniform(0, 0.1 * i))) / 80 for i in range(epochs)]
+        run = {"accuracy_per_epoch": accuracy, "seconds_per_epoch": np.cumsum(random.uniform(5, 9, epochs)).tolist()}
+        run |= {"test_clips": 80, "test_clips_heard_in_pretraining": 80 if cell.facts["arm"] == "dls" else None}
+        if not epochs:
+            run |= {"accuracy_at_start": random.integers(80) / 80, "seconds_at_start": random.uniform(1, 9)}
+        folds[str(fold)] = run
+    return result | {"folds": folds}
+
+
+@pytest.fixture(scope="module")
+def reported(tmp_path_factory):
+    """The folder of the report, and the cells' results; one fold of one seed of one arm has not been run."""
+    folder = tmp_path_factory.mktemp("report")
+    (folder / "all.yaml").write_text(DECLARED)
+    (folder / "all" / "cells").mkdir(parents=True)
+    random = np.random.default_rng(5)
+    for cell in Planner(folder / "all.yaml", {}).plan.cells:
+        of_imagenet = cell.kind == "imagenet" or cell.facts.get("arm") == "imagenet"
+        if not of_imagenet and cell.name != "finetune.default.dls-train.seed2.fold4":
+            path = folder / "all" / "cells" / f"{cell.name}.json"
+            path.write_text(json.dumps(made_up(cell, random)))
+    succeed("reproduce.py", folder / "all.yaml", "--report")
+    return folder / "all", cells_of(folder / "all")
+
+
+def fold_results(cells: dict[str, dict], setting: str, arm: str) -> dict[tuple[int, int], dict]:
+    found = [c for c in cells.values() if (c["kind"], c.get("setting"), c.get("arm")) == ("finetune", setting, arm)]
+    return {(c["seed"], int(fold)): run for c in found for fold, run in c["folds"].items()}
+
+
+SEEDS = {"scratch": (0, 1, 2), "dls": (0, 1, 2), "dls-train": (0, 1), "further": (0, 1, 2), "both": (0, 1, 2)}
+FOLDS = (1, 2, 3, 4, 5)
+
+
+def test_accuracies_are_those_of_the_cells(reported):
+    folder, cells = reported
+    report = (folder / "README.md").read_text()
+    rows = {row["arm"]: row for row in table(report, "## default")}
+    assert list(rows) == ["scratch", "DLS", "dls-train", "further", "both"]
+    for arm, seeds in SEEDS.items():
+        runs, row = fold_results(cells, "default", arm), rows["DLS" if arm == "dls" else arm]
+        for epoch, column in ((1, "epoch 1"), (2, "epoch 2"), (3, "epoch 3"), (6, "epoch 6 (last)")):
+            by_fold = [sum(runs[s, f]["accuracy_per_epoch"][epoch - 1] for s in seeds) / len(seeds) for f in FOLDS]
+            mean = sum(by_fold) / 5
+            spread = (sum((value - mean) ** 2 for value in by_fold) / 5) ** 0.5
+            assert row[column] == f"{mean:.3f} ± {spread:.3f}"
+        assert row["seeds × folds"] == f"{len(seeds)} × 5"
+    assert rows["DLS"]["held-out clips heard"] == "400 of 400" and rows["both"]["held-out clips heard"] == "unknown"
+    with open(folder / "per_epoch.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    for line in lines:
+        run = cells[line["cell"]]["folds"][line["fold"]]
+        epoch = int(line["epoch"])
+        accuracies = [run.get("accuracy_at_start"), *run["accuracy_per_epoch"]]
+        seconds = [run.get("seconds_at_start"), *run["seconds_per_epoch"]]
+        assert (float(line["accuracy"]), float(line["seconds"])) == (accuracies[epoch], seconds[epoch])
+    assert len(lines) == (4 * 3 * 5 + 14) * EPOCHS + 10
+    assert "Not run yet, or failed (see `logs/`): `finetune.default.dls-train.seed2.fold4`." in report
+    assert "Skipped: imagenet, because /nowhere/resnet18.pth is neither here" in report
+    assert "Skipped: pre-training both" not in report, "it is done"
+    assert "more than pre-training" not in report
+
+
+def test_differences_are_paired(reported):
+    folder, cells = reported
+    rows = {row["arm"]: row for row in table((folder / "README.md").read_text(), "Accuracy less that")}
+    scratch = fold_results(cells, "default", "scratch")
+    means = [np.mean([run["accuracy_per_epoch"][epoch] for run in scratch.values()]) for epoch in range(EPOCHS)]
+    random = np.random.default_rng(77)
+    for arm, seeds in SEEDS.items():
+        if arm == "scratch":
+            continue
+        runs, row = fold_results(cells, "default", arm), rows["DLS" if arm == "dls" else arm]
+        early = {
+            (s, f): sum(runs[s, f]["accuracy_per_epoch"][e] - scratch[s, f]["accuracy_per_epoch"][e] for e in range(3))
+            / 3
+            for s in seeds
+            for f in FOLDS
+        }
+        assert float(row["difference"]) == pytest.approx(sum(early.values()) / len(early), abs=6e-4)
+        draws = []
+        for _ in range(4000):
+            drawn_seeds, drawn_folds = random.choice(seeds, len(seeds)), random.choice(FOLDS, len(FOLDS))
+            draws.append(np.mean([early[s, f] for s in drawn_seeds for f in drawn_folds]))
+        interval = [float(end) for end in row["95 % interval"].split(" to ")]
+        assert interval == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.004)
+        reached = np.mean([runs[s, f]["accuracy_per_epoch"][2] for s in seeds for f in FOLDS])
+        assert row["accuracy after epoch 3"] == f"{reached:.3f}"
+        first = next((str(epoch) for epoch, mean in enumerate(means, 1) if mean >= reached), "not within 6")
+        assert row["which scratch reaches after epoch"] == first
+
+
+def test_seconds_to_the_target(reported):
+    folder, cells = reported
+    rows = {row["arm"]: row for row in table((folder / "README.md").read_text(), "Seconds until the accuracy")}
+
+    def told(seconds):
+        seconds = sorted(seconds)
+        middle = (seconds[(len(seconds) - 1) // 2] + seconds[len(seconds) // 2]) / 2
+        reached = sum(np.isfinite(seconds))
+        return f"{f'{middle:.0f} s' if np.isfinite(middle) else 'not reached'} ({reached} of {len(seconds)})"
+
+    before = {
+        "scratch": lambda seed, fold: 0,
+        "dls": lambda seed, fold: cells[f"pretrain.dls.seed{seed}"]["wall_seconds"],
+        "dls-train": lambda seed, fold: cells[f"pretrain.dls-train.seed{seed}.fold{fold}"]["wall_seconds"],
+        "further": lambda *_: (
+            cells["pretrain.other.seed0"]["wall_seconds"] + cells["pretrain.further.seed0"]["wall_seconds"]
+        ),
+    }
+    outcomes = set()
+    for arm, seeds in SEEDS.items():
+        runs, row = fold_results(cells, "default", arm), rows["DLS" if arm == "dls" else arm]
+        own = {}
+        for key in ((s, f) for s in seeds for f in FOLDS):
+            epochs = zip(runs[key]["accuracy_per_epoch"], runs[key]["seconds_per_epoch"], strict=True)
+            own[key] = min([seconds for accuracy, seconds in epochs if accuracy >= 0.6], default=np.inf)
+        assert row["fine-tuning"] == told(own.values())
+        whole = "trained elsewhere" if arm == "both" else told(own[k] + before[arm](*k) for k in own)
+        assert row["with its pre-training"] == whole
+        outcomes.add("not reached" in row["fine-tuning"])
+    assert outcomes == {True, False}, "both cases occur"
+
+
+def test_other_tables(reported):
+    folder, cells = reported
+    report = (folder / "README.md").read_text()
+    for row in table(report, "Closed-form classifier"):
+        runs = fold_results(cells, "head", row["arm"].lower())
+        accuracy = [run["accuracy_at_start"] for run in runs.values()]
+        assert row["accuracy"] == f"{np.mean(accuracy):.3f} ± {np.std(accuracy):.3f}"
+        assert row["seconds a fold"] == f"{np.median([run['seconds_at_start'] for run in runs.values()]):.1f}"
+    rows = {row["pre-training"]: row for row in table(report, "## Pre-training")}
+    for name, row in rows.items():
+        runs = [cell for cell in cells.values() if cell["kind"] == "pretrain" and cell["pretraining"] == name]
+        corpus = "urbansound8k" if name == "other" else "esc10"
+        for column, entry in (("before", 0), ("after", -1)):
+            knn = [run["history"][entry]["knn_accuracy"][corpus] for run in runs]
+            spread = f" ± {np.std(knn):.3f}" if len(runs) > 1 else ""
+            assert row[column] == f"{np.mean(knn):.3f}{spread}"
+        assert row["runs"] == str(len(runs)) == {"dls": "3", "dls-train": "10"}.get(name, "1")
+    rows = {row["change"].strip("`"): row for row in table(report, "## Search")}
+    names = {"none (the base)": "base", "--nce_k 16": "nce_k=16", "--nce_t 0.1, --nce_k 16": "nce_t=0.1,nce_k=16"}
+    assert list(rows) == list(names)
+    after = {
+        change: [cells[f"search.{name}.seed{seed}"]["history"][-1]["knn_accuracy"]["esc10"] for seed in (0, 1)]
+        for change, name in names.items()
+    }
+    base = after.pop("none (the base)")
+    best = max(np.mean(base), *map(np.mean, after.values()))
+    for change, knn in after.items():
+        assert float(rows[change]["difference to the base"]) == pytest.approx(np.mean(knn) - np.mean(base), abs=6e-4)
+        assert rows[change]["k-NN after"].startswith("**") == (np.mean(knn) == best)
+    assert table(report, "## Where it ran")[0]["cells"] == str(len(cells))
+
+
+def test_what_else_differs_is_said(reported, tmp_path):
+    """Another network, or options that changed under the same words (a recipe, between two commits)."""
+    folder = shutil.copytree(reported[0], tmp_path / "all")
+    shutil.copy(reported[0].with_suffix(".yaml"), tmp_path)
+    for name, change in {"dls": {"network": {"depths": [2]}}, "scratch": {"options": {"learning_rate": 1}}}.items():
+        path = folder / "cells" / f"finetune.default.{name}.seed0.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    succeed("reproduce.py", tmp_path / "all.yaml", "--report")
+    report = (folder / "README.md").read_text()
+    assert "**Arms differ in more than pre-training:** network or spectrogram: depths is [1] or [2]." in report
+    assert "**Arms differ in more than pre-training:** default: --learning_rate is 1 or null." in report
