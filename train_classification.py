@@ -7,6 +7,8 @@ epoch. No checkpoint is chosen by it; the model is the last epoch's.
 """
 # ruff: noqa: E402
 
+from argparse import BooleanOptionalAction
+
 from dls_training.arguments import UserError, at_least, finish_parsing, make_parser
 
 RECIPES = {
@@ -54,7 +56,8 @@ def parse_args(argv: list[str] | None = None):
     add("--freeze_backbone", action="store_true", help="train the classifier alone; the paper found that worse")
     add(
         "--freeze_batch_norm",
-        action="store_true",
+        action=BooleanOptionalAction,
+        default=False,
         help="keep the batch-norm statistics of the pre-training: batches of a few labelled clips estimate them badly",
     )
     add("--classifier_init", choices=("random", "ridge"), default="random",

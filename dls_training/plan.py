@@ -171,9 +171,11 @@ class Planner:
             section.fail("this name is taken: choose another")
         corpora, seeds = section.choices("corpora", self.directories), section.numbers("seeds", [0])
         options, folds = section.options(), section.take("folds", str, "none")
-        section.check_known(folds, ("none", "all"), "folds")
-        if folds == "all" and self.corpus not in corpora:
+        section.check_known(folds, ("none", "all", "excluded"), "folds")
+        if folds != "none" and self.corpus not in corpora:
             section.fail(f"its corpora do not include {self.corpus}, so it has no fold to leave out", "folds")
+        if folds == "excluded":
+            options += self.left_out(*self.known_folds(section))
         held_out = self.known_folds(section) if folds == "all" else [None]
         start = section.take("start", str, None)
         if start is not None:
@@ -193,8 +195,8 @@ class Planner:
         cell_name = joined("pretrain", name, f"seed{seed}", fold and f"fold{fold}")
         return Cell(cell_name, "pretrain", f"pretraining.{name}", PRETRAINING, words, corpora, begins, facts, index)
 
-    def left_out(self, fold: int | None) -> list[str]:
-        return ["--exclude_fold", f"{self.corpus}={fold}"] if fold else []
+    def left_out(self, *folds: int | None) -> list[str]:
+        return [word for fold in folds if fold for word in ("--exclude_fold", f"{self.corpus}={fold}")]
 
     def start_cell(self, name: str, index: int, fold: int | None) -> Cell:
         """What the run number `index` starts from: seeds of a pre-training take turns."""
