@@ -128,6 +128,7 @@ def pretraining_rows(results: list[dict]) -> list[dict]:
     found = [result for result in results if result["kind"] == "pretrain"]
     for name in dict.fromkeys(result["pretraining"] for result in found):
         runs = [result for result in found if result["pretraining"] == name]
+        left_out = sum(map(len, runs[0]["excluded_folds"].values()))
         for corpus in runs[0]["history"][0]["knn_accuracy"] or [None]:
             pairs = [knn_before_and_after(run, corpus) for run in runs if corpus]
             rows.append(
@@ -140,7 +141,7 @@ def pretraining_rows(results: list[dict]) -> list[dict]:
                     "clips": plus_minus([sum(run["clips"].values()) for run in runs], ".0f"),
                     "epochs": plus_minus([run["history"][-1]["epoch"] for run in runs], ".0f"),
                     "minutes": plus_minus([run["wall_seconds"] / 60 for run in runs], ".1f"),
-                    "folds": "one left out" if runs[0]["excluded_folds"] else "all heard (transductive)",
+                    "folds": f"{left_out} left out" if left_out else "all heard (transductive)",
                 }
             )
     return rows

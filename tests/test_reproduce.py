@@ -367,7 +367,9 @@ def made_up(cell, random: np.random.Generator) -> dict:
         history = [
             {"epoch": epoch, "knn_accuracy": {c: random.integers(80) / 80 for c in corpora}} for epoch in (0, 9)
         ]
-        return result | {"history": history, "clips": dict.fromkeys(corpora, 400), "excluded_folds": {}}
+        fold = cell.facts["fold"]
+        excluded = {"esc10": [fold]} if fold else {}
+        return result | {"history": history, "clips": dict.fromkeys(corpora, 400), "excluded_folds": excluded}
     folds = {}
     for fold in [cell.facts["fold"]] if cell.facts["fold"] else range(1, 6):
         epochs = 0 if cell.facts["setting"] == "head" else EPOCHS
@@ -512,6 +514,7 @@ def test_other_tables(reported):
             knn = [run["history"][entry]["knn_accuracy"][corpus] for run in runs]
             spread = f" ± {np.std(knn):.3f}" if len(runs) > 1 else ""
             assert row[column] == f"{np.mean(knn):.3f}{spread}"
+        assert row["folds"] == ("1 left out" if name == "dls-train" else "all heard (transductive)")
         assert row["runs"] == str(len(runs)) == {"dls": "3", "dls-train": "10"}.get(name, "1")
     rows = {row["change"].strip("`"): row for row in table(report, "## Search")}
     names = {"none (the base)": "base", "--nce_k 16": "nce_k=16", "--nce_t 0.1, --nce_k 16": "nce_t=0.1,nce_k=16"}
