@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Two processes: scripts in tests spend much of their time starting up. A file's tests stay together, for its fixtures.
 PARALLEL := -n 2 --dist loadfile
-CODE := modeling_dls datasets_scripts dls_training hub_cards benchmarks tests *.py
+CODE := modeling_dls datasets_scripts dls_training dls_comparison hub_cards benchmarks tests *.py
 
 .PHONY: demo test test-fast quality style benchmark clean
 

@@ -11,8 +11,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from dls_comparison.plan import FINE_TUNING, PRETRAINING, Cell, Plan, Planner
 from dls_training.arguments import UserError, at_least, corpus_and_source
-from dls_training.plan import FINE_TUNING, PRETRAINING, Cell, Plan, Planner
 
 
 def parse_args(argv: list[str] | None = None):
@@ -54,12 +54,12 @@ import time
 from fnmatch import fnmatchcase
 
 from datasets_scripts.exporting import is_hub_id
-from dls_training import comparison
-from dls_training.cells import CellStore
+from dls_comparison import outcomes
+from dls_comparison.cells import CellStore
+from dls_comparison.running import claimed, duration, run_cell
+from dls_comparison.tables import tables
 from dls_training.checkpoints import files_moved_into_place
-from dls_training.comparison_tables import tables
 from dls_training.report import draw_comparison
-from dls_training.running import claimed, duration, run_cell
 from dls_training.runtime import Interrupted, SignalWatch, run_script
 from hub_cards import write_comparison
 
@@ -179,8 +179,8 @@ def write_report(plan: Plan, store: CellStore) -> None:
     """README.md, accuracy.png, per_epoch.csv and commands.txt: from the cells' results, and nothing else."""
     cells = [cell for cell in plan.cells if cell.kind != "imagenet"]
     results = [result for cell in plan.cells if (result := store.result(cell))]
-    by_setting = comparison.gather(plan, results)
-    panels = comparison.curves(by_setting)
+    by_setting = outcomes.gather(plan, results)
+    panels = outcomes.curves(by_setting)
     with files_moved_into_place(store.results) as folder:
         write_comparison(
             folder / "README.md",
@@ -193,9 +193,9 @@ def write_report(plan: Plan, store: CellStore) -> None:
             **tables(plan, by_setting, results),
         )
         with (folder / "per_epoch.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, comparison.EPOCH_COLUMNS)
+            writer = csv.DictWriter(file, outcomes.EPOCH_COLUMNS)
             writer.writeheader()
-            writer.writerows(comparison.epoch_lines(results))
+            writer.writerows(outcomes.epoch_lines(results))
         commands = [f"{shlex.join(store.command(cell))}\n" for cell in plan.cells if not cell.ready]
         (folder / "commands.txt").write_text("".join(commands), encoding="utf-8")
         if panels:

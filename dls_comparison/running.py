@@ -13,10 +13,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from .arguments import UserError
+from dls_training.arguments import UserError
+from dls_training.runtime import Interrupted, SignalWatch
+
 from .cells import CellStore, local_weights
 from .plan import Cell
-from .runtime import Interrupted, SignalWatch
 
 HERE = Path(__file__).resolve().parents[1]
 # A progress bar ends with its times, "[00:03<00:12, 45.0 clips/s]"; a line of the log may follow it.

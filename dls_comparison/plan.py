@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from itertools import pairwise, product
 from pathlib import Path
 
-from .arguments import UserError
+from dls_training.arguments import UserError
+
 from .sections import OWN_OPTIONS, Section, read_yaml
 
 PRETRAINING, FINE_TUNING = "train_npid.py", "train_classification.py"

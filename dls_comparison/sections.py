@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from .arguments import UserError
+from dls_training.arguments import UserError
 
 # They become parts of file names, between dots.
 NAME = re.compile(r"[\w+-]+", re.ASCII)

@@ -6,7 +6,7 @@ import statistics
 
 import numpy as np
 
-from .comparison import (
+from .outcomes import (
     FIRST_EPOCHS,
     RESAMPLES,
     Runs,

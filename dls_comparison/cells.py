@@ -8,7 +8,8 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
 
-from .checkpoints import PREFIX, files_moved_into_place, write_json
+from dls_training.checkpoints import PREFIX, files_moved_into_place, write_json
+
 from .plan import CONVERSION, FINE_TUNING, PRETRAINING, Cell, Plan
 
 # What the report needs of a script's all_results.json. The rest is as long as the corpus, or stands elsewhere.
