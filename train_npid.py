@@ -25,7 +25,7 @@ RECIPES = {
         "keep_spectrograms": True,
         "objective": "softmax",
         "nce_t": 0.1,
-        "num_train_epochs": 100,
+        "num_train_epochs": 200,
         "per_device_train_batch_size": 32,
         "optimizer": "adamw",
         "learning_rate": 1e-3,
