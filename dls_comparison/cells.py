@@ -171,7 +171,7 @@ def read_json(path: Path) -> dict:
 
 def network(folder: Path) -> dict:
     """What must be the same for two runs to be comparable: the network's structure and the signal settings."""
-    from .networks import STRUCTURE  # loads the models, which nothing else here needs
+    from dls_training.networks import STRUCTURE  # loads the models, which nothing else here needs
 
     config, signal_settings = read_json(folder / "config.json"), read_json(folder / "preprocessor_config.json")
     told = {name: config.get(name) for name in STRUCTURE} | signal_settings
