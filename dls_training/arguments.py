@@ -7,7 +7,6 @@ import textwrap
 from pathlib import Path
 
 PRESETS = ("esresnet50", "esresnet18", "small", "small_mel", "tiny", "densenet121", "densenet_small")
-CHANGES_TO_PRESETS = ("pooling", "frequency_scale", "spec_height", "spec_width")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 CACHE_GIGABYTES = 20.0
@@ -209,10 +208,8 @@ def finish_parsing(
     preset = recipe.pop("preset", None)
     parser.set_defaults(**recipe)
     args = parser.parse_args(argv)
-    if not args.model_name_or_path:
+    if not args.model_name_or_path:  # a checkpoint brings its own network
         args.preset = args.preset or preset
-    elif changed := [name for name in CHANGES_TO_PRESETS if getattr(args, name) is not None]:
-        parser.error(f"--{changed[0]} changes a preset, but --model_name_or_path brings its own: leave it out")
     if not args.num_train_epochs and getattr(args, "classifier_init", None) != "ridge":
         parser.error("--num_train_epochs 0 trains nothing; train_classification.py can, with --classifier_init ridge")
     if args.keep_spectrograms and args.augmentation != "spectrogram":

@@ -22,13 +22,28 @@ def given(args, *names: str) -> dict:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
+def check_agreement(args, options: dict, found) -> None:
+    """Options that change a preset may be said of a checkpoint, too, but change nothing there.
+
+    Raises:
+        UserError: naming one that the checkpoint does not agree with.
+    """
+    for name, value in options.items():
+        if getattr(found, name) != value:
+            raise UserError(
+                f"--{name} {value}: --model_name_or_path {args.model_name_or_path} has {getattr(found, name)}, which "
+                "it was trained with; leave the option out"
+            )
+
+
 def make_extractor(args) -> ESResNetFeatureExtractor:
     """The checkpoint's extractor, or the preset's, set to the length and channels of this run.
 
     Raises:
-        UserError: if the checkpoint has none, the settings do not go together, or a view is shorter than one analysis
-            window.
+        UserError: if the checkpoint has none, or others than options say, the settings do not go together, or a view
+            is shorter than one analysis window.
     """
+    changes = given(args, "frequency_scale", "spec_height", "spec_width")
     if args.model_name_or_path:
         source = Path(args.model_name_or_path)
         if not source.exists() and (source.is_absolute() or len(source.parts) > 2):
@@ -39,8 +54,8 @@ def make_extractor(args) -> ESResNetFeatureExtractor:
             extractor = ESResNetFeatureExtractor.from_pretrained(args.model_name_or_path)
         except (OSError, ValueError) as error:
             raise UserError(f"--model_name_or_path {args.model_name_or_path}: {error}") from error
+        check_agreement(args, changes, extractor)
     else:
-        changes = given(args, "frequency_scale", "spec_height", "spec_width")
         try:
             extractor = ESResNetFeatureExtractor.from_preset(args.preset, **changes)
         except ValueError as error:
@@ -66,18 +81,20 @@ def make_config(args, **overrides) -> ESResNetConfig:
     """The checkpoint's configuration, or the preset's, with `overrides`.
 
     Raises:
-        UserError: if there is no such checkpoint, or it was made from another preset than --preset.
+        UserError: if there is no such checkpoint, or it was made from another preset than --preset, or changed.
     """
+    changes = given(args, "pooling")
     if not args.model_name_or_path:
-        return ESResNetConfig.from_preset(args.preset, **given(args, "pooling"), **overrides)
+        return ESResNetConfig.from_preset(args.preset, **changes, **overrides)
     try:
         config = ESResNetConfig.from_pretrained(args.model_name_or_path, **overrides)
     except (OSError, ValueError) as error:
         raise UserError(f"--model_name_or_path {args.model_name_or_path}: {error}") from error
     if config.model_type != "esresnet":
         raise UserError(f"--model_name_or_path {args.model_name_or_path} is a {config.model_type}, not an ESResNet")
+    check_agreement(args, changes, config)
     if args.preset:
-        preset, own = structure(ESResNetConfig.from_preset(args.preset)), structure(config)
+        preset, own = structure(ESResNetConfig.from_preset(args.preset, **changes)), structure(config)
         differing = [name for name in STRUCTURE if preset[name] != own[name]]
         if differing:
             raise UserError(

@@ -406,9 +406,12 @@ def test_recipes(sound_folder, tmp_path):
     )
     assert config["pooling"] == "mean" and config["embedding_size"] == 32
     assert [signal[name] for name in ("frequency_scale", "spec_height", "spec_width")] == ["linear", 16, 40]
-    message = fail("train_npid.py", *quick, *changed[:2], "--model_name_or_path", tmp_path / "npid")
-    assert "--pooling changes a preset, but --model_name_or_path brings its own" in message
     nowhere = ["--output_dir", tmp_path / "never"]
+    for option, value, own in (("--pooling", "mean", "statistics"), ("--spec_height", "16", "32")):
+        start = ["--model_name_or_path", tmp_path / "npid", *nowhere]
+        message = fail("train_npid.py", *quick, option, value, *start)
+        assert f"{option} {value}" in message and f"has {own}, which it was trained with" in message
+        succeed("train_npid.py", *quick, option, own, *start[:2], "--output_dir", tmp_path / f"again{option}")
     message = fail("train_npid.py", *quick, "--preset", "esresnet50", "--frequency_scale", "mel", *nowhere)
     assert "--preset esresnet50 with frequency_scale changed" in message and "spec_height" in message
     # What no longer goes together is told with the way out.
