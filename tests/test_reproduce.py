@@ -301,6 +301,17 @@ def test_mistakes_in_the_file(right, wrong, message, tmp_path):
     assert str(error.value).startswith(f"{file}{message}") and "\n" not in str(error.value)
 
 
+def test_pretraining_that_hears_none_of_the_labelled_corpus(tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text(DECLARED.replace("{corpora: [urbansound8k]}", "{corpora: [esc10, urbansound8k], folds: excluded}"))
+    (cell,) = [cell for cell in Planner(file, {}).plan.cells if cell.name == "pretrain.other.seed0"]
+    left_out = [word for fold in range(1, 6) for word in ("--exclude_fold", f"esc10={fold}")]
+    assert cell.options == [*left_out, "--seed", "0"]
+    file.write_text(DECLARED.replace("{corpora: [urbansound8k]}", "{corpora: [urbansound8k], folds: excluded}"))
+    with pytest.raises(UserError, match="pretraining.other.folds: its corpora do not include esc10"):
+        Planner(file, {})
+
+
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"nowhere.yaml cannot be read: No such file"):
         Planner(tmp_path / "nowhere.yaml", {})
