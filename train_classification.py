@@ -93,6 +93,7 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from datasets import Dataset
+from torch.nn.modules.batchnorm import _BatchNorm  # of one process, or synchronised over several
 
 from datasets_scripts import corpus_report, train_test_folds
 from dls_training.arguments import plain_options
@@ -229,13 +230,19 @@ class FoldRun:
             return self.bare_model.esresnet(self.make_views(batch)).pooler_output.float()
 
     def estimate_batch_norm_statistics(self) -> None:
-        """Of a random network, from one pass over the training clips: what it starts with describes no data at all."""
+        """Of a random network: the mean over one pass of the training clips. What it starts with describes no data."""
+        norms = [module for module in self.bare_model.modules() if isinstance(module, _BatchNorm)]
+        momentum = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # the plain mean of all batches, however few they are
         self.bare_model.train()
         for batch in self.loop.loader:
             self.pooled(batch)
-        for name, buffer in self.bare_model.named_buffers():
-            if name.endswith(("running_mean", "running_var")):
-                buffer.copy_(self.accelerator.reduce(buffer, "mean"))
+        for norm, usual in zip(norms, momentum, strict=True):
+            norm.momentum = usual
+            for statistic in (norm.running_mean, norm.running_var):
+                statistic.copy_(self.accelerator.reduce(statistic, "mean"))
 
     def evaluate(self, epoch: int, is_last: bool) -> dict[str, float]:
         """Accuracy on the held-out fold: each clip's class probabilities are the mean over its windows."""
@@ -267,7 +274,7 @@ class FoldRun:
             "loss_per_epoch": [entry["loss"] for entry in history],
             "clips_per_second": [entry["clips_per_second"] for entry in history],
             "seconds_per_epoch": [entry["seconds"] for entry in history],
-            "seconds": self.loop.progress.seconds,
+            "seconds": self.loop.seconds,
         }
 
 

@@ -308,7 +308,7 @@ def test_pretraining_that_hears_none_of_the_labelled_corpus(tmp_path):
     left_out = [word for fold in range(1, 6) for word in ("--exclude_fold", f"esc10={fold}")]
     assert cell.options == [*left_out, "--seed", "0"]
     file.write_text(DECLARED.replace("{corpora: [urbansound8k]}", "{corpora: [urbansound8k], folds: excluded}"))
-    with pytest.raises(UserError, match="pretraining.other.folds: its corpora do not include esc10"):
+    with pytest.raises(UserError, match=r"pretraining\.other\.folds: its corpora do not include esc10"):
         Planner(file, {})
 
 

@@ -289,3 +289,19 @@ def test_closed_form_options_that_do_nothing_are_refused():
     message = fail("train_classification.py", "--freeze_batch_norm")
     assert "--freeze_batch_norm needs statistics" in message and "--classifier_init ridge" in message
     assert "--num_train_epochs 0 trains nothing" in fail("train_npid.py", "--num_train_epochs", "0")
+
+
+def test_batch_norm_statistics_of_a_random_network_are_means(options, pretrained, tmp_path):
+    """Of a single batch of training clips: exactly what one forward pass says, and nothing of the initial values."""
+    succeed(
+        "train_classification.py", *options, "--model_name_or_path", pretrained, "--init", "scratch", "--fold", "2",
+        "--classifier_init", "ridge", "--num_train_epochs", "0", "--labels_per_class", "2",
+        "--per_device_train_batch_size", "100", "--output_dir", tmp_path / "run",
+    )  # fmt: skip
+    state = load_file(tmp_path / "run" / "model.safetensors")
+    counted = [tensor for name, tensor in state.items() if name.endswith("num_batches_tracked")]
+    assert counted and all(count == 1 for count in counted)
+    mean = state["esresnet.embedder.embedder.normalization.running_mean"]
+    variance = state["esresnet.embedder.embedder.normalization.running_var"]
+    # The stem sees standardised decibels: with the usual momentum, a tenth of one batch, variances would be near 0.9.
+    assert ((variance - 0.9).abs() > 0.2).all() and mean.abs().max() > 0.1
