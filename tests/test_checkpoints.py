@@ -495,7 +495,8 @@ class Run:
             "seed": 0, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "optimizer": optimizer,
             "learning_rate": 0.1, "weight_decay": 0.01, "lr_scheduler_type": "linear", "clip_seconds": 1.0,
             "audio_channels": 1, "num_train_epochs": 2, "max_train_steps": None, "checkpointing_steps": "epoch",
-            "checkpoints_total_limit": 1, "augmentation": "waveform", "warmup_steps": 0, "keep_spectrograms": False,
+            "checkpoints_total_limit": 1, "augmentation": "waveform", "augmentation_strength": 1.0,
+            "warmup_steps": 0, "keep_spectrograms": False,
             "memory_format": "auto",
         }  # fmt: skip
         self.stop_after, self.fail_in_epoch, self.seen = stop_after, fail_in_epoch, []

@@ -507,6 +507,7 @@ def pretext(tmp_path, batch_size, accumulation, num_clips=8, training=False, **o
         checkpointing_steps="epoch",
         checkpoints_total_limit=1,
         augmentation="waveform",
+        augmentation_strength=1.0,
     )
     loader = DataLoader(
         Clips(num_clips), batch_size, sampler=ShuffledClips(num_clips, 8, 0), collate_fn=collate_training
