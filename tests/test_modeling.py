@@ -361,7 +361,7 @@ def test_a_densenet_needs_timm(head, monkeypatch):
 
 
 def test_an_unknown_preset_is_refused():
-    with pytest.raises(ValueError, match=r"unknown preset 'resnet50'.*esresnet50, esresnet18, small, tiny"):
+    with pytest.raises(ValueError, match=r"unknown preset 'resnet50'.*esresnet50, esresnet18, small, small_mel, tiny"):
         ESResNetConfig.from_preset("resnet50")
 
 
