@@ -155,7 +155,8 @@ class StatisticsPooling(nn.Module):
             change = picture.diff(dim=3).abs().sum(dim=3) / max(picture.shape[3] - 1, 1)
             statistics += [mean, (variance + self.EPSILON).sqrt(), picture.amax(dim=3), change]
         pooled = torch.cat([statistic.flatten(1) for statistic in statistics], dim=1)
-        return self.norm(pooled.unflatten(0, (-1, audio_channels)).sum(dim=1))
+        pooled = pooled.unflatten(0, (-1, audio_channels)).sum(dim=1)
+        return self.norm(pooled.to(self.norm.running_mean.dtype))  # of a model that was cast as a whole, its own
 
 
 @contextmanager

@@ -254,6 +254,8 @@ def test_statistics_of_constant_pictures_have_gradients():
     assert embeddings.dtype == torch.float32
     (embeddings * torch.randn(3, 32)).sum().backward()
     assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+    whole = model.eval().to(torch.bfloat16)(torch.zeros(3, 1, 3, 32, 64, dtype=torch.bfloat16))
+    assert whole.pooler_output.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("size", [(8, 12), (4, 6), (2, 12), (5, 7), (1, 1), (3, 12)])
