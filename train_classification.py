@@ -95,7 +95,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch.nn.modules.batchnorm import _BatchNorm  # of one process, or synchronised over several
 
-from datasets_scripts import corpus_report, train_test_folds
+from datasets_scripts import corpus_facts, corpus_report, train_test_folds
 from dls_training.arguments import plain_options
 from dls_training.checkpoints import claim_output_dir, files_moved_into_place, find_checkpoint, write_json
 from dls_training.closed_form import ridge_classifier
@@ -108,7 +108,7 @@ from dls_training.input_pipeline import (
 )
 from dls_training.loop import GlobalBatch, TrainingLoop, describe
 from dls_training.memory_bank import BANK_FILE, clip_keys, opened
-from dls_training.metrics import Accuracy
+from dls_training.metrics import Accuracy, ConfusionMatrix, per_class_accuracy
 from dls_training.networks import make_config, make_extractor, make_model, structure
 from dls_training.runtime import environment, make_accelerator, run_script, start_tracking
 from hub_cards import final_accuracy, write_card
@@ -244,18 +244,35 @@ class FoldRun:
             for statistic in (norm.running_mean, norm.running_var):
                 statistic.copy_(self.accelerator.reduce(statistic, "mean"))
 
-    def evaluate(self, epoch: int, is_last: bool) -> dict[str, float]:
-        """Accuracy on the held-out fold: each clip's class probabilities are the mean over its windows."""
-        model, metric = self.loop.model, Accuracy(keep_in_memory=True)
-        model.eval()
+    def held_out(self) -> dict[str, torch.Tensor]:
+        """The held-out clips, in order: `labels`, `predictions` and `features`, means over a clip's windows.
+
+        The prediction is the class of the largest mean probability.
+        """
+
+        def probabilities_and_features(input_values):
+            with self.accelerator.autocast():
+                features = self.bare_model.esresnet(input_values).pooler_output
+                return torch.cat([self.bare_model.classifier(features).float().softmax(-1), features.float()], dim=1)
+
+        self.bare_model.eval()
+        parts = []
         for batch in self.test_loader:
-            probabilities = mean_over_windows(
-                batch, self.extractor, lambda x: model(x).logits.softmax(-1), self.args.per_device_train_batch_size
+            means = mean_over_windows(
+                batch, self.extractor, probabilities_and_features, self.args.per_device_train_batch_size
             )
-            predictions, labels = self.accelerator.gather_for_metrics((probabilities.argmax(-1), batch["labels"]))
-            metric.add_batch(predictions=predictions.tolist(), references=labels.tolist())
-        model.train()
-        return metric.compute()
+            rows = batch["index"], batch["labels"], means
+            parts.append([row.cpu() for row in self.accelerator.gather_for_metrics(rows)])
+        self.bare_model.train()
+        index, labels, means = (torch.cat(column) for column in zip(*parts, strict=True))
+        order, classes = index.argsort(), self.bare_model.config.num_labels
+        probabilities, features = means[order].split([classes, means.shape[1] - classes], dim=1)
+        return {"labels": labels[order], "predictions": probabilities.argmax(-1), "features": features}
+
+    def evaluate(self, epoch: int, is_last: bool) -> dict[str, float]:
+        """Accuracy on the held-out fold."""
+        clips = self.held_out()
+        return Accuracy(keep_in_memory=True).compute(predictions=clips["predictions"], references=clips["labels"])
 
     def train(self) -> dict:
         """Trains and returns the fold's results."""
@@ -268,6 +285,12 @@ class FoldRun:
         self.loop.train(self.step, self.evaluate)
         start = [entry for entry in history if not entry["epoch"]]
         history = [entry for entry in history if entry["epoch"]]
+        self.outcome = self.held_out()
+        counts = ConfusionMatrix(keep_in_memory=True).compute(
+            predictions=self.outcome["predictions"],
+            references=self.outcome["labels"],
+            num_classes=self.bare_model.config.num_labels,
+        )
         return {
             **({"accuracy_at_start": start[0]["accuracy"], "seconds_at_start": start[0]["seconds"]} if start else {}),
             "accuracy_per_epoch": [entry["accuracy"] for entry in history],
@@ -275,7 +298,16 @@ class FoldRun:
             "clips_per_second": [entry["clips_per_second"] for entry in history],
             "seconds_per_epoch": [entry["seconds"] for entry in history],
             "seconds": self.loop.seconds,
+            **counts,
         }
+
+    def draw_features(self, path: Path) -> None:
+        """A map of the held-out clips' features, after `train`."""
+        from dls_training.report import draw_embedding  # matplotlib takes its time, and is needed once, at the end
+
+        names = list(self.bare_model.config.id2label.values())
+        title = "held-out clips, two principal components of the features"
+        draw_embedding(path, self.outcome["features"], self.outcome["labels"].numpy(), names, title)
 
 
 def pretraining_of(args) -> dict | None:
@@ -284,7 +316,9 @@ def pretraining_of(args) -> dict | None:
     if args.init == "scratch" or not path.is_file():
         return None
     earlier = json.loads(path.read_text(encoding="utf-8"))
-    kept = ("task", "clips", "excluded_folds", "objective", "seed", "command", "seconds", "environment")
+    kept = (
+        "task", "clips", "corpora", "excluded_folds", "objective", "seed", "command", "seconds", "environment",
+    )  # fmt: skip
     return {name: earlier[name] for name in kept if name in earlier}
 
 
@@ -340,6 +374,7 @@ def main() -> None:
         "corpus": corpus,
         "arm": arm_of(args, config, pretraining),
         "pretraining": pretraining,
+        "corpora": {corpus: corpus_facts(corpus)},
         "skipped_files": corpus_report(dataset)["skipped"],
         "seed": args.seed,
         "command": args.command,
@@ -362,6 +397,7 @@ def main() -> None:
             if accelerator.is_main_process:
                 with files_moved_into_place(output_dir) as folder:
                     run.save_model(folder)
+                    run.draw_features(folder / "embedding.png")
                     write_json(folder / done.name, fold_results)
             accelerator.wait_for_everyone()
         results["folds"][str(fold)] = json.loads(done.read_text(encoding="utf-8"))
@@ -370,6 +406,11 @@ def main() -> None:
     for curve in curves:
         by_fold = np.array([fold[curve] for fold in results["folds"].values()])
         results |= {f"mean_{curve}": by_fold.mean(axis=0).tolist(), f"std_{curve}": by_fold.std(axis=0).tolist()}
+    matrix = np.sum([fold["confusion_matrix"] for fold in results["folds"].values()], axis=0).tolist()
+    results |= {
+        "confusion_matrix": matrix,
+        "per_class_accuracy": dict(zip(names, per_class_accuracy(matrix), strict=True)),
+    }
     last = np.array([final_accuracy(fold) for fold in results["folds"].values()])
     logger.info(f"accuracy {last.mean():.4f} ± {last.std():.4f} at the end")
     if accelerator.is_main_process:

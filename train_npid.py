@@ -71,6 +71,7 @@ def parse_args(argv: list[str] | None = None):
 ARGS = parse_args() if __name__ == "__main__" else None
 
 import hashlib
+import itertools
 import logging
 import sys
 from collections import Counter
@@ -80,7 +81,7 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
-from datasets_scripts import combine_corpora, corpus_report
+from datasets_scripts import combine_corpora, corpus_facts, corpus_report
 from dls_training.arguments import UserError, plain_options
 from dls_training.checkpoints import claim_output_dir, files_moved_into_place, find_checkpoint, write_json
 from dls_training.health import Visits, bank_similarity
@@ -163,6 +164,8 @@ class NearestNeighbourTests:
         self.k, self.sigma = args.knn_k, args.nce_t
         self.batch_size = args.per_device_train_batch_size
         self.tests, times = {}, Counter()
+        self.names: dict[str, list[str]] = {}
+        self.embeddings: dict[str, torch.Tensor] = {}  # the newest
         for name, corpus in corpora:
             labels, folds = corpus["label"][:], torch.tensor(corpus["fold"][:])
             if None in labels or len(set(labels)) < 2:
@@ -174,6 +177,7 @@ class NearestNeighbourTests:
             loader = evaluation_loader(corpus, extractor, args)
             times[name] += 1
             shown_as = name if times[name] == 1 else f"{name}-{times[name]}"  # a second folder of one's own
+            self.names[shown_as] = corpus.features["label"].names
             self.tests[shown_as] = (
                 accelerator.prepare(loader),
                 torch.tensor(labels),
@@ -186,11 +190,19 @@ class NearestNeighbourTests:
         model.eval()
         accuracies = {}
         for name, (loader, labels, folds, held_out) in self.tests.items():
-            embeddings = self.embed(model, loader)
-            by_fold = knn_accuracy_by_fold(embeddings, labels, folds, held_out, self.k, self.sigma)
+            self.embeddings[name] = self.embed(model, loader)
+            by_fold = knn_accuracy_by_fold(self.embeddings[name], labels, folds, held_out, self.k, self.sigma)
             accuracies[name] = sum(by_fold.values()) / len(by_fold)
         model.train()
         return accuracies
+
+    def draw_first(self, path: Path) -> None:
+        """A map of the first labelled corpus' embeddings, as they were last; none without labels."""
+        from dls_training.report import draw_embedding  # matplotlib takes its time, and is needed once, at the end
+
+        for name, embeddings in itertools.islice(self.embeddings.items(), 1):
+            title = f"{name}, two principal components of the embedding"
+            draw_embedding(path, embeddings, self.tests[name][1].numpy(), self.names[name], title)
 
     def embed(self, model, loader) -> torch.Tensor:
         """Every clip of a corpus, in order: (clips, embedding_dim), the mean over a clip's windows at unit length."""
@@ -304,10 +316,13 @@ def main() -> None:
         loop.progress.history.append(start)
         logger.info(f"before training: {describe(loop.progress.history[0])}")
     loop.train(step, evaluate)
+    if not nearest_neighbours.embeddings:  # everything was done before this process began
+        nearest_neighbours(loop.model)
 
     results = {
         "task": "npid",
         **data_report,
+        "corpora": {name: corpus_facts(name) for name, _ in corpora},
         "objective": args.objective,
         "history": loop.progress.history,
         "seed": args.seed,
@@ -321,6 +336,7 @@ def main() -> None:
     else:
         with files_moved_into_place(args.output_dir) as folder:
             save_model(folder)
+            nearest_neighbours.draw_first(folder / "embedding.png")
             write_json(folder / "all_results.json", results)
             write_card(folder)
         logger.info(f"{args.output_dir} holds the model, its memory bank, all_results.json and a card")

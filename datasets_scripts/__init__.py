@@ -12,13 +12,14 @@ from .builder import corpus_report
 from .combining import combine_corpora, train_test_folds
 from .corpus import sound_files
 from .errors import AudioError, CorpusError
-from .loading import CORPUS_NAMES, load_corpus
+from .loading import CORPUS_NAMES, corpus_facts, load_corpus
 
 __all__ = [
     "CORPUS_NAMES",
     "AudioError",
     "CorpusError",
     "combine_corpora",
+    "corpus_facts",
     "corpus_report",
     "decode_audio",
     "load_corpus",

@@ -26,7 +26,19 @@ CORPORA: dict[str, Corpus] = {
     corpus.name: corpus for corpus in (ESC10(), ESC50(), UrbanSound8K(), DCASE2013(), Synthetic(), AudioFolder())
 }
 CORPUS_NAMES = list(CORPORA)
+# What others must know of a corpus whose sound is in what they use.
+_FACTS = ("title", "licence", "licence_id", "homepage", "citation")
 _SYNTHETIC_OPTIONS = {f.name for f in fields(SyntheticConfig)} - {f.name for f in fields(datasets.BuilderConfig)}
+
+
+def corpus_facts(name: str) -> dict[str, str]:
+    """Title, licence, the Hub's identifier for it, homepage and citation (BibTeX), as far as they are known.
+
+    Args:
+        name: of a corpus, one of `CORPUS_NAMES`.
+    """
+    facts = {fact: getattr(CORPORA[name], fact) for fact in _FACTS}
+    return {fact: text for fact, text in facts.items() if text and text != "unknown"}
 
 
 def load_corpus(

@@ -81,7 +81,7 @@ def curve(runs: Runs) -> dict:
     if runs.has_start:
         by_fold = np.column_stack([runs.values(lambda run: run["accuracy_at_start"]).mean(axis=0), by_fold])
     return {
-        "first_epoch": 0 if runs.has_start else 1,
+        "epochs": np.arange(by_fold.shape[1]) + (0 if runs.has_start else 1),
         "mean_accuracy_per_epoch": by_fold.mean(axis=0),
         "std_accuracy_per_epoch": by_fold.std(axis=0),
         "folds": runs.folds,

@@ -33,12 +33,12 @@ def draw_curves(axes, arms: dict[str, dict]) -> None:
 
     Args:
         axes: To draw on.
-        arms: Name -> contents of `all_results.json` of train_classification.py; `first_epoch` (default: 1) is that of
-            the first accuracy.
+        arms: Name -> contents of `all_results.json` of train_classification.py, and where the accuracies are not those
+            after epochs 1, 2, …, `epochs`.
     """
     for name, results in arms.items():
         mean, std = np.array(results["mean_accuracy_per_epoch"]), np.array(results["std_accuracy_per_epoch"])
-        epochs = np.arange(len(mean)) + results.get("first_epoch", 1)
+        epochs = results.get("epochs", np.arange(1, len(mean) + 1))
         (line,) = axes.plot(epochs, mean, marker="o", label=name)
         if len(results["folds"]) > 1:
             axes.fill_between(epochs, mean - std, mean + std, color=line.get_color(), alpha=0.2)
@@ -48,7 +48,13 @@ def draw_curves(axes, arms: dict[str, dict]) -> None:
     axes.legend()
 
 
-def draw_map(axes, embeddings: torch.Tensor, labels: np.ndarray, names: list[str]) -> None:
+def draw_map(
+    axes,
+    embeddings: torch.Tensor,
+    labels: np.ndarray,
+    names: list[str],
+    title: str = "memory bank, two principal components",
+) -> None:
     """Embeddings on their two principal components, a colour per class.
 
     Args:
@@ -56,16 +62,63 @@ def draw_map(axes, embeddings: torch.Tensor, labels: np.ndarray, names: list[str
         embeddings: (clips, dim).
         labels: (clips,), class indices; only the colours come from them.
         names: Of the classes.
+        title: Above the picture.
     """
     centred = embeddings - embeddings.mean(dim=0)
     directions = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
     x, y = (centred @ directions.T).T.numpy()
-    colours = plt.get_cmap("tab20")(np.linspace(0, 1, len(names)))
+    colours = plt.get_cmap("tab20" if len(names) <= 20 else "gist_rainbow")(np.linspace(0, 1, len(names)))
     for label, name in enumerate(names):
         chosen = labels == label
         axes.scatter(x[chosen], y[chosen], s=12, color=colours[label], label=name)
-    axes.set(title="memory bank, two principal components", xticks=[], yticks=[])
-    axes.legend(fontsize="x-small", ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
+    axes.set(title=title, xticks=[], yticks=[])
+    axes.legend(fontsize="x-small", ncols=-(-len(names) // 25), loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def draw_accuracy(path: Path, arms: dict[str, dict], ylabel: str = "accuracy on the held-out fold") -> None:
+    """Accuracy over epochs, moved into place when complete.
+
+    Args:
+        path: A .png file.
+        arms: See `draw_curves`.
+        ylabel: What was measured.
+    """
+    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    draw_curves(axes, arms)
+    axes.set(xlabel="epoch", ylabel=ylabel)
+    save(figure, path)
+
+
+def draw_embedding(path: Path, embeddings: torch.Tensor, labels: np.ndarray, names: list[str], title: str) -> None:
+    """`draw_map` alone in a picture, moved into place when complete."""
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    draw_map(axes, embeddings, labels, names, title)
+    save(figure, path)
+
+
+def draw_confusion_matrix(path: Path, matrix: list[list[int]], names: list[str]) -> None:
+    """Which class was taken for which, moved into place when complete.
+
+    Args:
+        path: A .png file.
+        matrix: Counts, true classes by predicted ones.
+        names: Of the classes.
+    """
+    counts = np.array(matrix)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    size = 2.5 + 0.32 * len(names)
+    figure, axes = plt.subplots(figsize=(size + 1, size), layout="constrained")
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if len(names) <= 20:  # with more classes the numbers would be too small to read
+        for (row, column), count in np.ndenumerate(counts):
+            if count:
+                colour = "white" if shares[row, column] > 0.5 else "black"
+                axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize="small")
+    axes.set_xticks(range(len(names)), names, rotation=90)
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="recognised as", ylabel="class")
+    figure.colorbar(image, label="share of the class", shrink=0.8)
+    save(figure, path)
 
 
 def draw_overview(path: Path, spectrograms: dict[str, torch.Tensor], arms: dict[str, dict], bank: tuple) -> None:

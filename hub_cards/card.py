@@ -3,13 +3,20 @@
 import json
 from pathlib import Path
 
+import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from .sources import licence, source_rows, training_data
+
 TEMPLATES = Path(__file__).parent / "templates"
+ACCURACY, CONFUSION, EMBEDDING = "accuracy.png", "confusion_matrix.png", "embedding.png"
 
 
 def write_card(folder: Path) -> None:
-    """Writes README.md beside a run's `all_results.json`, `config.json` and `preprocessor_config.json`.
+    """Writes README.md and its pictures beside a run's `all_results.json`, `config.json`, `preprocessor_config.json`.
+
+    `accuracy.png` and `confusion_matrix.png` are drawn from the results, as far as there is something to draw;
+    `embedding.png` is shown if it is there.
 
     Args:
         folder: Written by `train_npid.py` or `train_classification.py`.
@@ -21,18 +28,59 @@ def write_card(folder: Path) -> None:
         json.loads((folder / name).read_text(encoding="utf-8"))
         for name in ("all_results.json", "config.json", "preprocessor_config.json")
     )
+    draw_pictures(folder, results)
     describe = {"npid": pretraining_card, "classification": classification_card}[results["task"]]
     data, template, fields = describe(results, config)
+    sources = training_data(results)
     fields |= {
         "results": results,
         "signal": signal,
         "initial_weights": config.get("initial_weights"),
         "clip_seconds": signal["max_length"] / signal["sampling_rate"],
         "table": markdown_table(accuracy_rows(results)),
+        "pictures": [name for name in (ACCURACY, CONFUSION, EMBEDDING) if (folder / name).is_file()],
+        "sources": markdown_table(source_rows(sources)),
+        "seconds": results.get("seconds") or sum(fold["seconds"] for fold in results.get("folds", {}).values()),
+        "citations": list(dict.fromkeys(facts["citation"] for facts in sources.values() if "citation" in facts)),
     }
+    # Not so with ImageNet's weights, or those of a folder that does not say what it was trained on.
+    everything_known = config.get("initial_weights") is None and results.get("arm") != "pretrained"
+    claimed = licence([facts.get("licence_id") for facts in sources.values()], everything_known)
+    for key, value in claimed.items():
+        setattr(data, key, value)
     text = "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in (template, "provenance.md"))
-    card = ModelCard.from_template(data, template_str=text, **fields)
+    card = ModelCard.from_template(data, template_str=text, **fields, **claimed)
     (folder / "README.md").write_text(str(card), encoding="utf-8")
+
+
+def draw_pictures(folder: Path, results: dict) -> None:
+    """What of a run's results is easier to see than to read."""
+    from dls_training.report import draw_accuracy, draw_confusion_matrix  # matplotlib takes its time
+
+    rows = accuracy_rows(results)
+    if len(rows) > 1:
+        draw_accuracy(folder / ACCURACY, *accuracy_curves(results, rows))
+    if "confusion_matrix" in results:
+        draw_confusion_matrix(folder / CONFUSION, results["confusion_matrix"], list(results["per_class_accuracy"]))
+
+
+def accuracy_curves(results: dict, rows: list[dict]) -> tuple[dict[str, dict], str]:
+    """What `draw_curves` takes, and what it shows."""
+    epochs = [row["epoch"] for row in rows]
+
+    def curve(mean, std=0.0, folds=()):
+        return {
+            "epochs": epochs,
+            "mean_accuracy_per_epoch": [row[mean] for row in rows],
+            "std_accuracy_per_epoch": [row.get(std, 0.0) for row in rows],
+            "folds": folds,
+        }
+
+    if results["task"] == "npid":
+        return {name: curve(name) for name in rows[0] if name != "epoch"}, "k-NN accuracy of the embedding"
+    folds = list(results["folds"])
+    mean = "mean" if len(folds) > 1 else f"fold {folds[0]}"
+    return {results["corpus"]: curve(mean, "std", folds)}, "accuracy on the held-out fold"
 
 
 def pretraining_card(results: dict, config: dict) -> tuple[ModelCardData, str, dict]:
@@ -52,40 +100,59 @@ def pretraining_card(results: dict, config: dict) -> tuple[ModelCardData, str, d
 
 
 def classification_card(results: dict, config: dict) -> tuple[ModelCardData, str, dict]:
-    corpus, folds = results["corpus"], results["folds"]
-    # Results are told apart by task, dataset, config and split alone: without the fold in one of these, the folds
-    # would overwrite one another.
-    evaluations = [
-        EvalResult(
-            task_type="audio-classification",
-            dataset_type=corpus,
-            dataset_name=f"{corpus}, fold {fold} held out",
-            dataset_config=f"fold-{fold}",
-            dataset_split="train",
-            metric_type="accuracy",
-            metric_value=final_accuracy(fold_results),
-        )
-        for fold, fold_results in folds.items()
-    ]
+    folds = results["folds"]
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="audio-classification",
         tags=["audio", "esresnet"],
-        model_name=f"esresnet-{corpus}",
-        eval_results=evaluations,
+        model_name=f"esresnet-{results['corpus']}",
+        eval_results=evaluations(results),
     )
     rows, held_out = accuracy_rows(results), next(iter(folds))
     heard = [fold_results["test_clips_heard_in_pretraining"] for fold_results in folds.values()]
+    recognised = {name: share for name, share in results["per_class_accuracy"].items() if share is not None}
     fields = {
         "heard": None if None in heard else sum(heard),
         "test_clips": sum(fold_results["test_clips"] for fold_results in folds.values()),
+        "training_clips": [fold_results["training_clips"] for fold_results in folds.values()],
         "labels": list(config["id2label"].values()),
         "held_out": held_out,
         "trained": bool(results["mean_accuracy_per_epoch"]),
         "mean": rows[-1]["mean" if len(folds) > 1 else f"fold {held_out}"],
         "std": rows[-1].get("std"),
+        "hardest": sorted(recognised.items(), key=lambda item: item[1])[:3],
+        "classes": markdown_table([{"class": name, "recognised": share} for name, share in recognised.items()]),
     }
     return data, "classification.md", fields
+
+
+def evaluations(results: dict) -> list[EvalResult]:
+    """Each fold's accuracy and, of several, their mean and standard deviation.
+
+    Results are told apart by task, dataset, config and split alone: without the fold in one of these, the folds would
+    overwrite one another.
+    """
+    corpus, folds = results["corpus"], results["folds"]
+    title = results["corpora"][corpus].get("title", corpus)
+
+    def result(config: str, name: str, metric: str, value: float) -> EvalResult:
+        return EvalResult(
+            task_type="audio-classification",
+            dataset_type=corpus,
+            dataset_name=f"{title}, {name}",
+            dataset_config=config,
+            dataset_split="train",  # of the dataset, all of whose clips are there; the fold says which were held out
+            metric_type=metric,
+            metric_value=value,
+        )
+
+    final = {fold: final_accuracy(fold_results) for fold, fold_results in folds.items()}
+    found = [result(f"fold-{fold}", f"fold {fold} held out", "accuracy", value) for fold, value in final.items()]
+    if len(folds) > 1:
+        name, values = f"{len(folds)} folds held out in turn", list(final.values())
+        found.append(result("all-folds", name, "accuracy", float(np.mean(values))))
+        found.append(result("all-folds", name, "accuracy_std", float(np.std(values))))
+    return found
 
 
 def final_accuracy(fold_results: dict) -> float:

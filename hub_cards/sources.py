@@ -1,0 +1,55 @@
+"""The sounds that a model was made from, and what their licences ask of it."""
+
+LICENCE_OF_THE_CODE = "apache-2.0"
+# What asks nothing of those who use it.
+FREE = ("cc0-1.0",)
+UNLABELLED = "pre-training without labels"
+
+
+def training_data(results: dict) -> dict[str, dict]:
+    """{corpus: what is known of it, and `used`: for what}, pre-training included."""
+    found = {}
+    own_use = "training" if results["task"] == "classification" else UNLABELLED
+    for use, run in ((UNLABELLED, results.get("pretraining") or {}), (own_use, results)):
+        for name, facts in run.get("corpora", {}).items():
+            known = found.setdefault(name, facts | {"used": []})
+            known["used"].append(use)
+    return found
+
+
+def source_rows(sources: dict[str, dict]) -> list[dict]:
+    """A line per corpus, for the card's table."""
+    return [
+        {
+            "corpus": f"[{facts.get('title', name)}]({facts['homepage']})" if "homepage" in facts else name,
+            "used for": ", ".join(dict.fromkeys(facts["used"])),
+            "licence of the sound": facts.get("licence", "unknown"),
+        }
+        for name, facts in sources.items()
+    ]
+
+
+def licence(identifiers: list[str | None], everything_known: bool) -> dict[str, str]:
+    """The card's licence, from those of the sounds that the weights were made from.
+
+    Non-commercial sound makes the weights non-commercial; sound that asks for attribution passes that on. Where a
+    licence is unknown, nothing is claimed, unless another is known to be non-commercial.
+
+    Args:
+        identifiers: The Hub's, one a corpus; None or "other" where it is not known.
+        everything_known: Whether these corpora are all that the weights were made from.
+
+    Returns:
+        Fields of the card's metadata; none where nothing can be said.
+    """
+    non_commercial = sorted({name for name in identifiers if name and "-nc" in name})
+    if len(non_commercial) > 1:
+        return {"license": "other", "license_name": "-and-".join(non_commercial)}
+    if non_commercial:
+        return {"license": non_commercial[0]}
+    if not everything_known or any(name in (None, "other") for name in identifiers):
+        return {}
+    binding = sorted({name for name in identifiers if name not in FREE})
+    if len(binding) > 1:
+        return {"license": "other", "license_name": "-and-".join(binding)}
+    return {"license": binding[0] if binding else LICENCE_OF_THE_CODE}
