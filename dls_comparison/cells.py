@@ -125,6 +125,8 @@ class CellStore:
             "network": network(folder),
             **{name: said[name] for name in KEPT[cell.script] if name in said},
         }
+        for run in result.get("folds", {}).values():
+            run.pop("confusion_matrix", None)  # as long as all else together, and not compared
         with files_moved_into_place(self.result_file(cell).parent) as unfinished:
             write_json(unfinished / self.result_file(cell).name, result)
         for checkpoint in [*folder.glob(f"{PREFIX}*"), *folder.glob(f"fold-*/{PREFIX}*")]:

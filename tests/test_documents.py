@@ -13,7 +13,9 @@ import soundfile
 from huggingface_hub import ModelCard
 from scripts import ROOT, SMALL, start, succeed
 
+from datasets_scripts import corpus_facts
 from hub_cards import write_card
+from hub_cards.sources import licence
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -95,8 +97,12 @@ def fine_tuned(sound_folder, tmp_path_factory) -> Path:
 def test_card_of_a_classifier(fine_tuned):
     results = json.loads((fine_tuned / "all_results.json").read_text())
     card = ModelCard.load(fine_tuned / "README.md")
-    measured = {result.dataset_config: result.metric_value for result in card.data.eval_results}
-    assert measured == {f"fold-{fold}": r["accuracy_per_epoch"][-1] for fold, r in results["folds"].items()}
+    measured = {(r.dataset_config, r.metric_type): r.metric_value for r in card.data.eval_results}
+    final = {fold: r["accuracy_per_epoch"][-1] for fold, r in results["folds"].items()}
+    assert measured == {(f"fold-{fold}", "accuracy"): accuracy for fold, accuracy in final.items()} | {
+        ("all-folds", "accuracy"): pytest.approx(results["mean_accuracy_per_epoch"][-1]),
+        ("all-folds", "accuracy_std"): pytest.approx(results["std_accuracy_per_epoch"][-1]),
+    }
     for epoch in range(2):
         cells = [results["folds"][fold]["accuracy_per_epoch"][epoch] for fold in ("1", "2")]
         cells += [results["mean_accuracy_per_epoch"][epoch], results["std_accuracy_per_epoch"][epoch]]
@@ -105,6 +111,72 @@ def test_card_of_a_classifier(fine_tuned):
     assert [results["folds"][fold]["test_clips_heard_in_pretraining"] for fold in ("1", "2")] == [20, 0]
     assert "Transductive: 20 of the 40 held-out clips were in the pre-training" in card.text
     assert "{{" not in card.text and "None" not in card.text
+    assert card.data.license is None and "claims none" in card.text  # whose sounds these are, the run does not know
+    for picture in ("accuracy", "confusion_matrix", "embedding"):
+        assert f"({picture}.png)" in card.text and (fine_tuned / f"{picture}.png").stat().st_size > 5000
+
+
+def test_confusion_matrix_and_accuracies_are_of_the_same_clips(fine_tuned):
+    results = json.loads((fine_tuned / "all_results.json").read_text())
+    matrices = {fold: np.array(run["confusion_matrix"]) for fold, run in results["folds"].items()}
+    for fold, matrix in matrices.items():
+        assert matrix.shape == (4, 4) and matrix.sum(axis=1).tolist() == [5, 5, 5, 5]
+        assert matrix.trace() / matrix.sum() == results["folds"][fold]["accuracy_per_epoch"][-1]
+    assert results["confusion_matrix"] == sum(matrices.values()).tolist()
+    recognised = {f"class-{i}": row[i] / sum(row) for i, row in enumerate(results["confusion_matrix"])}
+    assert results["per_class_accuracy"] == recognised
+
+
+@pytest.mark.slow
+def test_snippets_of_cards_run(fine_tuned, tmp_path):
+    soundfile.write(tmp_path / "clip.wav", 0.1 * np.random.default_rng(0).standard_normal(44100), 44100)
+    for folder, answer in ((fine_tuned, "'score'"), (fine_tuned.parent / "npid", "tensor([[")):
+        (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+        here = snippet.replace('"clip.wav"', repr(str(tmp_path / "clip.wav")))
+        process = start([sys.executable, "-c", here], cwd=folder)
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0 and answer in output, output
+
+
+@pytest.mark.parametrize(
+    ("identifiers", "known", "expected"),
+    [
+        (["cc0-1.0"], True, {"license": "apache-2.0"}),
+        (["cc-by-3.0", "cc0-1.0"], True, {"license": "cc-by-3.0"}),
+        (["cc-by-3.0", "cc-by-nc-3.0"], True, {"license": "cc-by-nc-3.0"}),
+        (
+            ["cc-by-nc-4.0", "cc-by-nc-3.0"],
+            True,
+            {"license": "other", "license_name": "cc-by-nc-3.0-and-cc-by-nc-4.0"},
+        ),
+        (["cc-by-3.0", None], True, {}),
+        (["other"], True, {}),
+        (["cc-by-nc-4.0", None], False, {"license": "cc-by-nc-4.0"}),
+        (["cc0-1.0"], False, {}),
+    ],
+)  # fmt: skip
+def test_licence_is_never_freer_than_that_of_the_sounds(identifiers, known, expected):
+    assert licence(identifiers, known) == expected
+
+
+def test_card_of_non_commercial_sound(fine_tuned, tmp_path):
+    """Pre-training counts as well, and so do weights of unknown origin."""
+    for name in ("all_results.json", "config.json", "preprocessor_config.json"):
+        shutil.copy(fine_tuned / name, tmp_path)
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    results["corpora"] = {"audiofolder": {"licence_id": "cc-by-3.0", "licence": "CC BY 3.0"}}
+    results["pretraining"]["corpora"] = {"esc50": corpus_facts("esc50")}
+    card = card_of(tmp_path, results)
+    assert card.data.license == "cc-by-nc-3.0" and "pre-training without labels" in card.text
+    assert corpus_facts("esc50")["citation"] in card.text
+    results["pretraining"], results["arm"] = None, "pretrained"
+    assert card_of(tmp_path, results).data.license is None
+
+
+def card_of(folder: Path, results: dict) -> ModelCard:
+    (folder / "all_results.json").write_text(json.dumps(results))
+    write_card(folder)
+    return ModelCard.load(folder / "README.md")
 
 
 def test_card_of_a_pretraining(fine_tuned):
@@ -113,6 +185,8 @@ def test_card_of_a_pretraining(fine_tuned):
     text = (folder / "README.md").read_text()
     assert "{'audiofolder': [2]} were left out" in text and "20 clips of audiofolder" in text
     rows = [entry for entry in results["history"] if "knn_accuracy" in entry]
+    for picture in ("accuracy", "embedding"):
+        assert f"({picture}.png)" in text and (folder / f"{picture}.png").stat().st_size > 5000
     table = "\n".join(f"| {e['epoch']} | {e['knn_accuracy']['audiofolder']:.3f} |" for e in rows)
     assert table in text
 
@@ -123,9 +197,8 @@ def test_card_leaves_out_what_is_unknown(fine_tuned, tmp_path):
         shutil.copy(fine_tuned / name, tmp_path)
     results = json.loads((tmp_path / "all_results.json").read_text())
     results["environment"]["commit"] = None
-    (tmp_path / "all_results.json").write_text(json.dumps(results))
-    write_card(tmp_path)
-    text = (tmp_path / "README.md").read_text()
+    text = card_of(tmp_path, results).text
+    assert "embedding.png" not in text  # which was not copied
     assert "code at" not in text and "None" not in text
 
 

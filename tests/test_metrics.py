@@ -1,4 +1,4 @@
-"""Accuracy against numpy, and without a network."""
+"""Metrics against numpy and scikit-learn, in evaluate's evaluator, and without a network."""
 
 import socket
 
@@ -7,8 +7,13 @@ import evaluate
 import huggingface_hub
 import numpy as np
 import pytest
+import torch
+from datasets import Dataset
+from evaluate import evaluator
+from sklearn.metrics import confusion_matrix, recall_score
 
-from dls_training.metrics import Accuracy
+from dls_training.metrics import Accuracy, ConfusionMatrix, PerClassAccuracy
+from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor, ESResNetForAudioClassification
 
 
 @pytest.fixture
@@ -42,6 +47,49 @@ def test_batches_of_any_size_give_what_all_at_once_gives(clips, batch_size):
 @pytest.mark.parametrize(("predictions", "expected"), [([0, 1, 2], 1.0), ([1, 2, 0], 0.0), ([0, 1, 1], 2 / 3)])
 def test_extremes(predictions, expected):
     assert Accuracy().compute(predictions=predictions, references=[0, 1, 2]) == {"accuracy": expected}
+
+
+def test_confusion_matrix_and_per_class_accuracy(clips):
+    predictions, references = clips
+    given = {"predictions": predictions, "references": references, "num_classes": 11}
+    matrix = ConfusionMatrix(keep_in_memory=True).compute(**given)["confusion_matrix"]
+    assert matrix == confusion_matrix(references, predictions, labels=range(11)).tolist()
+    recall = PerClassAccuracy(keep_in_memory=True).compute(**given)["per_class_accuracy"]
+    expected = recall_score(references, predictions, labels=range(11), average=None, zero_division=np.nan).tolist()
+    assert recall[:10] == expected[:10] and recall[10] is None and np.isnan(expected[10])
+
+
+def test_class_that_does_not_exist():
+    with pytest.raises(ValueError, match=r"must be in 0\.\.1, not 0\.\.2"):
+        ConfusionMatrix().compute(predictions=[0, 1], references=[0, 2], num_classes=2)
+
+
+def test_evaluator():
+    """evaluate's own evaluator takes our model, extractor and metrics, and needs no ffmpeg for samples."""
+    torch.manual_seed(0)
+    names = ["a", "b", "c"]
+    settings = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    model = ESResNetForAudioClassification(ESResNetConfig.from_preset("tiny", **settings)).eval()
+    extractor = ESResNetFeatureExtractor.from_preset("tiny", max_length=22050)
+    rng = np.random.default_rng(0)
+    sounds = [(0.1 * 3.0**i * rng.standard_normal(22050)).astype(np.float32) for i in range(6)]
+    with torch.no_grad():
+        inputs = extractor(sounds, sampling_rate=44100, return_tensors="pt")
+        answers = model(**inputs).logits.argmax(-1).tolist()
+    labels = [(answer + (i % 3 == 0)) % 3 for i, answer in enumerate(answers)]  # every third is wrong
+    rows = [{"audio": {"array": sound, "sampling_rate": 44100}, "label": labels[i]} for i, sound in enumerate(sounds)]
+    data = Dataset.from_list(rows).with_format("numpy")
+    found = {}
+    for metric in (Accuracy(), ConfusionMatrix()):
+        found |= evaluator("audio-classification").compute(
+            model_or_pipeline=model, feature_extractor=extractor, data=data, metric=metric, input_column="audio",
+            label_column="label", label_mapping=settings["label2id"],
+        )  # fmt: skip
+    assert found["accuracy"] == pytest.approx(4 / 6)
+    assert (
+        found["confusion_matrix"]
+        == confusion_matrix(labels, answers, labels=range(1 + max(labels + answers))).tolist()
+    )
 
 
 def test_works_offline(monkeypatch):
