@@ -89,12 +89,12 @@ def curve(runs: Runs) -> dict:
 
 
 def curves(by_setting: dict[str, dict[str, Runs]]) -> dict[str, dict[str, dict]]:
-    """{setting: {arm's label: see `curve`}}, as far as there is more to show than one point."""
+    """{setting: {arm's label: see `curve`}}, as far as there are arms to compare and more than one point to show."""
     panels = {name: {runs.label: curve(runs) for runs in arms.values()} for name, arms in by_setting.items()}
     return {
         name: arms
         for name, arms in panels.items()
-        if any(len(found["mean_accuracy_per_epoch"]) > 1 for found in arms.values())
+        if len(arms) > 1 and any(len(found["mean_accuracy_per_epoch"]) > 1 for found in arms.values())
     }
 
 

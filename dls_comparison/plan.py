@@ -66,7 +66,7 @@ class Plan:
         directories: Corpus -> its folder, archive or Hub id; None where it needs none.
         corpus: The labelled one.
         target: Accuracy to which seconds are counted.
-        arms: Name -> {"label", "pretraining"}.
+        arms: Name -> {"label", "pretraining", "seeds"}.
         settings: Name -> options of each fine-tuning setting.
         cells: In an order in which each comes after what it starts from, and early seeds come first.
     """
@@ -207,6 +207,7 @@ class Planner:
 
     def read_arm(self, name: str, section: Section, labels: list[str]) -> dict:
         arm = {"label": section.take("label", str, name), "pretraining": section.take("pretraining", str)}
+        arm["seeds"] = section.numbers("seeds") if "seeds" in section.content else None
         if arm["label"] in labels:
             section.fail(f"another arm is called {arm['label']!r}", "label")
         section.check_known(arm["pretraining"], [SCRATCH, IMAGENET, *self.pretrained], "pretraining")
@@ -216,8 +217,13 @@ class Planner:
     def read_setting(self, name: str, section: Section, options: list[str], arms: dict[str, dict]) -> list[Cell]:
         chosen, seeds = section.choices("arms", arms), section.numbers("seeds", [0])
         section.close()
+        for arm in chosen:
+            if not set(seeds).intersection(arms[arm]["seeds"] or seeds):
+                section.fail(f"arm {arm} is for seeds {arms[arm]['seeds']}, none of which is here", "seeds")
         cells = []
         for (index, seed), arm in product(enumerate(seeds), chosen):
+            if seed not in (arms[arm]["seeds"] or seeds):
+                continue
             source = arms[arm]["pretraining"]
             per_fold = source != SCRATCH and None not in self.starts(source)[0]
             for fold in self.folds if self.each_fold or per_fold else [None]:

@@ -283,6 +283,7 @@ MISTAKES = [
     ("{pretraining: dls-train,", "{pretraining: other,", ": arms.dls-train.pretraining: there is no 'other'"),
     ("{pretraining: dls-train,", "{pretraining: ,", ": arms.dls-train.pretraining: is missing"),
     ("--num_train_epochs 8 --knn", "--seed 3 --knn", ": pretraining.dls.options: --seed is what keys of this file"),
+    ("label: ImageNet}", "seeds: [1]}", ": fine_tuning[0].seeds: arm imagenet is for seeds [1], none of which is"),
     ("label: DLS (training folds only)", "label: from scratch", ": arms.dls-train.label: another arm is called 'from"),
     ("options: --num_train_epochs 1", "options: --a 'b", ": search.options: No closing quotation"),
     ("  vary:", "  varry:", ": search.vary: is missing"),
@@ -310,6 +311,14 @@ def test_pretraining_that_hears_none_of_the_labelled_corpus(tmp_path):
     file.write_text(DECLARED.replace("{corpora: [urbansound8k]}", "{corpora: [urbansound8k], folds: excluded}"))
     with pytest.raises(UserError, match=r"pretraining\.other\.folds: its corpora do not include esc10"):
         Planner(file, {})
+
+
+def test_arm_of_some_seeds(tmp_path):
+    file = tmp_path / "plan.yaml"
+    file.write_text(DECLARED.replace("{pretraining: further}", "{pretraining: further, seeds: [2, 0]}"))
+    cells = [cell for cell in Planner(file, {}).plan.cells if cell.facts.get("setting") == "default"]
+    assert sorted(cell.facts["seed"] for cell in cells if cell.facts["arm"] == "further") == [0, 2]
+    assert sorted(cell.facts["seed"] for cell in cells if cell.facts["arm"] == "dls") == [0, 1, 2]
 
 
 def test_a_file_that_is_not_there(tmp_path):
