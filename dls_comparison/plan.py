@@ -63,6 +63,7 @@ class Plan:
     Attributes:
         file: The YAML file.
         title: Of the report.
+        notes: Markdown for its reader, without numbers; what is measured is computed.
         directories: Corpus -> its folder, archive or Hub id; None where it needs none.
         corpus: The labelled one.
         target: Accuracy to which seconds are counted.
@@ -73,6 +74,7 @@ class Plan:
 
     file: Path
     title: str
+    notes: str
     directories: dict[str, str | None]
     corpus: str
     target: float
@@ -98,7 +100,8 @@ class Planner:
             UserError: naming the file and the key, or --corpus.
         """
         self.top = top = Section(read_yaml(file), file, "")
-        title, target = top.take("title", str, file.stem), top.take("target", float, 0.8)
+        title, notes = top.take("title", str, file.stem), top.take("notes", str, "").strip()
+        target = top.take("target", float, 0.8)
         self.common = top.options()
         self.directories = self.read_corpora(directories)
         self.corpus = top.take("corpus", str)
@@ -124,7 +127,7 @@ class Planner:
         top.close()
         if not cells:
             top.fail("there is nothing to run in it: expected pretraining, fine_tuning or search")
-        self.plan = Plan(file, title, self.directories, self.corpus, target, arms, settings, cells)
+        self.plan = Plan(file, title, notes, self.directories, self.corpus, target, arms, settings, cells)
 
     def read_corpora(self, directories: dict[str, str | None]) -> dict[str, str | None]:
         from datasets_scripts import CORPUS_NAMES

@@ -32,6 +32,7 @@ def tables(plan: Plan, by_setting: dict[str, dict[str, Runs]], results: list[dic
             "name": name,
             "options": plan.settings[name],
             "accuracy": accuracy_rows(arms),
+            "baseline": baseline(plan, arms).label,
             "differences": difference_rows(plan, arms),
             "closed_form": closed_form_rows(arms),
             "seconds": seconds_rows(arms, plan.target, cells),
@@ -74,13 +75,19 @@ def heard(runs: Runs) -> str:
     return "unknown" if None in counts else f"{sum(counts)} of {clips}"
 
 
+def baseline(plan: Plan, arms: dict[str, Runs]) -> Runs:
+    """What the arms are compared with: training from scratch, or, where that is none of them, the first."""
+    scratch = (runs for arm, runs in arms.items() if plan.arms[arm]["pretraining"] == SCRATCH)
+    return next(scratch, next(iter(arms.values())))
+
+
 def difference_rows(plan: Plan, arms: dict[str, Runs]) -> list[dict]:
-    """A line per arm beside scratch: the paired difference, and how long scratch takes to come as far."""
-    scratch = next((runs for arm, runs in arms.items() if plan.arms[arm]["pretraining"] == SCRATCH), None)
+    """A line per arm beside the baseline: the paired difference, and how long the baseline takes to come as far."""
+    base = baseline(plan, arms)
     epoch = min((FIRST_EPOCHS, *(runs.accuracy.shape[2] for runs in arms.values())))
     rows = []
-    for runs in [runs for runs in arms.values() if scratch and runs is not scratch]:
-        mean, low, high, seeds, folds = paired_difference(runs, scratch)
+    for runs in [runs for runs in arms.values() if runs is not base]:
+        mean, low, high, seeds, folds = paired_difference(runs, base)
         row = {
             "arm": runs.label,
             "difference": f"{mean:+.3f}" if seeds else "no seed in common",
@@ -90,7 +97,7 @@ def difference_rows(plan: Plan, arms: dict[str, Runs]) -> list[dict]:
         if epoch:
             reached = runs.accuracy[:, :, epoch - 1].mean()
             row |= {f"accuracy after epoch {epoch}": reached}
-            row |= {"which scratch reaches after epoch": epoch_that_reaches(scratch, reached)}
+            row |= {f"which “{base.label}” reaches after epoch": epoch_that_reaches(base, reached)}
         rows.append(row)
     return rows
 

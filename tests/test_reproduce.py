@@ -483,7 +483,23 @@ def test_differences_are_paired(reported):
         reached = np.mean([runs[s, f]["accuracy_per_epoch"][2] for s in seeds for f in FOLDS])
         assert row["accuracy after epoch 3"] == f"{reached:.3f}"
         first = next((str(epoch) for epoch, mean in enumerate(means, 1) if mean >= reached), "not within 6")
-        assert row["which scratch reaches after epoch"] == first
+        assert row["which “scratch” reaches after epoch"] == first
+
+
+def test_without_scratch_the_first_arm_is_what_others_are_compared_with(reported, tmp_path):
+    folder, cells = reported
+    shutil.copytree(folder, tmp_path / "all")
+    notes = "notes: What this is about."
+    text = DECLARED.replace("arms: [scratch, dls, dls-train,", "arms: [dls, dls-train,")
+    (tmp_path / "all.yaml").write_text(f"{notes}\n{text}")
+    succeed("reproduce.py", tmp_path / "all.yaml", "--report")
+    report = (tmp_path / "all" / "README.md").read_text()
+    rows = {row["arm"]: row for row in table(report, "Accuracy less that of “DLS”")}
+    assert "DLS" not in rows and "\nWhat this is about.\n" in report
+    dls, train = (fold_results(cells, "default", arm) for arm in ("dls", "dls-train"))
+    pairs = [(train[s, f], dls[s, f]) for s in SEEDS["dls-train"] for f in FOLDS]
+    early = [np.mean(a["accuracy_per_epoch"][:3]) - np.mean(b["accuracy_per_epoch"][:3]) for a, b in pairs]
+    assert float(rows["dls-train"]["difference"]) == pytest.approx(np.mean(early), abs=6e-4)
 
 
 def test_seconds_to_the_target(reported):
