@@ -1,6 +1,7 @@
 """A folder's files -> one commit of a Hub repository, or nothing at all. What models and datasets have in common."""
 
 import contextlib
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -73,13 +74,11 @@ class HubRepository:
         self.kind, self.again, self.private = kind, again, private
         self.token = usable_token()
         self.api = HfApi(token=self.token)
-        with self._in_words(f"{repo_id} is left as it is"):
-            account = self.api.whoami()
+        account = self._ask(f"{repo_id} is left as it is", self.api.whoami)
         if account.get("auth", {}).get("accessToken", {}).get("role") == "read":
             raise UploadError("the token can only read: make one that can write, for `hf auth login` or HF_TOKEN")
         self.repo_id = repo_id if "/" in repo_id else f"{account['name']}/{repo_id}"
-        with self._in_words(f"{self.repo_id} is left as it is"):
-            self._look()
+        self._ask(f"{self.repo_id} is left as it is", self._look)
         if private and self.commit and not self.is_private:
             raise UploadError(
                 f"{self.repo_id} is public: make it private in its settings, or leave --hub_private_repo out"
@@ -93,13 +92,15 @@ class HubRepository:
             self.files = {entry.path: entry for entry in tree if isinstance(entry, RepoFile)}
             self.commit, self.is_private = info.sha, info.private
 
-    @contextlib.contextmanager
-    def _in_words(self, state: str):
-        """Turns what the client raises into an `UploadError` that also says in which state things are."""
+    def _ask(self, state: str, request: Callable, *arguments, **options):
+        """Calls the client. What it raises becomes an `UploadError` that also says in which state things are."""
         try:
-            yield
+            return request(*arguments, **options)
         except CLIENT_ERRORS as error:
-            raise self._failure(error, state) from None
+            failure = self._failure(error, state)
+        # The client leaves progress bars to the garbage collector: they would be drawn once more, after the message.
+        gc.collect()
+        raise failure
 
     def _failure(self, error: Exception, state: str) -> UploadError:
         error = root_cause(error)
@@ -120,16 +121,18 @@ class HubRepository:
         """One of the published files, in the user's cache; None where there is none of that name."""
         if path not in self.files:
             return None
-        with self._in_words(f"{self.repo_id} is left as it is"):
-            return Path(self.api.hf_hub_download(self.repo_id, path, repo_type=self.kind, revision=self.commit))
+        where = {"repo_type": self.kind, "revision": self.commit}
+        return Path(
+            self._ask(f"{self.repo_id} is left as it is", self.api.hf_hub_download, self.repo_id, path, **where)
+        )
 
     def create_if_absent(self) -> None:
         """Makes the repository, private if it must be."""
         if self.commit is None:
-            with self._in_words(f"{self.repo_id} was not created"):
-                # None leaves it to the namespace's own settings.
-                self.api.create_repo(self.repo_id, repo_type=self.kind, private=self.private or None)
-                self._look()
+            # None leaves it to the namespace's own settings.
+            how = {"repo_type": self.kind, "private": self.private or None}
+            self._ask(f"{self.repo_id} was not created", self.api.create_repo, self.repo_id, **how)
+            self._ask(f"nothing was sent to {self.repo_id}", self._look)
 
     def changes(self, files: dict[str, Path], is_ours: Callable[[str], bool]) -> Changes:
         """What must be done so that the repository holds `files`.
@@ -167,21 +170,19 @@ class HubRepository:
             UploadError: saying whether the published revision has changed.
         """
         additions = [CommitOperationAdd(path, files[path]) for path in changes.send]
-        with self._in_words(f"the published revision of {self.repo_id} is unchanged"):
-            # Large files first, which no revision shows yet. What the Hub received before is not sent again.
-            self.api.preupload_lfs_files(self.repo_id, additions, repo_type=self.kind)
+        unchanged = f"the published revision of {self.repo_id} is unchanged"
+        # Large files first, which no revision shows yet. What the Hub received before is not sent again.
+        self._ask(unchanged, self.api.preupload_lfs_files, self.repo_id, additions, repo_type=self.kind)
+        deletions = [CommitOperationDelete(path) for path in changes.remove]
         try:
             return self.api.create_commit(
-                self.repo_id,
-                [*additions, *(CommitOperationDelete(path) for path in changes.remove)],
-                commit_message=message,
-                repo_type=self.kind,
+                self.repo_id, [*additions, *deletions], commit_message=message, repo_type=self.kind,
                 parent_commit=self.commit,
-            ).commit_url
+            ).commit_url  # fmt: skip
         except CLIENT_ERRORS as error:
-            return self._after_failed_commit(error, files)
+            return self._after_failed_commit(error, files, changes)
 
-    def _after_failed_commit(self, error: Exception, files: dict[str, Path]) -> str:
+    def _after_failed_commit(self, error: Exception, files: dict[str, Path], changes: Changes) -> str:
         """A commit can have arrived although its answer was lost: only another look tells."""
         before = self.commit
         try:
@@ -191,7 +192,7 @@ class HubRepository:
             raise self._failure(error, state) from None
         if self.commit == before:
             raise self._failure(error, f"the published revision of {self.repo_id} is unchanged") from None
-        if all(self._holds(path, file) for path, file in files.items()):
+        if all(self._holds(path, files[path]) for path in changes.send) and not set(changes.remove) & set(self.files):
             return self.url
         raise self._failure(error, f"{self.repo_id} holds what somebody else published meanwhile") from None
 

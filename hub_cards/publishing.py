@@ -131,7 +131,7 @@ def publish(folder: Path, repo_id: str, private: bool = False, message: str | No
     repository.create_if_absent()
     changes = repository.changes(files, part_of)
     if not any(changes):
-        logger.info(f"{repository.repo_id} holds exactly this already: nothing was sent")
+        logger.info(f"nothing to send: {repository.url} holds exactly this")
         return repository.url
     logger.info(f"{repository.repo_id}: {len(changes.send)} of {len(files)} files to send")
     url = repository.commit_changes(files, changes, message or title(results))

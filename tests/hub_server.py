@@ -10,6 +10,7 @@ import re
 import socket
 import sys
 import threading
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -92,6 +93,7 @@ class HubServer(ThreadingHTTPServer):
         self.uploads: dict[str, bytes] = {}
         self.requests: list[str] = []
         self.failures: list[Failure] = []
+        self.interruptions: list[tuple[re.Pattern, Callable[[], None]]] = []
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}"
 
@@ -110,6 +112,10 @@ class HubServer(ThreadingHTTPServer):
     def fail(self, request: str, status: int | None, times=float("inf"), message="on purpose", after=False) -> None:
         """From now on, requests whose "METHOD path" contains a match fail; see `Failure`."""
         self.failures.append(Failure(re.compile(request), status, times, message, after))
+
+    def meanwhile(self, request: str, action: Callable[[], None]) -> None:
+        """Does something once, just before the next request that matches is obeyed."""
+        self.interruptions.append((re.compile(request), action))
 
     def mend(self) -> None:
         self.failures.clear()
@@ -168,6 +174,9 @@ class Handler(BaseHTTPRequestHandler):
         if failure and not failure.after:
             return self.break_off(failure)
         self.body = self.read_body()
+        for interruption in [entry for entry in self.server.interruptions if entry[0].search(self.recorded)]:
+            self.server.interruptions.remove(interruption)
+            interruption[1]()
         try:
             self.obey()
         except Answer as answer:
