@@ -69,8 +69,7 @@ def read_object(path: Path | None) -> dict | None:
 
 def modules_of(settings: dict) -> set[str]:
     """The modules beside a config.json that `trust_remote_code` loads for it."""
-    references = settings.get("auto_map", {}).values()
-    return {reference.partition(".")[0] for reference in references if "--" not in reference}
+    return {reference.partition(".")[0] for reference in settings.get("auto_map", {}).values()}
 
 
 def open_repository(repo_id: str, task: str, private: bool, again: str) -> HubRepository:

@@ -11,11 +11,14 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from hub_server import READ_TOKEN, TOKEN, HubServer
 from scripts import ROOT, SMALL
 from test_remote_code import BEFORE, HERE
+
+from datasets_scripts.__main__ import main as export_or_describe
 
 CODE = {"configuration_esresnet.py", "feature_extraction_esresnet.py", "modeling_esresnet.py"}
 PUBLISHED = {"README.md", "all_results.json", "config.json", "model.safetensors", "preprocessor_config.json", *CODE}
@@ -307,8 +310,8 @@ def test_nothing_else_is_overwritten(trained, hub, tmp_path):
     for others in ({"config.json": b'{"model_type": "bert"}'}, {"README.md": b"hello"}, {"config.json": b"[]"}):
         repository.add_revision(others, "others")
         assert "holds something else" in refused(publish(hub, folder, "classifier", "mine"))
-        assert "holds something else" in refused(publish(hub, folder, "classifier", "mine", "--dry_run"))
         assert hub.files("models/you/mine") == others
+    assert "holds something else" in refused(publish(hub, folder, "classifier", "mine", "--dry_run"))
 
 
 def test_dry_run_without_network_or_token(trained):
@@ -354,17 +357,20 @@ def test_an_export_is_published_and_loaded(sound_folder, hub, tmp_path):
     assert answer["names"] == [f"class-{label}" for label in range(4)]
 
     assert run(hub, tmp_path, *push)[0] == 0 and len(repository.revisions) == 2
-    assert "exists and is not an empty folder" in refused(run(hub, tmp_path, *export))
     repository.add_revision({"README.md": b"---\ndls_corpus: {corpus: esc10}\n---\n"}, "others")
     assert "found one of esc10" in refused(run(hub, tmp_path, *push))
-    assert "--push_to_hub publishes: add that" in refused(run(hub, tmp_path, *export, "--hub_private_repo"))
 
 
-def test_another_export_is_not_taken_for_this_one(sound_folder, hub, tmp_path):
+def test_another_export_is_not_taken_for_this_one(sound_folder, hub, tmp_path, monkeypatch, capsys):
     shutil.copytree(sound_folder, tmp_path / "in")
-    export = ["-m", "datasets_scripts", "export", "audiofolder", "--data_dir", "in", "--output_dir", "sounds"]
-    assert run(hub, tmp_path, *export)[0] == 0
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "home" / "datasets")
+    export = ["export", "audiofolder", "--data_dir", "in", "--output_dir", "sounds"]
+    assert export_or_describe(export) == 0
     table = tmp_path / "in" / "metadata.csv"
     table.write_text(table.read_text().replace("00.wav,class-0", "00.wav,class-1"))
-    assert "not an empty folder" in refused(run(hub, tmp_path, *export, "--push_to_hub"))
-    assert set(hub.files("datasets/you/sounds")) == {".gitattributes"}
+    message = refused(run(hub, tmp_path, "-m", "datasets_scripts", *export, "--push_to_hub"))
+    assert "not an empty folder" in message and set(hub.files("datasets/you/sounds")) == {".gitattributes"}
+    assert export_or_describe(export) == 2  # without --push_to_hub as ever
+    assert export_or_describe([*export, "--hub_private_repo"]) == 2
+    assert "--push_to_hub publishes: add that" in capsys.readouterr().err
