@@ -112,6 +112,7 @@ from dls_training.metrics import Accuracy, ConfusionMatrix, per_class_accuracy
 from dls_training.networks import make_config, make_extractor, make_model, structure
 from dls_training.runtime import environment, make_accelerator, run_script, start_tracking
 from hub_cards import final_accuracy, write_card
+from hub_cards.publishing import claim_repository, publish
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor, ESResNetForAudioClassification
 
 logger = logging.getLogger("dls")
@@ -359,6 +360,8 @@ def main() -> None:
     args = ARGS
     accelerator = make_accelerator(args)
     claim_output_dir(accelerator, args.output_dir, resuming=args.resume_from_checkpoint is not None)
+    if args.push_to_hub and accelerator.is_main_process:
+        claim_repository(args.hub_model_id, "classification", args.hub_private_repo)
     start_tracking(args, accelerator)
     extractor = make_extractor(args)
     ((corpus, dataset),) = load_corpora(args, accelerator)
@@ -423,6 +426,8 @@ def main() -> None:
             write_card(folder)
         logger.info(f"{args.output_dir} holds the model, all_results.json and a card")
     accelerator.end_training()
+    if args.push_to_hub and accelerator.is_main_process:  # after the run's end, for which no other process waits
+        publish(args.output_dir, args.hub_model_id, args.hub_private_repo)
 
 
 if __name__ == "__main__":

@@ -98,6 +98,7 @@ from dls_training.memory_bank import BANK_FILE, MemoryBank, ShardedMemoryBank, c
 from dls_training.networks import make_config, make_extractor, make_model, structure
 from dls_training.runtime import environment, make_accelerator, run_script, start_tracking
 from hub_cards import write_card
+from hub_cards.publishing import claim_repository, publish
 from modeling_dls import ESResNetForInstanceDiscrimination
 from modeling_dls.modeling_esresnet import frozen_batch_norm_statistics
 
@@ -271,6 +272,8 @@ def main() -> None:
     if args.shard_bank and accelerator.num_processes == 1:
         raise UserError("--shard_bank spreads the bank over processes, but there is only one: leave it out")
     claim_output_dir(accelerator, args.output_dir, resuming=args.resume_from_checkpoint is not None)
+    if args.push_to_hub and accelerator.is_main_process:
+        claim_repository(args.hub_model_id, "npid", args.hub_private_repo)
     extractor = make_extractor(args)
     config = make_config(args, **({"embedding_dim": args.embedding_dim} if args.embedding_dim else {}))
     start_tracking(args, accelerator)
@@ -341,6 +344,8 @@ def main() -> None:
             write_card(folder)
         logger.info(f"{args.output_dir} holds the model, its memory bank, all_results.json and a card")
     accelerator.end_training()
+    if args.push_to_hub and accelerator.is_main_process:  # after the run's end, for which no other process waits
+        publish(args.output_dir, args.hub_model_id, args.hub_private_repo)
 
 
 if __name__ == "__main__":

@@ -19,9 +19,12 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
 
     # After the arguments are known to be good: `--help` should not wait for these imports.
+    from hub_upload import UploadError
+
     from . import CorpusError, load_corpus
 
     try:
+        arguments.prepare(arguments)
         dataset = load_corpus(
             arguments.name,
             arguments.data_dir,
@@ -29,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
             skip_unreadable=arguments.skip_unreadable,
         )
         arguments.run(dataset, arguments)
-    except CorpusError as error:
+    except (CorpusError, UploadError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -42,11 +45,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m datasets_scripts", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="export|describe")
     export = commands.add_parser("export", help="write Parquet shards and a dataset card, ready to upload")
-    export.add_argument("--output_dir", required=True, help="new or empty folder")
-    export.set_defaults(run=_export)
+    export.add_argument(
+        "--output_dir", required=True, help="new or empty folder; with --push_to_hub also one that holds this export"
+    )
+    export.add_argument("--push_to_hub", action="store_true", help="publish it; checked before the corpus is read")
+    export.add_argument(
+        "--hub_dataset_id", metavar="NAME", help="NAMESPACE/NAME, or NAME of your own (default: the output folder's)"
+    )
+    export.add_argument("--hub_private_repo", action="store_true", help="only for you and those whom you let in")
+    export.set_defaults(prepare=_prepare_export, run=_export, repository=None)
     describe = commands.add_parser("describe", help="print counts, lengths and licence, and draw a clip of each class")
     describe.add_argument("--picture", type=Path, help="where to write the picture (default: ./NAME-classes.png)")
-    describe.set_defaults(run=_describe)
+    describe.set_defaults(prepare=lambda arguments: None, run=_describe)
     for command in (export, describe):
         command.add_argument("name", help="esc10, esc50, urbansound8k, dcase2013, synthetic or audiofolder")
         command.add_argument(
@@ -57,17 +67,37 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _export(dataset, arguments: argparse.Namespace) -> None:
-    from .exporting import export_corpus
+def _prepare_export(arguments: argparse.Namespace) -> None:
+    """Finds out before hours of work whether the export can be published."""
+    from . import CorpusError
     from .loading import CORPORA
+    from .publishing import claim_repository
+
+    if (arguments.hub_dataset_id or arguments.hub_private_repo) and not arguments.push_to_hub:
+        raise CorpusError("--hub_dataset_id and --hub_private_repo say how --push_to_hub publishes: add that")
+    if arguments.push_to_hub and arguments.name in CORPORA:  # an unknown name has its own message
+        repo_id = arguments.hub_dataset_id or Path(arguments.output_dir).absolute().name
+        arguments.repository = claim_repository(CORPORA[arguments.name], repo_id, arguments.hub_private_repo)
+
+
+def _export(dataset, arguments: argparse.Namespace) -> None:
+    from .exporting import export_corpus, is_export_of
+    from .loading import CORPORA
+    from .publishing import publish_export
 
     # Without the folders: whoever reads the card has others, and should not learn ours.
     options = [f"--{option}" for option in ("allow_partial", "skip_unreadable") if getattr(arguments, option)]
     command = " ".join(["python -m datasets_scripts export", arguments.name, *options])
-    export_corpus(dataset, CORPORA[arguments.name], arguments.output_dir, command)
-    print(
-        f"{len(dataset)} clips written to {arguments.output_dir}; it loads with load_dataset({arguments.output_dir!r})"
-    )
+    target = arguments.output_dir
+    if arguments.repository and is_export_of(Path(target).expanduser(), dataset):
+        print(f"{target} holds this export already")
+    else:
+        export_corpus(dataset, CORPORA[arguments.name], target, command)
+        print(f"{len(dataset)} clips written to {target}; it loads with load_dataset({target!r})")
+    if arguments.repository:
+        message = f"{CORPORA[arguments.name].title}: {len(dataset)} clips"
+        url = publish_export(Path(target).expanduser(), arguments.repository, message)
+        print(f"published: {url}")
 
 
 def _describe(dataset, arguments: argparse.Namespace) -> None:

@@ -6,6 +6,8 @@ import shutil
 from pathlib import Path
 
 import datasets
+import pyarrow.parquet
+import yaml
 from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData
 from huggingface_hub.errors import EntryNotFoundError
@@ -127,6 +129,21 @@ def is_export(folder: Path) -> bool:
     return any(folder.glob("data/*.parquet"))
 
 
+def is_export_of(folder: Path, dataset: datasets.Dataset) -> bool:
+    """Whether a folder holds what `export_corpus` would write there; the sound itself is compared by its digests."""
+    described, shards = dataset.remove_columns("audio"), sorted(folder.glob("data/*.parquet"))
+    try:
+        tables = [pyarrow.parquet.read_table(path, columns=described.column_names) for path in shards]
+        return (
+            bool(shards)
+            and report_in_card(folder / "README.md") == corpus_report(dataset)
+            and datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(shards[0])) == dataset.features
+            and [row for table in tables for row in table.to_pylist()] == described.to_list()
+        )
+    except (OSError, ValueError, KeyError, yaml.YAMLError):  # damaged, or something else
+        return False
+
+
 def is_hub_id(source: str) -> bool:
     """Whether a text could be the name of a dataset on the Hub."""
     return bool(_HUB_ID.fullmatch(source))
@@ -146,7 +163,7 @@ def load_export(corpus: Corpus, source: str, cache_dir: str) -> datasets.Dataset
     folder = Path(source) if Path(source).is_dir() else None
     try:
         dataset = datasets.load_dataset(source, split="train", cache_dir=cache_dir)
-        report = _report_in_card(folder / "README.md" if folder else source)
+        report = report_in_card(folder / "README.md" if folder else source)
     except Exception as error:  # whatever the Hub, Parquet or YAML may raise: for the user it is one problem
         cause = error.__cause__ or error
         reason = f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"
@@ -167,7 +184,7 @@ def load_export(corpus: Corpus, source: str, cache_dir: str) -> datasets.Dataset
     return dataset
 
 
-def _report_in_card(source: str | Path) -> dict | None:
+def report_in_card(source: str | Path) -> dict | None:
     """The report in an export's card; None without one, as after `datasets`' own upload, which writes a new card."""
     if isinstance(source, Path) and not source.exists():
         return None

@@ -184,6 +184,13 @@ def make_parser(description: str, recipes: dict[str, dict], reasons: str) -> arg
     output.add_argument("--resume_from_checkpoint", metavar="DIR|latest", help="go on from a checkpoint of this run")
     output.add_argument("--report_to", choices=("tensorboard", "none"), default="tensorboard",
                         help="tracker, below OUTPUT_DIR/logs (default: %(default)s)")  # fmt: skip
+    output.add_argument(
+        "--push_to_hub", action="store_true", help="publish the finished run; says at once if it cannot"
+    )
+    output.add_argument(
+        "--hub_model_id", metavar="NAME", help="NAMESPACE/NAME, or the NAME of your own (default: the output folder's)"
+    )
+    output.add_argument("--hub_private_repo", action="store_true", help="only for you and those whom you let in")
     return parser
 
 
@@ -228,6 +235,10 @@ def finish_parsing(
             f"--warmup_steps goes with linear and cosine, not with --lr_scheduler_type {args.lr_scheduler_type}: add "
             "--warmup_steps 0"
         )
+    if (args.hub_model_id or args.hub_private_repo) and not args.push_to_hub:
+        parser.error("--hub_model_id and --hub_private_repo say how --push_to_hub publishes: add that")
+    if args.push_to_hub and not args.hub_model_id:
+        args.hub_model_id = args.output_dir.absolute().name
     args.corpus = args.corpus or [("synthetic", None)]
     args.command = shlex.join([Path(sys.argv[0]).name, *(sys.argv[1:] if argv is None else argv)])
     return args

@@ -19,6 +19,7 @@ from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
 from datasets_scripts import CorpusError
+from hub_upload import UploadError
 
 from .arguments import UserError
 
@@ -51,8 +52,8 @@ def run_script(main: Callable[[], None]) -> int:
     """Runs a script's main and turns what a user can cause into one message and an exit code.
 
     Returns:
-        0; 2 for a `UserError`, a `CorpusError` or a file that cannot be written; 3 if another process of the run is
-        lost; 128 + signal after an interruption.
+        0; 2 for a `UserError`, `CorpusError`, `UploadError` or a file that cannot be written; 3 if another process of
+        the run is lost; 128 + signal after an interruption.
     """
     try:
         main()
@@ -62,7 +63,7 @@ def run_script(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:  # before the training loop watches for signals, or a second time
         print("interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    except (UserError, CorpusError, OSError) as error:
+    except (UserError, CorpusError, UploadError, OSError) as error:
         message = str(error)
         if "Original Traceback" in message:  # from a decoding process: the error's own words are in the last line
             message = message.strip().splitlines()[-1].partition(": ")[2]
@@ -187,7 +188,7 @@ def decoding_processes(device: torch.device) -> int:
 def start_logging(level: int = logging.INFO) -> None:
     """Our own lines; libraries keep their informational ones to themselves."""
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=level)
-    for name in ("datasets", "httpx", "httpcore", "fsspec", "urllib3", "matplotlib"):
+    for name in ("datasets", "httpx", "httpx2", "httpcore", "fsspec", "urllib3", "matplotlib"):
         logging.getLogger(name).setLevel(logging.WARNING)
     transformers.utils.logging.disable_progress_bar()
 

@@ -1,0 +1,86 @@
+"""`python -m hub_cards publish …`: what a finished run becomes."""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: The arguments; None: the process's own.
+
+    Returns:
+        Exit code: 0, or 2 for what a user can put right.
+    """
+    arguments = make_parser().parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("dls").setLevel(logging.INFO)
+
+    # After the arguments are known to be good: `--help` should not wait for these imports.
+    from dls_training.arguments import UserError
+    from hub_upload import UploadError
+
+    try:
+        arguments.run(arguments)
+    except (UserError, UploadError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m hub_cards", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="publish")
+    command = commands.add_parser(
+        "publish", help="upload a finished run to a model repository of the Hub, in one commit"
+    )
+    command.add_argument("run_folder", type=Path, help="the --output_dir of train_npid.py or train_classification.py")
+    command.add_argument(
+        "--hub_model_id", required=True, metavar="NAME", help="NAMESPACE/NAME, or the NAME of your own"
+    )
+    command.add_argument("--hub_private_repo", action="store_true", help="only for you and those whom you let in")
+    command.add_argument("--dry_run", action="store_true", help="print what would be sent, and change nothing")
+    command.set_defaults(run=publish_run)
+    return parser
+
+
+def publish_run(arguments: argparse.Namespace) -> None:
+    """Publishes, or prints what would be published."""
+    from .publishing import publish
+
+    if arguments.dry_run:
+        print_plan(arguments.run_folder, arguments.hub_model_id, arguments.hub_private_repo)
+    else:
+        publish(arguments.run_folder, arguments.hub_model_id, arguments.hub_private_repo)
+
+
+def print_plan(folder: Path, repo_id: str, private: bool) -> None:
+    """Prints every file with its size, what it is, and what publishing would do with it."""
+    from hub_upload import HubUnreachable
+
+    from .publishing import finished_run, open_repository, part_of
+
+    files, results = finished_run(folder)
+    fates = dict.fromkeys(files, "")
+    try:
+        repository = open_repository(repo_id, results["task"], private, "the same command")
+        changes = repository.changes(files, part_of)
+        fates = {name: "send" if name in changes.send else "is there already" for name in files}
+        fates |= dict.fromkeys(changes.remove, "remove")
+        state = "exists" if repository.commit else f"would be created{', private' if private else ''}"
+        print(f"{repository.repo_id} {state}. A dry run: nothing was changed.")
+    except HubUnreachable as error:
+        print(f"{repo_id} was not looked at: {error}. A dry run: nothing was changed.")
+    for name, fate in fates.items():
+        size = f"{files[name].stat().st_size:,}" if name in files else ""
+        print(f"{size:>14}  {name:<32}  {part_of(name):<17}  {fate}".rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
