@@ -12,6 +12,8 @@ EPOCH_COLUMNS = ("cell", "arm", "setting", "seed", "fold", "epoch", "accuracy", 
 RESAMPLES = 10_000
 # Differences are averaged over the epochs that pre-training is meant to save.
 FIRST_EPOCHS = 3
+# More lines in one picture cannot be told apart.
+MOST_LINES = 10
 
 
 @dataclass
@@ -89,12 +91,12 @@ def curve(runs: Runs) -> dict:
 
 
 def curves(by_setting: dict[str, dict[str, Runs]]) -> dict[str, dict[str, dict]]:
-    """{setting: {arm's label: see `curve`}}, as far as there are arms to compare and more than one point to show."""
+    """{setting: {arm's label: see `curve`}}, as far as a picture shows more than the tables: several arms and points."""
     panels = {name: {runs.label: curve(runs) for runs in arms.values()} for name, arms in by_setting.items()}
     return {
         name: arms
         for name, arms in panels.items()
-        if len(arms) > 1 and any(len(found["mean_accuracy_per_epoch"]) > 1 for found in arms.values())
+        if 1 < len(arms) <= MOST_LINES and any(len(found["mean_accuracy_per_epoch"]) > 1 for found in arms.values())
     }
 
 

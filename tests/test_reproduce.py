@@ -576,5 +576,6 @@ def test_what_else_differs_is_said(reported, tmp_path):
         path.write_text(json.dumps(json.loads(path.read_text()) | change))
     succeed("reproduce.py", tmp_path / "all.yaml", "--report")
     report = (folder / "README.md").read_text()
-    assert "**Arms differ in more than pre-training:** network or spectrogram: depths is [1] or [2]." in report
-    assert "**Arms differ in more than pre-training:** default: --learning_rate is 1 or null." in report
+    differing = report.partition("**Arms differ in more than pre-training:**\n\n")[2].partition("\n\n")[0]
+    expected = ["network or spectrogram: depths is [1] or [2]", "default: --learning_rate is 1 or null"]
+    assert differing.splitlines() == [f"- {difference}" for difference in expected]
