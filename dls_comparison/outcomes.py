@@ -91,7 +91,7 @@ def curve(runs: Runs) -> dict:
 
 
 def curves(by_setting: dict[str, dict[str, Runs]]) -> dict[str, dict[str, dict]]:
-    """{setting: {arm's label: see `curve`}}, as far as a picture shows more than the tables: several arms and points."""
+    """{setting: {arm's label: see `curve`}}, where a picture shows more than the tables: several arms and points."""
     panels = {name: {runs.label: curve(runs) for runs in arms.values()} for name, arms in by_setting.items()}
     return {
         name: arms
