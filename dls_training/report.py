@@ -48,24 +48,57 @@ def draw_curves(axes, arms: dict[str, dict]) -> None:
     axes.legend()
 
 
-def draw_map(axes, embeddings: torch.Tensor, labels: np.ndarray, names: list[str]) -> None:
+def draw_map(
+    axes,
+    embeddings: torch.Tensor,
+    labels: np.ndarray,
+    names: list[str],
+    sound: torch.Tensor | None = None,
+    nearest: torch.Tensor | None = None,
+) -> None:
     """Embeddings on their two principal components, a colour per class.
 
     Args:
         axes: To draw on.
         embeddings: (clips, dim).
-        labels: (clips,), class indices; only the colours come from them.
+        labels: (clips,), class indices, negative where a clip has none; only the colours come from them.
         names: Of the classes.
+        sound: (dim,), another embedding, which is marked with a star.
+        nearest: (k, dim), its nearest embeddings, which are ringed.
     """
-    centred = embeddings - embeddings.mean(dim=0)
-    directions = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
-    x, y = (centred @ directions.T).T.numpy()
-    colours = plt.get_cmap("tab20")(np.linspace(0, 1, len(names)))
-    for label, name in enumerate(names):
-        chosen = labels == label
-        axes.scatter(x[chosen], y[chosen], s=12, color=colours[label], label=name)
+    mean = embeddings.mean(dim=0)
+    directions = torch.linalg.svd(embeddings - mean, full_matrices=False).Vh[:2]
+
+    def places(vectors: torch.Tensor) -> np.ndarray:
+        return ((vectors - mean) @ directions.T).T.numpy()
+
+    x, y = places(embeddings)
+    colours = [*plt.get_cmap("tab20")(np.linspace(0, 1, len(names))), "lightgrey"]
+    for label, name in [(-1, "no label"), *enumerate(names)]:
+        chosen = labels < 0 if label < 0 else labels == label
+        if label >= 0 or chosen.any():
+            axes.scatter(x[chosen], y[chosen], s=12, color=colours[label], label=name)
+    if nearest is not None:
+        axes.scatter(*places(nearest), s=70, facecolors="none", edgecolors="black", label="nearest clips")
+    if sound is not None:
+        axes.scatter(*places(sound[None]), s=260, marker="*", color="black", edgecolors="white", label="this sound")
     axes.set(title="memory bank, two principal components", xticks=[], yticks=[])
     axes.legend(fontsize="x-small", ncols=2, loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def draw_time_line(axes, middles: np.ndarray, scores: dict[str, np.ndarray]) -> None:
+    """Scores of classes over time, a line per class.
+
+    Args:
+        axes: To draw on.
+        middles: (windows,), in s.
+        scores: Class -> (windows,), 0..1.
+    """
+    for name, values in scores.items():
+        axes.plot(middles, values, marker="o", markersize=4, label=name)
+    axes.set(xlabel="s", ylim=(-0.03, 1.03))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def draw_overview(path: Path, spectrograms: dict[str, torch.Tensor], arms: dict[str, dict], bank: tuple) -> None:
