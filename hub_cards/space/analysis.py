@@ -205,7 +205,7 @@ class TrainedFolder:
         for row in rows[chosen].tolist():
             label = names[labels[row]] if labels[row] >= 0 else clips[row]["clip_id"]
             examples.append((label, clips[row]["audio"]))
-        return examples, f"held-out fold {fold} of {name}" if fold is not None else name
+        return examples, f"{name}, fold {fold}, which was held out" if fold is not None else name
 
     def analyse(self, path: str) -> Analysis:
         """Everything that the page shows of a sound.

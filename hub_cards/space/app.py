@@ -29,9 +29,12 @@ STYLE = """
 .gradio-container { max-width: 1240px !important; margin: auto; }
 #problem { border-left: 4px solid #c2410c; padding: 0.4em 0.9em; background: #fff7ed; }
 #problem * { color: #7c2d12; }
-.neighbours { width: 100%; border-collapse: collapse; }
-.neighbours td, .neighbours th { padding: 3px 8px; text-align: left; border-bottom: 1px solid #8883; }
-.neighbours td.clip { font-family: monospace; font-size: 0.85em; }
+.block.titled { padding-top: 2.4em !important; }
+.neighbours { width: 100%; }
+.neighbours, .neighbours tr { border: none !important; }
+.neighbours tr :is(td, th) { padding: 3px 8px; text-align: left; border: none; border-top: 1px solid #8883; }
+.neighbours tr:first-child th { border: none; font-weight: normal; opacity: 0.7; }
+.neighbours .clip { font-family: monospace; font-size: 0.85em; }
 .neighbours audio { height: 34px; width: 230px; display: block; }
 """
 
@@ -92,11 +95,10 @@ class Page:
 
     @staticmethod
     def caption(analysis: Analysis, window: int) -> str:
-        which = ""
-        if len(analysis.windows) > 1:
-            loudest = "the loudest, " if window == analysis.loudest else ""
-            which = f", window {window + 1} of {len(analysis.windows)} ({loudest}{span(analysis, window)})"
-        return f"What the network sees{which}: low pitches red, middle green, high blue"
+        if len(analysis.windows) == 1:
+            return "What the network sees"
+        loudest = ", the loudest" if window == analysis.loudest else ""
+        return f"What the network sees of window {window + 1} of {len(analysis.windows)}{loudest}"
 
     def neighbours(self, analysis: Analysis) -> str:
         """A table of the nearest clips with players."""
@@ -182,25 +184,30 @@ def build(page: Page) -> gr.Blocks:
             with gr.Column(scale=5):
                 sound = gr.Audio(
                     type="filepath", sources=["upload", "microphone"], label="A sound: choose a file, or record",
-                    editable=False, elem_id="sound",
+                    editable=False, buttons=["download"], elem_id="sound",
                 )  # fmt: skip
                 if paths:
-                    gr.Examples(paths, sound, example_labels=labels, label=f"Or one of the {trained.examples_from}")
+                    gr.Examples(paths, sound, example_labels=labels, label=f"Or a clip of {trained.examples_from}")
                 problem = gr.Markdown(visible=False, elem_id="problem")
                 scores = gr.Label(
                     num_top_classes=5, label="Probability" if trained.classifies else "Share of votes", visible=False,
                     elem_id="labels",
                 )  # fmt: skip
-                spectrogram = gr.Plot(format="png", visible=False, elem_id="spectrogram")
+                spectrogram = gr.Plot(format="png", visible=False, elem_id="spectrogram", elem_classes="titled")
             with gr.Column(scale=6):
                 neighbours = gr.HTML(
                     label=f"The {NEIGHBOURS} nearest clips in the memory bank (distance: 1 − cosine)", show_label=True,
-                    container=True, visible=False, elem_id="neighbours",
+                    container=True, visible=False, elem_id="neighbours", elem_classes="titled",
                 )  # fmt: skip
-                map_of_bank = gr.Plot(label="Where it lies among them", format="png", visible=False, elem_id="map")
+                map_of_bank = gr.Plot(
+                    label="Where it lies among the clips that the network remembers", format="png", visible=False,
+                    elem_id="map", elem_classes="titled",
+                )  # fmt: skip
                 for sentence in trained.missing:
                     gr.Markdown(html.escape(sentence), elem_classes="missing")
-        time_line = gr.Plot(label="Over time", format="png", visible=False, elem_id="time-line")
+        time_line = gr.Plot(
+            label="Over time", format="png", visible=False, elem_id="time-line", elem_classes="titled"
+        )  # fmt: skip
         windows = gr.Dataframe(
             headers=["window", "label", "score", "level (dB)"], label="Windows: click on one to see its spectrogram",
             interactive=False, visible=False, max_height=300, elem_id="windows",

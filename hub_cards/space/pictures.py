@@ -22,10 +22,11 @@ def spectrogram_figure(spectrogram: torch.Tensor, start: float, seconds: float) 
         seconds: Its length.
     """
     channels, width = len(spectrogram), spectrogram.shape[-1]
-    figure = Figure(figsize=(7, 0.4 + 1.9 * channels), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(7, 0.6 + 1.9 * channels), dpi=DPI, layout="constrained")
     for axes, picture in zip(figure.subplots(channels, 1, squeeze=False)[:, 0], spectrogram, strict=True):
         draw_spectrogram(axes, picture, "")
     axes.set_xticks([0, width / 2, width - 1], [f"{start + share * seconds:.1f} s" for share in (0, 0.5, 1)])
+    axes.set_xlabel("low pitches red, middle ones green, high ones blue", fontsize="small")
     return figure
 
 
@@ -35,8 +36,8 @@ def map_figure(memory: Memory, analysis: Analysis) -> Figure:
     axes, rows = figure.subplots(), memory.on_map
     nearest = memory.vectors[[neighbour.row for neighbour in analysis.neighbours]] if analysis.neighbours else None
     draw_map(axes, memory.vectors[rows], memory.labels[rows], memory.classes, analysis.embedding, nearest)
-    drawn = "" if len(rows) == len(memory.vectors) else f", of which {len(rows)} are drawn"
-    axes.set_title(f"{len(memory.vectors)} clips that the network remembers{drawn}", fontsize="small")
+    drawn = "" if len(rows) == len(memory.vectors) else f"{len(rows)} of "
+    axes.set_title(f"{drawn}{len(memory.vectors)} clips, on their two principal components", fontsize="small")
     return figure
 
 
@@ -47,5 +48,7 @@ def time_line_figure(analysis: Analysis) -> Figure:
     shown = sorted(highest, key=highest.get, reverse=True)[:LINES]
     middles = np.array([(window.start + window.end) / 2 for window in analysis.windows])
     scores = {name: np.array([window.scores[name] for window in analysis.windows]) for name in shown}
-    draw_time_line(figure.subplots(), middles, scores)
+    axes = figure.subplots()
+    draw_time_line(axes, middles, scores)
+    axes.set_xlim(0, analysis.seconds)
     return figure
