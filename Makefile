@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PARALLEL := -n 2 --dist loadfile
 CODE := modeling_dls datasets_scripts dls_training dls_comparison hub_cards benchmarks tests *.py
 
-.PHONY: demo test test-fast quality style benchmark clean
+.PHONY: demo test test-fast test-browser quality style benchmark clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -17,11 +17,23 @@ demo: $(BIN)/.installed
 	$(BIN)/python demo.py
 
 test: quality
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not alone" $(PARALLEL)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not alone and not browser" $(PARALLEL)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m alone
 
 test-fast: $(BIN)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not alone" $(PARALLEL)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not alone and not browser" $(PARALLEL)
+
+# Needs a browser: on Debian, apt-get install chromium chromium-driver.
+test-browser: $(BIN)/.installed-browser
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser
+
+$(BIN)/.installed-browser: $(BIN)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[space,browser]'
+	touch $@
+
+# A picture of the page, from a finished fine-tuning on ESC-10 (docs/space.md): `make docs/space.png RUN=runs/esc10`.
+docs/space.png: $(BIN)/.installed-browser
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser -k real_clip --space_run $(RUN) --space_picture $@
 
 quality: $(BIN)/.installed
 	$(BIN)/ruff check $(CODE)

@@ -54,7 +54,7 @@ from dls_training.arguments import UserError
 from dls_training.checkpoints import files_moved_into_place
 from dls_training.networks import set_length
 from dls_training.runtime import choose_device_and_precision, decoding_processes, run_script, start_logging
-from dls_training.waveforms import evaluation_windows, load_waveforms
+from dls_training.waveforms import evaluation_windows, load_waveforms, window_starts
 from modeling_dls import ESResNetFeatureExtractor, ESResNetForInstanceDiscrimination, ESResNetModel
 
 logger = logging.getLogger("dls")
@@ -163,8 +163,8 @@ def windows_of(recordings: Iterable, embedder: Embedder, unreadable: dict[str, s
                 unreadable[name] = str(waveform)
                 continue
             samples = waveform.shape[1]
-            for number, window in enumerate(evaluation_windows(waveform, length)):
-                start = min(number * length, max(samples - length, 0))
+            windows = evaluation_windows(waveform, length)
+            for start, window in zip(window_starts(samples, length), windows, strict=True):
                 yield Window(name, samples / rate, start / rate, window)
 
 

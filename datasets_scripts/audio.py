@@ -54,11 +54,12 @@ class AudioFacts(NamedTuple):
     num_frames: int
 
 
-def decode_audio(audio: dict) -> tuple[np.ndarray, int]:
+def decode_audio(audio: dict, max_seconds: float | None = None) -> tuple[np.ndarray, int]:
     """Decode one value of the `audio` column.
 
     Args:
         audio: `{"bytes", "path"}`, as a column with `Audio(decode=False)` gives it. Bytes win over the path.
+        max_seconds: decode no more than the beginning; None decodes all.
 
     Returns:
         float32 samples of shape (channels, samples) and the sampling rate in Hz. Integer formats are scaled to ±1;
@@ -68,10 +69,13 @@ def decode_audio(audio: dict) -> tuple[np.ndarray, int]:
         AudioError: the file is missing, empty, truncated, undecodable, or holds NaN or infinite samples.
     """
     with _opened(audio) as sound:
-        samples = sound.read(dtype="float32", always_2d=True)
+        wanted = sound.frames
+        if max_seconds is not None:
+            wanted = min(wanted, max(1, round(max_seconds * sound.samplerate)))
+        samples = sound.read(wanted, dtype="float32", always_2d=True)
         if not np.isfinite(samples).all():
             raise ValueError("holds NaN or infinite samples")
-        if len(samples) < sound.frames:
+        if len(samples) < wanted:
             raise ValueError(f"is truncated: {len(samples)} of {sound.frames} frames can be decoded")
         return np.ascontiguousarray(samples.T), sound.samplerate
 

@@ -177,14 +177,24 @@ def weighted_knn(
     Returns:
         (queries,), int64.
     """
-    predictions = []
-    for chunk in queries.split(chunk_size):
-        similarity, nearest = (chunk @ references.T).topk(min(k, len(references)), dim=1)
-        # Relative to the nearest, so that a small sigma cannot overflow.
-        weights = ((similarity - similarity[:, :1]) / sigma).exp()
-        votes = weights.new_zeros(len(chunk), num_classes).scatter_add_(1, labels[nearest], weights)
-        predictions.append(votes.argmax(dim=1))
+    predictions = [
+        knn_votes(chunk, references, labels, num_classes, k, sigma).argmax(dim=1)
+        for chunk in queries.split(chunk_size)
+    ]
     return torch.cat(predictions) if predictions else labels.new_zeros(0)
+
+
+def knn_votes(
+    queries: torch.Tensor, references: torch.Tensor, labels: torch.Tensor, num_classes: int, k: int, sigma: float
+) -> torch.Tensor:
+    """What each class gets of the votes behind `weighted_knn`, whose arguments these are: (queries, num_classes).
+
+    A row's votes add up to 1.
+    """
+    similarity, nearest = (queries @ references.T).topk(min(k, len(references)), dim=1)
+    # softmax subtracts the largest: a small sigma cannot overflow.
+    weights = (similarity / sigma).softmax(dim=1)
+    return weights.new_zeros(len(queries), num_classes).scatter_add_(1, labels[nearest], weights)
 
 
 def knn_accuracy_by_fold(

@@ -34,6 +34,17 @@ def clip_keys(corpora: Iterable[str], clip_ids: Iterable[str]) -> torch.Tensor:
     return torch.from_numpy(np.frombuffer(bytearray(b"".join(digests)), np.uint8)).view(-1, KEY_BYTES)
 
 
+def find_keys(keys: torch.Tensor, among: torch.Tensor) -> np.ndarray:
+    """The place of each key in `among`, (len(keys),): -1 where it is not there, or is no identity (all zero)."""
+    # As byte strings, keys can be sorted and looked up.
+    keys, among = (tensor.contiguous().numpy().view(f"S{KEY_BYTES}")[:, 0] for tensor in (keys, among))
+    if not len(among):
+        return np.full(len(keys), -1)
+    order = np.argsort(among)
+    place = order[np.searchsorted(among, keys, sorter=order).clip(max=len(among) - 1)]
+    return np.where((among[place] == keys) & (keys != b""), place, -1)
+
+
 def blocks(first: int, last: int, size: int = BLOCK) -> Iterable[tuple[int, int]]:
     """The parts of rows first .. last - 1 that lie in one block each."""
     while first < last:
@@ -194,12 +205,8 @@ class MemoryBank(nn.Module):
         with opened(path) as file:
             vectors = file.get_slice("vectors")
             old_clips = vectors.get_shape()[0]
-            # As byte strings, keys can be sorted and looked up.
-            old_keys = file.get_tensor("keys").numpy().view(f"S{KEY_BYTES}")[:, 0]
-            own_keys = self.keys.cpu().numpy().view(f"S{KEY_BYTES}")[:, 0]
-            order = np.argsort(old_keys)
-            place = order[np.searchsorted(old_keys, own_keys, sorter=order).clip(max=old_clips - 1)]
-            known = np.flatnonzero((old_keys[place] == own_keys) & (own_keys != b""))
+            place = find_keys(self.keys.cpu(), file.get_tensor("keys"))
+            known = np.flatnonzero(place >= 0)
             known = known[np.argsort(place[known])]  # in the order of the file
             places = place[known]
             for start, stop in blocks(0, old_clips):

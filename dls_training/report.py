@@ -54,23 +54,37 @@ def draw_map(
     labels: np.ndarray,
     names: list[str],
     title: str = "memory bank, two principal components",
+    sound: torch.Tensor | None = None,
+    nearest: torch.Tensor | None = None,
 ) -> None:
     """Embeddings on their two principal components, a colour per class.
 
     Args:
         axes: To draw on.
         embeddings: (clips, dim).
-        labels: (clips,), class indices; only the colours come from them.
+        labels: (clips,), class indices, negative where a clip has none; only the colours come from them.
         names: Of the classes.
         title: Above the picture.
+        sound: (dim,), another embedding, which is marked with a star.
+        nearest: (k, dim), its nearest embeddings, which are ringed.
     """
-    centred = embeddings - embeddings.mean(dim=0)
-    directions = torch.linalg.svd(centred, full_matrices=False).Vh[:2]
-    x, y = (centred @ directions.T).T.numpy()
-    colours = plt.get_cmap("tab20" if len(names) <= 20 else "gist_rainbow")(np.linspace(0, 1, len(names)))
-    for label, name in enumerate(names):
-        chosen = labels == label
-        axes.scatter(x[chosen], y[chosen], s=12, color=colours[label], label=name)
+    mean = embeddings.mean(dim=0)
+    directions = torch.linalg.svd(embeddings - mean, full_matrices=False).Vh[:2]
+
+    def places(vectors: torch.Tensor) -> np.ndarray:
+        return ((vectors - mean) @ directions.T).T.numpy()
+
+    x, y = places(embeddings)
+    palette = plt.get_cmap("tab20" if len(names) <= 20 else "gist_rainbow")
+    colours = [*palette(np.linspace(0, 1, len(names))), "lightgrey"]
+    for label, name in [(-1, "no label"), *enumerate(names)]:
+        chosen = labels < 0 if label < 0 else labels == label
+        if label >= 0 or chosen.any():
+            axes.scatter(x[chosen], y[chosen], s=12, color=colours[label], label=name)
+    if nearest is not None:
+        axes.scatter(*places(nearest), s=70, facecolors="none", edgecolors="black", label="nearest clips")
+    if sound is not None:
+        axes.scatter(*places(sound[None]), s=260, marker="*", color="black", edgecolors="white", label="this sound")
     axes.set(title=title, xticks=[], yticks=[])
     axes.legend(fontsize="x-small", ncols=-(-len(names) // 25), loc="upper left", bbox_to_anchor=(1, 1))
 
@@ -119,6 +133,21 @@ def draw_confusion_matrix(path: Path, matrix: list[list[int]], names: list[str])
     axes.set(xlabel="recognised as", ylabel="class")
     figure.colorbar(image, label="share of the class", shrink=0.8)
     save(figure, path)
+
+
+def draw_time_line(axes, middles: np.ndarray, scores: dict[str, np.ndarray]) -> None:
+    """Scores of classes over time, a line per class.
+
+    Args:
+        axes: To draw on.
+        middles: (windows,), in s.
+        scores: Class -> (windows,), 0..1.
+    """
+    for name, values in scores.items():
+        axes.plot(middles, values, marker="o", markersize=4, label=name)
+    axes.set(xlabel="s", ylim=(-0.03, 1.03))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def draw_overview(path: Path, spectrograms: dict[str, torch.Tensor], arms: dict[str, dict], bank: tuple) -> None:

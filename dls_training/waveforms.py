@@ -33,7 +33,9 @@ def _in_threads(work: Callable, items: list) -> list:
     return list(_pool().map(work, items))
 
 
-def load_waveforms(cells: Iterable[dict], extractor: ESResNetFeatureExtractor) -> list[torch.Tensor | AudioError]:
+def load_waveforms(
+    cells: Iterable[dict], extractor: ESResNetFeatureExtractor, max_seconds: float | None = None
+) -> list[torch.Tensor | AudioError]:
     """Decodes clips, fits their channels and resamples them.
 
     Each clip by itself: the rounding of a convolution over several would depend on which of them share a batch.
@@ -41,6 +43,7 @@ def load_waveforms(cells: Iterable[dict], extractor: ESResNetFeatureExtractor) -
     Args:
         cells: `{"bytes", "path"}` each, cells of a corpus's audio column.
         extractor: Gives the rate and the number of channels.
+        max_seconds: Load no more than each clip's beginning; None loads all.
 
     Returns:
         For each clip (audio_channels, samples), float32; or, naming the file, why it cannot be decoded or has more
@@ -49,7 +52,7 @@ def load_waveforms(cells: Iterable[dict], extractor: ESResNetFeatureExtractor) -
 
     def load(cell: dict) -> torch.Tensor | AudioError:
         try:
-            samples, rate = decode_audio(cell)
+            samples, rate = decode_audio(cell, max_seconds)
             waveform = extractor.fit_channels(torch.from_numpy(samples))
         except AudioError as error:
             return error
@@ -60,13 +63,13 @@ def load_waveforms(cells: Iterable[dict], extractor: ESResNetFeatureExtractor) -
     return _in_threads(load, list(cells))
 
 
-def load_waveform(audio: dict, extractor: ESResNetFeatureExtractor) -> torch.Tensor:
+def load_waveform(audio: dict, extractor: ESResNetFeatureExtractor, max_seconds: float | None = None) -> torch.Tensor:
     """One clip of `load_waveforms`: (audio_channels, samples).
 
     Raises:
         AudioError: naming the file, if it cannot be decoded, or has more channels than can be fitted.
     """
-    (waveform,) = load_waveforms([audio], extractor)
+    (waveform,) = load_waveforms([audio], extractor, max_seconds)
     if isinstance(waveform, AudioError):
         raise waveform
     return waveform
@@ -92,14 +95,22 @@ class DecodedWaveforms:
         return waveforms
 
 
-def evaluation_windows(waveform: torch.Tensor, length: int) -> torch.Tensor:
-    """Consecutive windows of a clip; a clip no longer than one is padded centrally: (windows, channels, length).
+def window_starts(samples: int, length: int) -> list[int]:
+    """Where the consecutive windows of a clip begin; [0] where one holds it.
 
     The last window ends with the clip, unless it would bring next to nothing new.
     """
-    samples = waveform.shape[1]
     if samples <= length * (1 + MIN_NEW_SHARE):
-        return fit_length(waveform, length)[None]
+        return [0]
     count = -int(-(samples - MIN_NEW_SHARE * length) // length)
-    starts = [min(i * length, samples - length) for i in range(count)]
+    return [min(i * length, samples - length) for i in range(count)]
+
+
+def evaluation_windows(waveform: torch.Tensor, length: int) -> torch.Tensor:
+    """A clip from each of its `window_starts` on: (windows, channels, length). Where one holds it, it is padded
+    centrally.
+    """
+    starts = window_starts(waveform.shape[1], length)
+    if len(starts) == 1:
+        return fit_length(waveform, length)[None]
     return torch.stack([waveform[:, start : start + length] for start in starts])

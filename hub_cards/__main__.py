@@ -1,9 +1,11 @@
-"""`python -m hub_cards publish …`: what a finished run becomes."""
+"""`python -m hub_cards publish|space …`: what a finished run becomes."""
 
 import argparse
 import logging
 import sys
 from pathlib import Path
+
+from dls_training.arguments import UserError, corpus_and_source
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,35 +21,59 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     logging.getLogger("dls").setLevel(logging.INFO)
 
-    # After the arguments are known to be good: `--help` should not wait for these imports.
-    from dls_training.arguments import UserError
+    # After the arguments are known to be good: `--help` should not wait for this import.
     from hub_upload import UploadError
 
     try:
-        arguments.run(arguments)
+        return arguments.run(arguments) or 0
     except (UserError, UploadError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; run the same again to go on", file=sys.stderr)
         return 130
-    return 0
 
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m hub_cards", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="publish")
-    command = commands.add_parser(
+    commands = parser.add_subparsers(required=True, metavar="publish|space")
+    publish = commands.add_parser(
         "publish", help="upload a finished run to a model repository of the Hub, in one commit"
     )
-    command.add_argument("run_folder", type=Path, help="the --output_dir of train_npid.py or train_classification.py")
-    command.add_argument(
+    publish.add_argument(
         "--hub_model_id", required=True, metavar="NAME", help="NAMESPACE/NAME, or the NAME of your own"
     )
-    command.add_argument("--hub_private_repo", action="store_true", help="only for you and those whom you let in")
-    command.add_argument("--dry_run", action="store_true", help="print what would be sent, and change nothing")
-    command.set_defaults(run=publish_run)
+    publish.add_argument("--hub_private_repo", action="store_true", help="only for you and those whom you let in")
+    publish.add_argument("--dry_run", action="store_true", help="print what would be sent, and change nothing")
+    publish.set_defaults(run=publish_run)
+    space = commands.add_parser("space", help="serve a page on this machine, to try a finished run")
+    space.add_argument(
+        "--corpus", action="append", default=[], type=corpus_and_source, metavar="NAME=DIR",
+        help="where a corpus of the run is now (default: where it was)",
+    )  # fmt: skip
+    space.add_argument("--port", type=int, default=7860, help="of 127.0.0.1 (default: %(default)s)")
+    space.set_defaults(run=run_space)
+    for command in (publish, space):
+        command.add_argument(
+            "run_folder",
+            type=Path,
+            metavar="RUN_FOLDER",
+            help="--output_dir of train_npid.py or train_classification.py",
+        )
     return parser
+
+
+def run_space(arguments: argparse.Namespace) -> int:
+    """Serves the page until it is interrupted."""
+    from dls_training.runtime import run_script
+
+    try:
+        from .space.app import serve
+    except ModuleNotFoundError as error:
+        if error.name != "gradio":
+            raise
+        raise UserError("the page needs Gradio: pip install -e '.[space]'") from error
+    return run_script(lambda: serve(arguments.run_folder, arguments.corpus, arguments.port))
 
 
 def publish_run(arguments: argparse.Namespace) -> None:
@@ -80,7 +106,3 @@ def print_plan(folder: Path, repo_id: str, private: bool) -> None:
     for name, fate in fates.items():
         size = f"{files[name].stat().st_size:,}" if name in files else ""
         print(f"{size:>14}  {name:<32}  {part_of(name):<17}  {fate}".rstrip())
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,6 +6,12 @@ import pytest
 import soundfile
 
 
+def pytest_addoption(parser):
+    space = parser.getgroup("Space in a browser")
+    space.addoption("--space_run", type=Path, help="a finished fine-tuning on ESC-10 to show (default: a quick one)")
+    space.addoption("--space_picture", type=Path, help="where to keep a picture of the page")
+
+
 def pytest_configure():
     if "PYTEST_XDIST_WORKER" in os.environ:
         # Workers, and what they start, share the cores: threads must not spin while they wait for one another.

@@ -1,0 +1,290 @@
+"""What a trained folder says of a sound. Knows nothing of the page that shows it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+
+from datasets_scripts import AudioError, CorpusError, load_corpus
+from dls_training.arguments import UserError
+from dls_training.input_pipeline import label_numbers, mean_over_windows
+from dls_training.memory_bank import BANK_FILE
+from dls_training.waveforms import evaluation_windows, load_waveform, window_starts
+from modeling_dls import ESResNetFeatureExtractor, ESResNetForAudioClassification, ESResNetForInstanceDiscrimination
+
+from .memory import Memory, Neighbour
+
+MAX_SECONDS = 600.0  # of a sound; memory and time to answer are bounded by it
+WINDOWS_AT_A_TIME = 16
+NEIGHBOURS = 5
+EXAMPLES = 6
+QUIETEST = -120.0  # dB below full scale: what silence counts as
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a sound that the network takes at a time.
+
+    Attributes:
+        start, end: In s.
+        decibel: Level (root mean square) below full scale.
+        scores: Class -> probability or share of votes; empty where there is nothing to name classes by.
+    """
+
+    start: float
+    end: float
+    decibel: float
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """What is known of a sound.
+
+    Attributes:
+        seconds: Analysed.
+        cut: Whether the sound is longer than that.
+        scores: Of the whole sound, see `Window`.
+        windows: Consecutive, at least one.
+        loudest: Number of a window.
+        embedding: (embedding_dim,), unit length; None without a memory bank.
+        neighbours: The nearest first.
+    """
+
+    seconds: float
+    cut: bool
+    scores: dict[str, float]
+    windows: list[Window]
+    loudest: int
+    embedding: torch.Tensor | None
+    neighbours: list[Neighbour]
+
+
+class Network:
+    """A saved network and its extractor, in single precision.
+
+    Attributes:
+        extractor: With `max_length`.
+    """
+
+    def __init__(self, folder: Path, model_class: type):
+        """
+        Raises:
+            UserError: naming the folder, if there is no such network in it, or it needs timm.
+        """
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            self.extractor = ESResNetFeatureExtractor.from_pretrained(folder)
+            self.model = model_class.from_pretrained(folder).eval().to(self.device)
+        except (ImportError, OSError, ValueError, RuntimeError) as error:
+            raise UserError(f"{folder}: {error}") from error
+
+    def waveform(self, path: str) -> torch.Tensor:
+        """(audio_channels, samples), `MAX_SECONDS` at most.
+
+        Raises:
+            AudioError: if the file cannot be read as a sound.
+        """
+        return load_waveform({"bytes": None, "path": path}, self.extractor, MAX_SECONDS)
+
+    def per_window(self, waveform: torch.Tensor) -> torch.Tensor:
+        """(windows, classes) probabilities of a classifier; (windows, embedding_dim) of instance discrimination."""
+        windows = evaluation_windows(waveform, self.extractor.max_length).to(self.device)
+        each = {"windows": windows, "counts": torch.ones(len(windows), dtype=torch.int64, device=self.device)}
+        return mean_over_windows(each, self.extractor, self._answer, WINDOWS_AT_A_TIME).cpu()
+
+    def _answer(self, input_values: torch.Tensor) -> torch.Tensor:
+        outputs = self.model(input_values)
+        return outputs.logits.softmax(-1) if "logits" in outputs else outputs.embeddings
+
+
+class TrainedFolder:
+    """The output folder of a train script, ready to be asked about sounds.
+
+    Attributes:
+        results: Its all_results.json.
+        network: Whose spectrograms are shown: the classifier, or that of a pre-training.
+        memory: The memory bank, or None.
+        missing: Sentences: what cannot be shown, why, and how to get it.
+        examples: (label, cell of the audio column) of clips to try.
+        examples_from: Where they come from, in words.
+    """
+
+    def __init__(self, folder: Path, given: list[tuple[str, str | None]]):
+        """
+        Args:
+            folder: Written by `train_npid.py` or `train_classification.py`.
+            given: Names and folders of corpora; they replace recorded ones of the same name.
+
+        Raises:
+            UserError: if the folder is no such output.
+            CorpusError: if one of the given corpora cannot be used.
+        """
+        self.results = read_results(folder)
+        self.classifies = self.results["task"] == "classification"
+        self.missing: list[str] = []
+        runs, home = [self.results], folder
+        if self.classifies:
+            self.network = Network(folder, ESResNetForAudioClassification)
+            home = self._pretraining()
+            runs += [read_results(home)] if home else []
+        corpora = self._corpora(runs, given)
+        self.memory, self.embedder = self._open_memory(home, corpora) if home else (None, None)
+        if not self.classifies:
+            self.network = self.embedder
+            if not len(self.memory.labelled):
+                self.missing.append("Labels: none of the clips at hand that the memory bank holds has one.")
+        self.votes = {"k": runs[-1]["options"].get("knn_k", 5), "sigma": runs[-1]["options"].get("nce_t", 0.4)}
+        self.examples, self.examples_from = self._examples(corpora)
+
+    def _pretraining(self) -> Path | None:
+        """The folder that a fine-tuned network came from, if it holds a memory bank."""
+        parts, options = "Nearest clips and map:", self.results["options"]
+        if options["init"] == "scratch":
+            self.missing.append(
+                f"{parts} this network was trained from scratch and has no memory bank. Fine-tune from a pre-training "
+                "(train_npid.py) to see them."
+            )
+            return None
+        home = Path(options["model_name_or_path"])
+        if (home / BANK_FILE).is_file() and (home / "all_results.json").is_file():
+            return home
+        self.missing.append(
+            f"{parts} they need the pre-training that this network came from, and {home} "
+            + (f"has no {BANK_FILE}." if home.is_dir() else "is not there. Start this from the folder it is in.")
+        )
+        return None
+
+    def _corpora(self, runs: list[dict], given: list[tuple[str, str | None]]) -> list[tuple[str, Dataset]]:
+        """Those at hand of the corpora that the runs used; the given ones first."""
+        found = [(name, load_corpus(name, place, allow_partial=True, skip_unreadable=True)) for name, place in given]
+        replaced, seen = {name for name, _ in given}, set()
+        for options in (run["options"] for run in runs):
+            for name, place in map(tuple, options["corpus"]):
+                if name in replaced or (name, place) in seen:
+                    continue
+                seen.add((name, place))
+                advice = f"Start with --corpus {name}=DIR."
+                if place is None and name != "synthetic":  # nothing is downloaded for a page
+                    self.missing.append(f"The clips of {name}: the run downloaded them. {advice}")
+                    continue
+                tolerance = {option: options[option] for option in ("allow_partial", "skip_unreadable")}
+                try:
+                    found.append((name, load_corpus(name, place, **tolerance)))
+                except CorpusError as error:
+                    self.missing.append(f"The clips of {name}: {error}. {advice}")
+        return found
+
+    def _open_memory(self, home: Path, corpora: list[tuple[str, Dataset]]) -> tuple[Memory, Network]:
+        try:
+            memory = Memory(home / BANK_FILE, corpora)
+        except (OSError, ValueError) as error:
+            raise UserError(str(error)) from error
+        if not len(memory.known):
+            self.missing.append("Nearest clips: none of the memory bank's clips is at hand.")
+        return memory, Network(home, ESResNetForInstanceDiscrimination)
+
+    def _examples(self, corpora: list[tuple[str, Dataset]]) -> tuple[list[tuple[str, dict]], str]:
+        """Clips of different classes, from a held-out fold where there is one."""
+        if not corpora:
+            return [], ""
+        name, clips = next((pair for pair in corpora if pair[0] == self.results.get("corpus")), corpora[0])
+        held_out = self.results.get("folds") or self.results.get("excluded_folds", {}).get(name) or []
+        fold = next((int(fold) for fold in held_out), None)
+        labels, folds = label_numbers(clips), np.array(clips["fold"][:])
+        rows = np.flatnonzero(folds == fold) if fold is not None else np.arange(len(clips))
+        _, first = np.unique(labels[rows], return_index=True)
+        chosen = first[np.linspace(0, len(first) - 1, min(EXAMPLES, len(first))).round().astype(int)]
+        names = clips.features["label"].names
+        examples = []
+        for row in rows[chosen].tolist():
+            label = names[labels[row]] if labels[row] >= 0 else clips[row]["clip_id"]
+            examples.append((label, clips[row]["audio"]))
+        return examples, f"{name}, fold {fold}, which was held out" if fold is not None else name
+
+    def analyse(self, path: str) -> Analysis:
+        """Everything that the page shows of a sound.
+
+        Args:
+            path: A file that soundfile reads.
+
+        Raises:
+            AudioError: if the file cannot be read as a sound.
+        """
+        waveform, extractor = self.network.waveform(path), self.network.extractor
+        embedding, embeddings = None, None
+        if self.embedder is not None:
+            own = waveform if self.embedder is self.network else self.embedder.waveform(path)
+            embeddings = self.embedder.per_window(own)
+            embedding = F.normalize(embeddings.mean(dim=0), dim=0)
+        scores, of_windows = self._scores(waveform, embeddings, embedding)
+        rate, samples = extractor.sampling_rate, waveform.shape[1]
+        windows = evaluation_windows(waveform, extractor.max_length)
+        levels = windows.square().mean(dim=(1, 2)).clamp(min=10 ** (QUIETEST / 10)).log10().mul(10).tolist()
+        starts = window_starts(samples, extractor.max_length)
+        ends = [min(start + extractor.max_length, samples) for start in starts]
+        return Analysis(
+            seconds=samples / rate,
+            cut=soundfile.info(path).duration > MAX_SECONDS,
+            scores=scores,
+            windows=[
+                Window(start / rate, end / rate, level, own_scores)
+                for start, end, level, own_scores in zip(starts, ends, levels, of_windows, strict=True)
+            ],
+            loudest=int(np.argmax(levels)),
+            embedding=embedding,
+            neighbours=self.memory.nearest(embedding, NEIGHBOURS) if self.memory else [],
+        )
+
+    def _scores(self, waveform, embeddings, embedding) -> tuple[dict[str, float], list[dict[str, float]]]:
+        """Of the whole sound and of each window, as the train scripts evaluate."""
+        if self.classifies:
+            each = self.network.per_window(waveform)
+            whole, names = each.mean(dim=0), list(self.network.model.config.id2label.values())
+        elif len(self.memory.labelled):
+            each, names = self.memory.votes(embeddings, **self.votes), self.memory.classes
+            whole = self.memory.votes(embedding[None], **self.votes)[0]
+        else:
+            return {}, [{} for _ in embeddings]
+        return named(names, whole), [named(names, row) for row in each]
+
+    def spectrogram(self, path: str, window: int) -> torch.Tensor:
+        """What the network sees of a window: (audio_channels, 3, height, width).
+
+        Raises:
+            AudioError: if the file cannot be read as a sound.
+        """
+        windows = evaluation_windows(self.network.waveform(path), self.network.extractor.max_length)
+        return self.network.extractor.spectrogram(windows[window])
+
+
+def named(names: list[str], values: torch.Tensor) -> dict[str, float]:
+    return dict(zip(names, values.tolist(), strict=True))
+
+
+def read_results(folder: Path) -> dict:
+    """A run's all_results.json.
+
+    Raises:
+        UserError: naming the folder, if there is none in it.
+    """
+    try:
+        results = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+        if results["task"] in ("npid", "classification"):
+            return results
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    raise UserError(
+        f"{folder} is not the output of a finished run: expected a folder with the all_results.json of train_npid.py "
+        "or train_classification.py"
+    )
+
+
+def in_words(error: AudioError, path: str) -> str:
+    """What is wrong with a file, by its own name: the folder of an uploaded one says nothing to its owner."""
+    return str(error).replace(path, Path(path).name)

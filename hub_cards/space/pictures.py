@@ -1,0 +1,55 @@
+"""The page's pictures, as matplotlib figures that no global state holds: a server draws many."""
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from dls_training.report import draw_map, draw_spectrogram, draw_time_line
+
+from .analysis import Analysis
+from .memory import Memory
+
+DPI = 150
+LINES = 5  # of the time line
+
+
+def spectrogram_figure(spectrogram: torch.Tensor, start: float, seconds: float) -> Figure:
+    """What the network sees of a window, a row per audio channel.
+
+    Args:
+        spectrogram: (audio_channels, 3, height, width).
+        start: Of the window, in s.
+        seconds: Its length.
+    """
+    channels, width = len(spectrogram), spectrogram.shape[-1]
+    figure = Figure(figsize=(7, 0.6 + 1.9 * channels), dpi=DPI, layout="constrained")
+    for axes, picture in zip(figure.subplots(channels, 1, squeeze=False)[:, 0], spectrogram, strict=True):
+        draw_spectrogram(axes, picture, "")
+    axes.set_xticks([0, width / 2, width - 1], [f"{start + share * seconds:.1f} s" for share in (0, 0.5, 1)])
+    axes.set_xlabel("low pitches red, middle ones green, high ones blue", fontsize="small")
+    return figure
+
+
+def map_figure(memory: Memory, analysis: Analysis) -> Figure:
+    """The memory bank with the sound among its clips."""
+    figure = Figure(figsize=(7, 4), dpi=DPI, layout="constrained")
+    axes, rows = figure.subplots(), memory.on_map
+    nearest = memory.vectors[[neighbour.row for neighbour in analysis.neighbours]] if analysis.neighbours else None
+    drawn = "" if len(rows) == len(memory.vectors) else f"{len(rows)} of "
+    title = f"{drawn}{len(memory.vectors)} clips, on their two principal components"
+    draw_map(axes, memory.vectors[rows], memory.labels[rows], memory.classes, title, analysis.embedding, nearest)
+    axes.title.set_fontsize("small")
+    return figure
+
+
+def time_line_figure(analysis: Analysis) -> Figure:
+    """The scores of the likeliest classes over the windows of a long sound."""
+    figure = Figure(figsize=(10, 2.6), dpi=DPI, layout="constrained")
+    highest = {name: max(window.scores[name] for window in analysis.windows) for name in analysis.scores}
+    shown = sorted(highest, key=highest.get, reverse=True)[:LINES]
+    middles = np.array([(window.start + window.end) / 2 for window in analysis.windows])
+    scores = {name: np.array([window.scores[name] for window in analysis.windows]) for name in shown}
+    axes = figure.subplots()
+    draw_time_line(axes, middles, scores)
+    axes.set_xlim(0, analysis.seconds)
+    return figure
