@@ -106,3 +106,7 @@ def print_plan(folder: Path, repo_id: str, private: bool) -> None:
     for name, fate in fates.items():
         size = f"{files[name].stat().st_size:,}" if name in files else ""
         print(f"{size:>14}  {name:<32}  {part_of(name):<17}  {fate}".rstrip())
+
+
+if __name__ == "__main__":
+    sys.exit(main())
