@@ -17,6 +17,8 @@ from datasets_scripts import corpus_facts
 from hub_cards import write_card
 from hub_cards.sources import licence
 
+CARDS = (ROOT / "docs" / "cards.md").read_text(encoding="utf-8")
+EXAMPLE_CARD = ROOT / "docs" / "example_card"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -54,13 +56,19 @@ def test_readme_from_recordings_to_pipeline(shared_dir, sound_folder, tmp_path):
     process = start([sys.executable, ROOT / words[1], *words[2:]], cwd=tmp_path)
     output = process.communicate(timeout=300)[0]
     assert process.returncode == 0 and (tmp_path / "embeddings.parquet").is_file(), output
-    snippets = blocks("python")
-    assert len(snippets) == 2
+    (publishing,) = [block.strip() for block in blocks("bash") if "hub_cards" in block]
+    dry_run = shlex.split(publishing.splitlines()[1])
+    assert dry_run[:4] == ["python", "-m", "hub_cards", "publish"] and dry_run[-1] == "--dry_run"
+    process = start([sys.executable, *dry_run[1:]], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)})
+    output = process.communicate(timeout=300)[0]
+    assert process.returncode == 0 and "model.safetensors" in output, output
+    snippets = [*blocks("python"), *re.findall(r"```python\n(.*?)```", CARDS, flags=re.DOTALL)]
+    assert len(snippets) == 3
     for snippet in snippets:
         process = start([sys.executable, "-c", snippet], cwd=tmp_path)
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output
-        assert "'score'" in output or "torch.Size([1, 10])" in output
+        assert "'score'" in output or "torch.Size([1, 10])" in output or re.search(r"^0\.\d+$", output, re.MULTILINE)
 
 
 def test_speed_tables_are_the_benchmarks():
@@ -177,6 +185,39 @@ def card_of(folder: Path, results: dict) -> ModelCard:
     (folder / "all_results.json").write_text(json.dumps(results))
     write_card(folder)
     return ModelCard.load(folder / "README.md")
+
+
+def test_example_card_is_what_its_files_say(tmp_path):
+    """It is generated, and every decimal in it is one of the run's."""
+    for path in EXAMPLE_CARD.iterdir():
+        if path.suffix == ".json" or path.name == "embedding.png":
+            shutil.copy(path, tmp_path)
+    write_card(tmp_path)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert (EXAMPLE_CARD / "README.md").read_text(encoding="utf-8") == text
+    for picture in re.findall(r"\]\((\w+\.png)\)", text):
+        assert (EXAMPLE_CARD / picture).is_file(), picture
+    numbers, words = set(), []
+    for path in tmp_path.glob("*.json"):
+        collect(json.loads(path.read_text(encoding="utf-8")), numbers, words)
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert results["corpus"] == "esc10" and len(results["folds"]) == 5
+    found = re.findall(r"(?<![\w.-])\d+\.\d+(?![\w.]*\d)", text)
+    assert len(found) > 40
+    for number in found:
+        said = any(number in word for word in words)
+        assert said or min(abs(float(number) - value) for value in numbers) < 5.1e-4, number
+
+
+def collect(content, numbers: set[float], words: list[str]) -> None:
+    """Every number and every text in what was JSON."""
+    if isinstance(content, dict | list):
+        for value in content.values() if isinstance(content, dict) else content:
+            collect(value, numbers, words)
+    elif isinstance(content, str):
+        words.append(content)
+    elif content is not None:
+        numbers.add(float(content))
 
 
 def test_card_of_a_pretraining(fine_tuned):
