@@ -9,6 +9,8 @@ from pathlib import Path
 from dls_training.arguments import UserError
 from hub_upload import HubRepository, UploadError
 
+from .card import ACCURACY, CONFUSION, EMBEDDING
+
 logger = logging.getLogger("dls")
 
 # What a run's folder publishes, and what it is. Everything else stays at home: checkpoints, logs, the folds' folders.
@@ -20,7 +22,9 @@ PARTS = {
     "all_results.json": "results",
     "memory_bank.safetensors": "memory bank",
     "*_esresnet.py": "code",
-    "*.png": "picture",
+    ACCURACY: "picture",
+    CONFUSION: "picture",
+    EMBEDDING: "picture",
 }
 REQUIRED = ("README.md", "config.json", "preprocessor_config.json", "model.safetensors")
 

@@ -22,6 +22,8 @@ from datasets_scripts.__main__ import main as export_or_describe
 
 CODE = {"configuration_esresnet.py", "feature_extraction_esresnet.py", "modeling_esresnet.py"}
 PUBLISHED = {"README.md", "all_results.json", "config.json", "model.safetensors", "preprocessor_config.json", *CODE}
+OF_A_CLASSIFIER = PUBLISHED | {"confusion_matrix.png", "embedding.png"}
+OF_A_PRETRAINING = PUBLISHED | {"memory_bank.safetensors", "accuracy.png", "embedding.png"}
 # The client waits for seconds before it tries again.
 IMPATIENT = "import time\nwaiting = time.sleep\ntime.sleep = lambda seconds: waiting(min(seconds, 0.01))\n"
 
@@ -135,15 +137,15 @@ def pretrained(trained, tmp_path) -> Path:
 
 def test_a_published_run_gives_the_same_elsewhere(trained, hub, tmp_path):
     folder = Path(shutil.copytree(trained[0], tmp_path / "runs", ignore=shutil.ignore_patterns("home", "patience")))
-    (folder / "classifier" / "curve.png").write_bytes(b"a picture")
-    (folder / "classifier" / "notes.txt").write_text("not for others")
+    for name in ("notes.txt", "holiday.png"):
+        (folder / "classifier" / name).write_text("not for others")
     assert {"fold-1", "fold-2"} <= {path.name for path in (folder / "classifier").iterdir()}
     code, output = publish(hub, folder, "classifier", "dogs")  # "you" is whose token it is
     assert code == 0 and publish(hub, folder, "npid", "you/npid")[0] == 0, output
     (_, created), (commit, files) = hub.repositories["models/you/dogs"].revisions
     assert output.splitlines()[-1] == f"published: {hub.url}/you/dogs/commit/{commit}"
-    assert set(created) == {".gitattributes"} and set(files) - set(created) == {*PUBLISHED, "curve.png"}
-    assert set(hub.files("models/you/npid")) == {*PUBLISHED, "memory_bank.safetensors", ".gitattributes"}
+    assert set(created) == {".gitattributes"} and set(files) - set(created) == OF_A_CLASSIFIER
+    assert set(hub.files("models/you/npid")) == OF_A_PRETRAINING | {".gitattributes"}
     local = contents(folder / "classifier")
     assert all(files[name] == local[name] for name in files.keys() - created)
     sources = {
@@ -163,8 +165,8 @@ def test_push_to_hub_after_training(trained):
     assert "HTTP Request" not in output and not repository.private and len(repository.revisions) == 2
     local = contents(folder / "classifier")
     published = hub.files("models/you/classifier")
-    assert published.keys() - {".gitattributes"} == PUBLISHED
-    assert all(published[name] == local[name] for name in PUBLISHED)
+    assert published.keys() - {".gitattributes"} == OF_A_CLASSIFIER
+    assert all(published[name] == local[name] for name in OF_A_CLASSIFIER)
 
 
 def test_a_push_that_fails_leaves_the_finished_run(trained):
@@ -232,7 +234,7 @@ def test_a_second_publication_changes_what_differs(pretrained, hub, tmp_path):
     assert code == 0 and len(repository.revisions) == 3
     fates = {words[-1]: words for words in map(str.split, output.splitlines())}
     assert fates["send"][1] == "README.md" and fates["remove"][0] == "memory_bank.safetensors"
-    assert output.count("is there already") == len(PUBLISHED) - 1
+    assert output.count("is there already") == len(OF_A_PRETRAINING) - 2
     assert publish(hub, tmp_path, "npid", "npid")[0] == 0
     before, after = (files for _, files in repository.revisions[-2:])
     removed = {"memory_bank.safetensors": before["memory_bank.safetensors"]}
