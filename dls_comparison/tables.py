@@ -20,7 +20,7 @@ from .plan import SCRATCH, Plan
 # A script's options that may differ between the arms, seeds and machines of one setting.
 DIFFERENT_OPTIONS = {
     "corpus", "model_name_or_path", "preset", "init", "fold", "seed", "output_dir", "resume_from_checkpoint",
-    "dataloader_num_workers", "report_to", "cache_gigabytes",
+    "dataloader_num_workers", "report_to", "cache_gigabytes", "push_to_hub", "hub_model_id", "hub_private_repo",
 }  # fmt: skip
 
 
