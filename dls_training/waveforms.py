@@ -1,5 +1,7 @@
 """File bytes -> decode -> resample -> waveforms of the extractor's rate and channels, on every core."""
 
+import itertools
+import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -12,13 +14,25 @@ from torch.utils.data import get_worker_info
 from datasets_scripts import AudioError, decode_audio
 from modeling_dls.feature_extraction_esresnet import ESResNetFeatureExtractor, fit_length
 
+# Numbers in a resampler's filter. A rate without a common factor, such as 44101 Hz, would need gigabytes.
+LARGEST_FILTER = 2**25
 # A clip's last window is dropped where less than this share of it would be new (files a few samples over length).
 MIN_NEW_SHARE = 0.1
 
 
 @lru_cache(maxsize=16)
 def _resampler(source_rate: int, target_rate: int) -> torchaudio.transforms.Resample:
-    return torchaudio.transforms.Resample(source_rate, target_rate)
+    return torchaudio.transforms.Resample(_workable_rate(source_rate, target_rate), target_rate)
+
+
+def _workable_rate(source_rate: int, target_rate: int) -> int:
+    """The source's rate, or the nearest one that needs no larger filter than `LARGEST_FILTER`: inaudibly off pitch."""
+
+    def filter_size(rate: int) -> int:
+        return rate * target_rate // math.gcd(rate, target_rate) ** 2
+
+    nearby = (source_rate + sign * step for step in itertools.count() for sign in (-1, 1))
+    return next(rate for rate in nearby if rate > 0 and filter_size(rate) <= LARGEST_FILTER)
 
 
 @lru_cache(maxsize=1)

@@ -15,7 +15,7 @@ import torch
 from scripts import ROOT, SMALL, succeed
 from transformers import pipeline
 
-from datasets_scripts import AudioError, decode_audio
+from datasets_scripts import AudioError, CorpusError, decode_audio
 from dls_training.arguments import UserError
 from dls_training.input_pipeline import mean_over_windows
 from dls_training.instance_discrimination import weighted_knn
@@ -123,7 +123,7 @@ def test_long_sounds(classifier, monkeypatch, tmp_path):
     found = classifier.analyse(path)
     times = [[window.start, window.end] for window in found.windows]
     np.testing.assert_allclose(times, [[0, 0.5], [0.5, 1], [1, 1.5], [1.5, 2], [1.6875, 2.1875]], atol=1e-4)
-    assert found.loudest == 2 and found.windows[2].decibel == pytest.approx(20 * np.log10(0.2), abs=0.3)
+    assert found.loudest == 2 and found.windows[2].decibel == pytest.approx(20 * np.log10(0.2), abs=1)
     network = classifier.network
     windows = evaluation_windows(network.waveform(path), network.extractor.max_length)
     batch = {"windows": windows, "counts": torch.tensor([5])}
@@ -139,7 +139,7 @@ def test_every_kind_of_sound(classifier, pretrained, tmp_path):
     soundfile.write(tmp_path / "silence.wav", np.zeros(6000), RATE)
     soundfile.write(tmp_path / "sample.wav", np.array([0.5]), RATE)
     paths = [str(tmp_path / name) for name in ("silence.wav", "sample.wav")]
-    paths += [sound(tmp_path / f"{rate}.flac", 0.3, rate) for rate in (11025, 48000)]
+    paths += [sound(tmp_path / f"{rate}.flac", 0.3, rate) for rate in (11025, 48000, 44101)]
     paths += [sound(tmp_path / f"{channels}.wav", 0.6, 22050, channels) for channels in (2, 6)]
     for trained in (classifier, pretrained):
         for path in paths:
@@ -182,6 +182,8 @@ def test_what_is_missing_is_said_and_the_rest_works(runs, sound_folder, tmp_path
     found = trained.analyse(path)
     assert not found.scores and not found.neighbours and found.embedding is not None
     assert map_figure(trained.memory, found).axes[0].get_title().startswith("20 clips")
+    with pytest.raises(CorpusError, match="gone"):
+        TrainedFolder(moved, [("audiofolder", str(tmp_path / "gone"))])
     given = TrainedFolder(moved, [("audiofolder", str(sound_folder))])
     assert len(given.memory.known) == 20 and len(given.analyse(path).neighbours) == NEIGHBOURS
 
@@ -242,12 +244,10 @@ def test_without_gradio(tmp_path):
     assert code == 2 and output == "error: the page needs Gradio: pip install -e '.[space]'\n"
 
 
-def test_command_names_what_is_wrong(runs, tmp_path):
+def test_command_names_what_is_wrong(tmp_path):
     pytest.importorskip("gradio")
     code, output = command(tmp_path)
     assert code == 2 and output.splitlines()[-1].startswith(f"error: {tmp_path} is not the output")
-    code, output = command(runs / "npid", "--corpus", f"audiofolder={tmp_path / 'gone'}")
-    assert code == 2 and "gone" in output.splitlines()[-1] and "Traceback" not in output
 
 
 def test_page(classifier, tmp_path):

@@ -3,6 +3,7 @@
 import html
 import logging
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -242,5 +243,6 @@ def serve(folder: Path, corpora: list[tuple[str, str | None]], port: int) -> Non
             )  # fmt: skip
         except OSError as error:
             raise UserError(f"--port {port}: {error}") from error
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # to leave no sounds behind then, either
         logger.info(f"open http://{HOST}:{port} (Ctrl-C ends it)")
         blocks.block_thread()
