@@ -86,7 +86,7 @@ def draw_map(
     if sound is not None:
         axes.scatter(*places(sound[None]), s=260, marker="*", color="black", edgecolors="white", label="this sound")
     axes.set(title=title, xticks=[], yticks=[])
-    axes.legend(fontsize="x-small", ncols=-(-len(names) // 25), loc="upper left", bbox_to_anchor=(1, 1))
+    axes.legend(fontsize="x-small", ncols=max(1, -(-len(names) // 25)), loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def draw_accuracy(path: Path, arms: dict[str, dict], ylabel: str = "accuracy on the held-out fold") -> None:
