@@ -187,6 +187,7 @@ def write_report(plan: Plan, store: CellStore) -> None:
             plan=plan,
             cells=len(cells),
             done=sum(bool(store.result(cell)) for cell in cells),
+            took=duration(sum(result["wall_seconds"] for result in results)),
             missing=[cell.name for cell in cells if not store.result(cell) and not store.blocked(cell)],
             skipped=skipped(plan, store),
             has_curves=bool(panels),
