@@ -132,7 +132,7 @@ def test_long_sounds(classifier, monkeypatch, tmp_path):
     assert torch.equal(classifier.spectrogram(path, 2), network.extractor.spectrogram(windows[2]))
     monkeypatch.setattr(analysis_module, "MAX_SECONDS", 1.0)
     cut = classifier.analyse(path)
-    assert cut.cut and cut.seconds == 1.0 and cut.windows == found.windows[:2]
+    assert cut.cut and cut.seconds == 1.0 and len(cut.windows) == 2 and cut.windows[0] == found.windows[0]
 
 
 def test_every_kind_of_sound(classifier, pretrained, tmp_path):
