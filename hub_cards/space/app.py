@@ -242,7 +242,9 @@ def serve(folder: Path, corpora: list[tuple[str, str | None]], port: int) -> Non
                 theme=gr.themes.Default(font=FONT, font_mono=["monospace"]), css=STYLE,
             )  # fmt: skip
         except OSError as error:
-            raise UserError(f"--port {port}: {error}") from error
+            raise UserError(
+                f"--port {port} cannot be used on {HOST}, another program may have it: choose another"
+            ) from error
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # to leave no sounds behind then, either
         logger.info(f"open http://{HOST}:{port} (Ctrl-C ends it)")
         blocks.block_thread()
