@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PARALLEL := -n 2 --dist loadfile
 CODE := modeling_dls datasets_scripts dls_training dls_comparison hub_cards benchmarks tests *.py
 
-.PHONY: demo test test-fast test-browser quality style benchmark clean
+.PHONY: demo test test-fast test-browser docs/space.png quality style benchmark clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
