@@ -181,6 +181,7 @@ class FoldRun:
             identity, log_prefix,
         )  # fmt: skip
         self.test_loader = accelerator.prepare(evaluation_loader(test, extractor, args))
+        self.outcome: dict[str, torch.Tensor] | None = None  # of the newest evaluation
 
     def save_model(self, folder: Path | None) -> None:
         if folder is None:  # the main process has everything
@@ -272,8 +273,9 @@ class FoldRun:
 
     def evaluate(self, epoch: int, is_last: bool) -> dict[str, float]:
         """Accuracy on the held-out fold."""
-        clips = self.held_out()
-        return Accuracy(keep_in_memory=True).compute(predictions=clips["predictions"], references=clips["labels"])
+        self.outcome = self.held_out()
+        predictions, labels = self.outcome["predictions"], self.outcome["labels"]
+        return Accuracy(keep_in_memory=True).compute(predictions=predictions, references=labels)
 
     def train(self) -> dict:
         """Trains and returns the fold's results."""
@@ -286,7 +288,8 @@ class FoldRun:
         self.loop.train(self.step, self.evaluate)
         start = [entry for entry in history if not entry["epoch"]]
         history = [entry for entry in history if entry["epoch"]]
-        self.outcome = self.held_out()
+        if self.outcome is None:  # everything was done before this process began
+            self.outcome = self.held_out()
         counts = ConfusionMatrix(keep_in_memory=True).compute(
             predictions=self.outcome["predictions"],
             references=self.outcome["labels"],

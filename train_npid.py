@@ -71,7 +71,6 @@ def parse_args(argv: list[str] | None = None):
 ARGS = parse_args() if __name__ == "__main__" else None
 
 import hashlib
-import itertools
 import logging
 import sys
 from collections import Counter
@@ -201,7 +200,8 @@ class NearestNeighbourTests:
         """A map of the first labelled corpus' embeddings, as they were last; none without labels."""
         from dls_training.report import draw_embedding  # matplotlib takes its time, and is needed once, at the end
 
-        for name, embeddings in itertools.islice(self.embeddings.items(), 1):
+        if self.embeddings:
+            name, embeddings = next(iter(self.embeddings.items()))
             title = f"{name}, two principal components of the embedding"
             draw_embedding(path, embeddings, self.tests[name][1].numpy(), self.names[name], title)
 

@@ -89,7 +89,7 @@ def draw_map(
     axes.legend(fontsize="x-small", ncols=max(1, -(-len(names) // 25)), loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def draw_accuracy(path: Path, arms: dict[str, dict], ylabel: str = "accuracy on the held-out fold") -> None:
+def draw_accuracy(path: Path, arms: dict[str, dict], ylabel: str) -> None:
     """Accuracy over epochs, moved into place when complete.
 
     Args:

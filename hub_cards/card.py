@@ -68,19 +68,18 @@ def accuracy_curves(results: dict, rows: list[dict]) -> tuple[dict[str, dict], s
     """What `draw_curves` takes, and what it shows."""
     epochs = [row["epoch"] for row in rows]
 
-    def curve(mean, std=0.0, folds=()):
+    def curve(column: str) -> dict:
         return {
             "epochs": epochs,
-            "mean_accuracy_per_epoch": [row[mean] for row in rows],
-            "std_accuracy_per_epoch": [row.get(std, 0.0) for row in rows],
-            "folds": folds,
+            "mean_accuracy_per_epoch": [row[column] for row in rows],
+            "std_accuracy_per_epoch": [row.get("std", 0.0) for row in rows],
+            "folds": results.get("folds", {}),
         }
 
     if results["task"] == "npid":
         return {name: curve(name) for name in rows[0] if name != "epoch"}, "k-NN accuracy of the embedding"
-    folds = list(results["folds"])
-    mean = "mean" if len(folds) > 1 else f"fold {folds[0]}"
-    return {results["corpus"]: curve(mean, "std", folds)}, "accuracy on the held-out fold"
+    column = "mean" if "mean" in rows[0] else f"fold {next(iter(results['folds']))}"
+    return {results["corpus"]: curve(column)}, "accuracy on the held-out fold"
 
 
 def pretraining_card(results: dict, config: dict) -> tuple[ModelCardData, str, dict]:

@@ -111,14 +111,13 @@ def claim_repository(repo_id: str, task: str, private: bool = False) -> None:
     open_repository(repo_id, task, private, "the same command").create_if_absent()
 
 
-def publish(folder: Path, repo_id: str, private: bool = False, message: str | None = None) -> str:
+def publish(folder: Path, repo_id: str, private: bool = False) -> str:
     """Publishes a finished run in one commit, with what an earlier publication lacks or has with other content.
 
     Args:
         folder: Written by `train_npid.py` or `train_classification.py`.
         repo_id: NAMESPACE/NAME, or the NAME of one of the user's own. Created if there is none.
         private: Whether it must not be public.
-        message: Of the commit.
 
     Returns:
         The URL of the published revision.
@@ -137,7 +136,7 @@ def publish(folder: Path, repo_id: str, private: bool = False, message: str | No
         logger.info(f"nothing to send: {repository.url} holds exactly this")
         return repository.url
     logger.info(f"{repository.repo_id}: {len(changes.send)} of {len(files)} files to send")
-    url = repository.commit_changes(files, changes, message or title(results))
+    url = repository.commit_changes(files, changes, title(results))
     logger.info(f"published: {url}")
     return url
 

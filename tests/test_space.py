@@ -130,6 +130,7 @@ def test_long_sounds(classifier, monkeypatch, tmp_path):
     expected = mean_over_windows(batch, network.extractor, lambda x: network.model(x).logits.softmax(-1), 8)[0]
     np.testing.assert_allclose(list(found.scores.values()), expected, atol=1e-6)
     assert torch.equal(classifier.spectrogram(path, 2), network.extractor.spectrogram(windows[2]))
+    assert torch.equal(found.spectrogram, classifier.spectrogram(path, 2)), "the loudest window's"
     monkeypatch.setattr(analysis_module, "MAX_SECONDS", 1.0)
     cut = classifier.analyse(path)
     assert cut.cut and cut.seconds == 1.0 and len(cut.windows) == 2

@@ -52,6 +52,7 @@ class Analysis:
         scores: Of the whole sound, see `Window`.
         windows: Consecutive, at least one.
         loudest: Number of a window.
+        spectrogram: What the network sees of that one: (audio_channels, 3, height, width).
         embedding: (embedding_dim,), unit length; None without a memory bank.
         neighbours: The nearest first.
     """
@@ -61,6 +62,7 @@ class Analysis:
     scores: dict[str, float]
     windows: list[Window]
     loudest: int
+    spectrogram: torch.Tensor
     embedding: torch.Tensor | None
     neighbours: list[Neighbour]
 
@@ -226,6 +228,7 @@ class TrainedFolder:
         rate, samples = extractor.sampling_rate, waveform.shape[1]
         windows = evaluation_windows(waveform, extractor.max_length)
         levels = windows.square().mean(dim=(1, 2)).clamp(min=10 ** (QUIETEST / 10)).log10().mul(10).tolist()
+        loudest = int(np.argmax(levels))
         starts = window_starts(samples, extractor.max_length)
         ends = [min(start + extractor.max_length, samples) for start in starts]
         return Analysis(
@@ -236,7 +239,8 @@ class TrainedFolder:
                 Window(start / rate, end / rate, level, own_scores)
                 for start, end, level, own_scores in zip(starts, ends, levels, of_windows, strict=True)
             ],
-            loudest=int(np.argmax(levels)),
+            loudest=loudest,
+            spectrogram=extractor.spectrogram(windows[loudest]),
             embedding=embedding,
             neighbours=self.memory.nearest(embedding, NEIGHBOURS) if self.memory else [],
         )

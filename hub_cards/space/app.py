@@ -11,6 +11,7 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before its import: it would 
 
 import gradio as gr
 import soundfile
+import torch
 
 from datasets_scripts import AudioError, decode_audio
 from dls_training.arguments import UserError
@@ -57,7 +58,6 @@ class Page:
             return self.nothing("")
         try:
             analysis = self.trained.analyse(path)
-            picture = self.spectrogram(path, analysis, analysis.loudest)
         except AudioError as error:
             return self.nothing(f"**This file cannot be read as a sound.** {html.escape(in_words(error, path))}")
         except OSError as error:
@@ -69,7 +69,7 @@ class Page:
         return [
             gr.update(value=limit, visible=analysis.cut),
             gr.update(value=analysis.scores or None, visible=bool(analysis.scores)),
-            gr.update(value=picture, visible=True, label=self.caption(analysis, analysis.loudest)),
+            gr.update(visible=True, **self.picture(analysis.spectrogram, analysis, analysis.loudest)),
             gr.update(value=self.neighbours(analysis), visible=bool(analysis.neighbours)),
             gr.update(value=map_figure(self.trained.memory, analysis) if remembered else None, visible=remembered),
             gr.update(value=time_line_figure(analysis) if has_line else None, visible=has_line),
@@ -87,12 +87,14 @@ class Page:
         if path is None or analysis is None:
             return gr.update()
         window = choice.index[0]
-        return gr.update(value=self.spectrogram(path, analysis, window), label=self.caption(analysis, window))
+        return gr.update(**self.picture(self.trained.spectrogram(path, window), analysis, window))
 
-    def spectrogram(self, path: str, analysis: Analysis, window: int):
+    def picture(self, spectrogram: torch.Tensor, analysis: Analysis, window: int) -> dict:
+        """The value of the spectrogram's plot, and its label."""
         extractor = self.trained.network.extractor
         seconds = extractor.max_length / extractor.sampling_rate
-        return spectrogram_figure(self.trained.spectrogram(path, window), analysis.windows[window].start, seconds)
+        figure = spectrogram_figure(spectrogram, analysis.windows[window].start, seconds)
+        return {"value": figure, "label": self.caption(analysis, window)}
 
     @staticmethod
     def caption(analysis: Analysis, window: int) -> str:
