@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .sources import licence, source_rows, training_data
+from .sources import LICENCE_OF_THE_CODE, licence, source_rows, training_data
 
 TEMPLATES = Path(__file__).parent / "templates"
 ACCURACY, CONFUSION, EMBEDDING = "accuracy.png", "confusion_matrix.png", "embedding.png"
@@ -41,6 +41,7 @@ def write_card(folder: Path) -> None:
         "pictures": [name for name in (ACCURACY, CONFUSION, EMBEDDING) if (folder / name).is_file()],
         "sources": markdown_table(source_rows(sources)),
         "seconds": results.get("seconds") or sum(fold["seconds"] for fold in results.get("folds", {}).values()),
+        "code_licence": LICENCE_OF_THE_CODE,
         "citations": list(dict.fromkeys(facts["citation"] for facts in sources.values() if "citation" in facts)),
     }
     # Not so with ImageNet's weights, or those of a folder that does not say what it was trained on.

@@ -179,6 +179,9 @@ def test_card_of_non_commercial_sound(fine_tuned, tmp_path):
     assert corpus_facts("esc50")["citation"] in card.text
     results["pretraining"], results["arm"] = None, "pretrained"
     assert card_of(tmp_path, results).data.license is None
+    results["corpora"], results["arm"] = {"audiofolder": corpus_facts("synthetic")}, "scratch"
+    card = card_of(tmp_path, results)
+    assert card.data.license == "apache-2.0" and "apache-2.0, is that of the code" in card.text
 
 
 def card_of(folder: Path, results: dict) -> ModelCard:
