@@ -63,6 +63,11 @@ def parse_args(argv: list[str] | None = None):
     add("--classifier_init", choices=("random", "ridge"), default="random",
         help="ridge: start from a closed-form classifier, ridge regression on the features of the network as it is; "
         "with --num_train_epochs 0, that alone (default: random)")  # fmt: skip
+    add(
+        "--allow_label_leakage",
+        action="store_true",
+        help="go on where the weights have been trained on held-out clips with their labels; the card says so",
+    )
     args = finish_parsing(parser, RECIPES, argv)
     args.init = args.init or ("pretrained" if args.model_name_or_path else "scratch")
     if args.init == "pretrained" and not args.model_name_or_path:
@@ -74,6 +79,8 @@ def parse_args(argv: list[str] | None = None):
             "--freeze_batch_norm needs statistics: of a pre-training (--init pretrained), or those that "
             "--classifier_init ridge takes of the training clips"
         )
+    if args.fold == "all" and args.resume_from_checkpoint not in (None, "latest"):
+        parser.error("--resume_from_checkpoint DIR is of one fold: name it with --fold N, or give latest")
     if len(args.corpus) > 1:
         parser.error("--corpus can be given once: fine-tuning has one label set")
     return args
@@ -86,6 +93,7 @@ import json
 import logging
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -95,9 +103,8 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch.nn.modules.batchnorm import _BatchNorm  # of one process, or synchronised over several
 
-from datasets_scripts import corpus_facts, corpus_report, train_test_folds
-from dls_training.arguments import plain_options
-from dls_training.checkpoints import claim_output_dir, files_moved_into_place, find_checkpoint, write_json
+from datasets_scripts import ClipIdentities, corpus_report, train_test_folds
+from dls_training.checkpoints import PREFIX, claim_output_dir, files_moved_into_place, write_json
 from dls_training.closed_form import ridge_classifier
 from dls_training.input_pipeline import (
     ViewMaker,
@@ -107,9 +114,9 @@ from dls_training.input_pipeline import (
     training_loader,
 )
 from dls_training.loop import GlobalBatch, TrainingLoop, describe
-from dls_training.memory_bank import BANK_FILE, clip_keys, opened
 from dls_training.metrics import Accuracy, ConfusionMatrix, per_class_accuracy
-from dls_training.networks import make_config, make_extractor, make_model, structure
+from dls_training.networks import make_config, make_extractor, make_model
+from dls_training.record import RECORD_FILE, Record, begun, parent_of, to_go_on_from
 from dls_training.runtime import environment, make_accelerator, run_script, start_tracking
 from hub_cards import final_accuracy, write_card
 from hub_cards.publishing import claim_repository, publish
@@ -164,21 +171,18 @@ class FoldRun:
     """Fine-tuning with one fold held out, in a folder of its own that can be resumed and is recognised when done."""
 
     def __init__(self, args, accelerator: Accelerator, extractor: ESResNetFeatureExtractor, config: ESResNetConfig,
-                 train: Dataset, test: Dataset, output_dir: Path, log_prefix: str):  # fmt: skip
+                 train: Dataset, test: Dataset, output_dir: Path, checkpoint: Path | None, record: Record,
+                 log_prefix: str):  # fmt: skip
         self.args, self.accelerator, self.extractor = args, accelerator, extractor
         self.make_views = ViewMaker(extractor, args.augmentation, args.augmentation_strength)
-        checkpoint = find_checkpoint(args.resume_from_checkpoint, output_dir)
         pretrained = args.model_name_or_path if args.init == "pretrained" else None
         model = make_model(ESResNetForAudioClassification, checkpoint or pretrained, config, args.seed)
         if args.freeze_backbone:
             model.esresnet.requires_grad_(False)
         self.bare_model = model
-        fixed = ("init", "freeze_backbone", "freeze_batch_norm", "classifier_init", "labels_per_class")
-        identity = structure(config) | {name: getattr(args, name) for name in fixed}
-        identity |= {"labels": list(config.id2label.values()), "training clips": len(train)}
         self.loop = TrainingLoop(
             args, accelerator, model, training_loader(train, extractor, args), self.save_model, output_dir, checkpoint,
-            identity, log_prefix,
+            record, log_prefix,
         )  # fmt: skip
         self.test_loader = accelerator.prepare(evaluation_loader(test, extractor, args))
         self.outcome: dict[str, torch.Tensor] | None = None  # of the newest evaluation
@@ -314,49 +318,114 @@ class FoldRun:
         draw_embedding(path, self.outcome["features"], self.outcome["labels"].numpy(), names, title)
 
 
-def pretraining_of(args) -> dict | None:
-    """What the checkpoint that fine-tuning starts from says of its own training."""
-    path = Path(args.model_name_or_path or "") / "all_results.json"
-    if args.init == "scratch" or not path.is_file():
-        return None
-    earlier = json.loads(path.read_text(encoding="utf-8"))
-    kept = (
-        "task", "clips", "corpora", "excluded_folds", "objective", "seed", "command", "seconds", "environment",
-    )  # fmt: skip
-    return {name: earlier[name] for name in kept if name in earlier}
-
-
-def arm_of(args, config: ESResNetConfig, pretraining: dict | None) -> str:
+def arm_of(args, config: ESResNetConfig, parent: Record) -> str:
     """What the network had learned before: "scratch", "imagenet", "npid", "imagenet+npid"; "pretrained" if unknown."""
     if args.init == "scratch":
         return "scratch"
-    return "+".join(filter(None, [config.initial_weights, (pretraining or {}).get("task")])) or "pretrained"
+    return "+".join(filter(None, [config.initial_weights, *parent.tasks])) or "pretrained"
 
 
-def keys_heard(args) -> set[bytes] | None:
-    """The keys of the clips that the pre-training trained on, from its memory bank; None where there is none.
+@dataclass
+class Fold:
+    """One fold held out.
+
+    Attributes:
+        number: Official.
+        train, test: Its clips; of the former as many as --labels_per_class says.
+        record: Of its run.
+        facts: What its results say besides what is measured.
+        output_dir: Its own.
+    """
+
+    number: int
+    train: Dataset
+    test: Dataset
+    record: Record
+    facts: dict
+    output_dir: Path
+
+    @property
+    def results_file(self) -> Path:
+        return self.output_dir / "fold_results.json"
+
+    def is_finished(self) -> bool:
+        """Whether there are results of this very run; a shorter one goes on instead."""
+        finished = Record.read(self.output_dir) if self.results_file.is_file() else None
+        return finished is not None and finished.own.same_length(self.record.own)
+
+
+def prepare_fold(args, number: int, corpus: str, dataset: Dataset, parent: Record, output_dir: Path, **facts) -> Fold:
+    """Splits the corpus, and counts what of the held-out clips the weights have heard.
+
+    Args:
+        number: Of the fold that is held out.
+        parent: The record of what the run starts from.
+        output_dir: Of the fold.
+        **facts: See `begun`.
 
     Raises:
-        UserError: naming the bank, if it is damaged.
+        UserError: if the weights were trained on held-out clips with their labels, unless --allow_label_leakage.
     """
-    path = Path(args.model_name_or_path or "") / BANK_FILE
-    if args.init == "scratch" or not path.is_file():
-        return None
-    try:
-        with opened(path) as bank:
-            return {bytes(key) for key in bank.get_tensor("keys").numpy()}
-    except ValueError as error:
-        raise UserError(str(error)) from error
+    train, test = train_test_folds(dataset, number)
+    train = few_labels(train, args.labels_per_class, args.seed)
+    held_out = ClipIdentities.of(test)
+    seen = parent.labels_seen(held_out)
+    if seen and not args.allow_label_leakage:
+        stages = ", ".join(f"{count} by {name}" for name, count in seen.items())
+        raise UserError(
+            f"fold {number}: --model_name_or_path {args.model_name_or_path} was trained on held-out clips with their "
+            f"labels, of {len(test)} clips {stages}: the accuracy would be no measure. Start from a network that has "
+            "not seen them, or add --allow_label_leakage, which the card will report"
+        )
+    heard = {
+        "training_clips": len(train),
+        "test_clips": len(test),
+        # From scratch there was no pre-training; None also stands for one of which that is not known.
+        "test_clips_heard_in_pretraining": parent.heard(held_out) if parent.stages else None,
+        "test_labels_seen_before": seen,
+    }
+    settings = {"fold": number, "classes": dataset.features["label"].names}
+    record = begun(
+        args, "classification", parent, [(corpus, dataset)], ClipIdentities.of(train), with_labels=True,
+        clips={corpus: len(train)}, excluded_folds={corpus: [number]}, settings=settings,
+        **facts | {"name": str(output_dir)},
+    )  # fmt: skip
+    return Fold(number, train, test, record, heard, output_dir)
 
 
-def clips_heard(known: set[bytes] | None, corpus: str, test: Dataset) -> int | None:
-    """How many held-out clips were in the pre-training; None where that is unknown."""
-    if known is None:
-        return None
-    # ESC-10's clips are ESC-50's, under the same identities.
-    names = ("esc10", "esc50") if corpus in ("esc10", "esc50") else (corpus,)
-    keys = np.stack([clip_keys([name] * len(test), test["clip_id"][:]).numpy() for name in names], axis=1)
-    return sum(any(bytes(key) in known for key in clip) for clip in keys)
+def run_fold(args, accelerator: Accelerator, extractor: ESResNetFeatureExtractor, config, fold: Fold) -> dict:
+    """Trains with one fold held out, or finds that this was done before. Returns the fold's results."""
+    checkpoint, record = to_go_on_from(fold.record, args.resume_from_checkpoint, fold.output_dir)
+    if fold.is_finished():
+        logger.info(f"fold {fold.number} was finished before")
+    else:
+        logger.info(f"fold {fold.number}: {len(fold.train)} clips to train on, {len(fold.test)} held out")
+        run = FoldRun(
+            args, accelerator, extractor, config, fold.train, fold.test, fold.output_dir, checkpoint, record,
+            f"fold {fold.number}/",
+        )  # fmt: skip
+        results = fold.facts | run.train()
+        if accelerator.is_main_process:
+            with files_moved_into_place(fold.output_dir, last=RECORD_FILE) as folder:
+                run.save_model(folder)
+                record.with_facts(seconds=results["seconds"]).save(folder)
+                run.draw_features(folder / "embedding.png")
+                write_json(folder / fold.results_file.name, results)
+        accelerator.wait_for_everyone()
+        accelerator.free_memory()  # it would keep every fold's network and optimizer
+    return json.loads(fold.results_file.read_text(encoding="utf-8"))
+
+
+def check_layout(args) -> None:
+    """Raises UserError if a run with --fold all would go on as one with --fold N, or the other way round."""
+    folds = sorted(args.output_dir.glob("fold-*/"))
+    single = [*args.output_dir.glob(f"{PREFIX}*"), *args.output_dir.glob("fold_results.json")]
+    if (folds and args.fold != "all") or (single and args.fold == "all"):
+        found = (folds or single)[0].name
+        raise UserError(
+            f"--output_dir {args.output_dir} belongs to a different run: --fold is {args.fold!r}, but {found} is there. "
+            "Repeat its options, or start anew in another --output_dir"
+        )
 
 
 def main() -> None:
@@ -367,47 +436,32 @@ def main() -> None:
         claim_repository(args.hub_model_id, "classification", args.hub_private_repo)
     start_tracking(args, accelerator)
     extractor = make_extractor(args)
-    ((corpus, dataset),) = load_corpora(args, accelerator)
+    ((corpus, dataset),) = load_corpora(args)
     names = labelled(dataset, corpus)
     settings = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if args.init == "scratch":
         settings["initial_weights"] = None
     config = make_config(args, **settings)
-    folds = folds_to_run(args.fold, dataset, corpus)
-    pretraining, known = pretraining_of(args), keys_heard(args)
+    parent, measured_on = parent_of(args, config), environment(accelerator)
+    folds = []
+    for number in folds_to_run(args.fold, dataset, corpus):
+        output_dir = args.output_dir / f"fold-{number}" if args.fold == "all" else args.output_dir
+        folds.append(
+            prepare_fold(
+                args, number, corpus, dataset, parent, output_dir, config=config, extractor=extractor,
+                environment=measured_on,
+            )
+        )  # fmt: skip
+    check_layout(args)
+    found = {str(fold.number): run_fold(args, accelerator, extractor, config, fold) for fold in folds}
+    first = Record.read(folds[0].output_dir)  # as it was when it was trained
     results = {
-        "task": "classification",
+        **{name: first.own.facts[name] for name in ("task", "corpora", "seed", "command", "options", "environment")},
         "corpus": corpus,
-        "arm": arm_of(args, config, pretraining),
-        "pretraining": pretraining,
-        "corpora": {corpus: corpus_facts(corpus)},
+        "arm": arm_of(args, config, parent),
         "skipped_files": corpus_report(dataset)["skipped"],
-        "seed": args.seed,
-        "command": args.command,
-        "options": plain_options(args),
-        "environment": environment(accelerator),
-        "folds": {},
+        "folds": found,
     }
-    output_dirs = [args.output_dir / f"fold-{fold}" if args.fold == "all" else args.output_dir for fold in folds]
-    for fold, output_dir in zip(folds, output_dirs, strict=True):
-        done = output_dir / "fold_results.json"
-        if done.is_file():
-            logger.info(f"fold {fold} was finished before")
-        else:
-            train, test = train_test_folds(dataset, fold)
-            train = few_labels(train, args.labels_per_class, args.seed)
-            logger.info(f"fold {fold}: {len(train)} clips to train on, {len(test)} held out")
-            run = FoldRun(args, accelerator, extractor, config, train, test, output_dir, f"fold {fold}/")
-            fold_results = {"training_clips": len(train), "test_clips": len(test)}
-            fold_results |= {"test_clips_heard_in_pretraining": clips_heard(known, corpus, test), **run.train()}
-            if accelerator.is_main_process:
-                with files_moved_into_place(output_dir) as folder:
-                    run.save_model(folder)
-                    run.draw_features(folder / "embedding.png")
-                    write_json(folder / done.name, fold_results)
-            accelerator.wait_for_everyone()
-        results["folds"][str(fold)] = json.loads(done.read_text(encoding="utf-8"))
-
     curves = ["accuracy_per_epoch", *(["accuracy_at_start"] if args.classifier_init == "ridge" else [])]
     for curve in curves:
         by_fold = np.array([fold[curve] for fold in results["folds"].values()])
@@ -420,9 +474,9 @@ def main() -> None:
     last = np.array([final_accuracy(fold) for fold in results["folds"].values()])
     logger.info(f"accuracy {last.mean():.4f} ± {last.std():.4f} at the end")
     if accelerator.is_main_process:
-        with files_moved_into_place(args.output_dir) as folder:
+        with files_moved_into_place(args.output_dir, last=RECORD_FILE) as folder:
             # The root loads as the first fold's model; with a single fold, it is that model.
-            for path in output_dirs[0].iterdir():
+            for path in folds[0].output_dir.iterdir():
                 if path.is_file() and path.name != "fold_results.json":
                     shutil.copy2(path, folder)
             write_json(folder / "all_results.json", results)

@@ -70,7 +70,6 @@ def parse_args(argv: list[str] | None = None):
 # Arguments are read before anything heavy is imported: --help answers at once.
 ARGS = parse_args() if __name__ == "__main__" else None
 
-import hashlib
 import logging
 import sys
 from collections import Counter
@@ -80,9 +79,9 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
-from datasets_scripts import combine_corpora, corpus_facts, corpus_report
-from dls_training.arguments import UserError, plain_options
-from dls_training.checkpoints import claim_output_dir, files_moved_into_place, find_checkpoint, write_json
+from datasets_scripts import ClipIdentities, combine_corpora, corpus_report
+from dls_training.arguments import UserError
+from dls_training.checkpoints import claim_output_dir, files_moved_into_place, write_json
 from dls_training.health import Visits, bank_similarity
 from dls_training.input_pipeline import (
     ViewMaker,
@@ -93,8 +92,9 @@ from dls_training.input_pipeline import (
 )
 from dls_training.instance_discrimination import InstanceDiscrimination, knn_accuracy_by_fold
 from dls_training.loop import GlobalBatch, TrainingLoop, describe
-from dls_training.memory_bank import BANK_FILE, MemoryBank, ShardedMemoryBank, clip_keys
-from dls_training.networks import make_config, make_extractor, make_model, structure
+from dls_training.memory_bank import BANK_FILE, MemoryBank, ShardedMemoryBank
+from dls_training.networks import make_config, make_extractor, make_model
+from dls_training.record import RECORD_FILE, begun, parent_of, to_go_on_from
 from dls_training.runtime import environment, make_accelerator, run_script, start_tracking
 from hub_cards import write_card
 from hub_cards.publishing import claim_repository, publish
@@ -137,7 +137,13 @@ def make_bank(args, checkpoint: Path | None, keys: torch.Tensor, embedding_dim: 
     earlier = Path(args.model_name_or_path or "") / BANK_FILE
     try:
         if checkpoint is not None:
-            return bank_class.load(checkpoint / BANK_FILE, args.bank_momentum), 0
+            bank = bank_class.load(checkpoint / BANK_FILE, args.bank_momentum)
+            own_keys = keys[bank.first : bank.first + len(bank.vectors)]
+            if bank.vectors.shape[1] != embedding_dim or not torch.equal(bank.keys, own_keys):
+                raise ValueError(
+                    f"{checkpoint / BANK_FILE} has the rows of other clips than this run, or other columns"
+                )
+            return bank, 0
         bank = bank_class(len(keys), embedding_dim, args.bank_momentum, keys, args.seed)
         if not (args.model_name_or_path and earlier.is_file()):
             return bank, 0
@@ -277,14 +283,17 @@ def main() -> None:
     extractor = make_extractor(args)
     config = make_config(args, **({"embedding_dim": args.embedding_dim} if args.embedding_dim else {}))
     start_tracking(args, accelerator)
-    measured_on = environment(accelerator)
-    corpora = load_corpora(args, accelerator)
+    corpora = load_corpora(args)
     clips, data_report = training_clips(args, corpora)
+    identities = ClipIdentities.of(clips)
+    record = begun(
+        args, "npid", parent_of(args, config), corpora, identities, config, extractor, with_labels=False,
+        clips=data_report["clips"], excluded_folds=data_report["excluded_folds"], environment=environment(accelerator),
+    )  # fmt: skip
+    checkpoint, record = to_go_on_from(record, args.resume_from_checkpoint, args.output_dir)
     loader = training_loader(clips, extractor, args)
-    keys = clip_keys(clips["corpus"][:], clips["clip_id"][:])
-
-    checkpoint = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     model = make_model(ESResNetForInstanceDiscrimination, checkpoint or args.model_name_or_path, config, args.seed)
+    keys = torch.from_numpy(identities.keys())
     bank, known = make_bank(args, checkpoint, keys, config.embedding_dim)
     bank = bank.to(accelerator.device)
     objective = InstanceDiscrimination(
@@ -297,10 +306,7 @@ def main() -> None:
             accelerator.unwrap_model(model).save_pretrained(folder)
             extractor.save_pretrained(folder)
 
-    identity = {name: getattr(args, name) for name in ("objective", "nce_k", "nce_t", "bank_momentum")}
-    identity |= structure(config) | {"embedding_dim": config.embedding_dim}
-    identity |= {"clips": f"{len(clips)}, {hashlib.blake2b(keys.numpy().tobytes(), digest_size=8).hexdigest()}"}
-    loop = TrainingLoop(args, accelerator, model, loader, save_model, args.output_dir, checkpoint, identity)
+    loop = TrainingLoop(args, accelerator, model, loader, save_model, args.output_dir, checkpoint, record)
     nearest_neighbours = NearestNeighbourTests(args, corpora, extractor, accelerator)
 
     step = PretextStep(
@@ -322,23 +328,20 @@ def main() -> None:
     if not nearest_neighbours.embeddings:  # everything was done before this process began
         nearest_neighbours(loop.model)
 
+    record = record.with_facts(seconds=loop.progress.seconds)
     results = {
-        "task": "npid",
+        **{name: record.own.facts[name] for name in ("task", "corpora", "seed", "command", "options", "environment")},
         **data_report,
-        "corpora": {name: corpus_facts(name) for name, _ in corpora},
         "objective": args.objective,
         "history": loop.progress.history,
-        "seed": args.seed,
-        "command": args.command,
-        "options": plain_options(args),
         "seconds": loop.progress.seconds,
-        "environment": measured_on,
     }
     if not accelerator.is_main_process:
         save_model(None)
     else:
-        with files_moved_into_place(args.output_dir) as folder:
+        with files_moved_into_place(args.output_dir, last=RECORD_FILE) as folder:
             save_model(folder)
+            record.save(folder)
             nearest_neighbours.draw_first(folder / "embedding.png")
             write_json(folder / "all_results.json", results)
             write_card(folder)

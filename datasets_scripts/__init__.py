@@ -12,16 +12,19 @@ from .builder import corpus_report
 from .combining import combine_corpora, train_test_folds
 from .corpus import sound_files
 from .errors import AudioError, CorpusError
+from .identity import ClipIdentities, file_digest
 from .loading import CORPUS_NAMES, corpus_facts, load_corpus
 
 __all__ = [
     "CORPUS_NAMES",
     "AudioError",
+    "ClipIdentities",
     "CorpusError",
     "combine_corpora",
     "corpus_facts",
     "corpus_report",
     "decode_audio",
+    "file_digest",
     "load_corpus",
     "sound_files",
     "train_test_folds",

@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 import soundfile
-import xxhash
 
 from .errors import AudioError
+from .identity import file_digest
 
 # What libsndfile reads and people record in; matched without regard to case.
 SOUND_EXTENSIONS = frozenset(
@@ -42,11 +42,7 @@ _BLOCK = 1 << 20
 
 
 class AudioFacts(NamedTuple):
-    """What one whole decoding of a file showed: its content's digest, its rate in Hz, channels and length.
-
-    The digest is XXH3 with 128 bits (`xxhsum -H2`): it tells files apart as surely as SHA-256 does as long as nobody
-    makes two collide on purpose, and costs a hundredth, where SHA-256 would take longer than the decoding.
-    """
+    """What one whole decoding of a file showed: its content's digest, its rate in Hz, channels and length."""
 
     digest: str
     sampling_rate: int
@@ -99,11 +95,7 @@ def inspect_audio(path: str | os.PathLike) -> AudioFacts:
         if frames < sound.frames:
             raise ValueError(f"is truncated: {frames} of {sound.frames} frames can be decoded")
         rate, channels = sound.samplerate, sound.channels
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while part := file.read(_BLOCK):
-            digest.update(part)
-    return AudioFacts(digest.hexdigest(), rate, channels, frames)
+    return AudioFacts(file_digest(path), rate, channels, frames)
 
 
 @contextmanager

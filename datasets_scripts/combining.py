@@ -8,8 +8,9 @@ import datasets
 import numpy as np
 
 from .errors import CorpusError
+from .identity import STRETCH_COLUMNS, ClipIdentities
 
-_KEPT_COLUMNS = ["audio", "label", "fold", "clip_id", "source_id", "digest"]
+_KEPT_COLUMNS = ["audio", "label", "fold", "clip_id", "source_id", "digest", *STRETCH_COLUMNS]
 
 
 def train_test_folds(dataset: datasets.Dataset, fold: int) -> tuple[datasets.Dataset, datasets.Dataset]:
@@ -25,7 +26,7 @@ def train_test_folds(dataset: datasets.Dataset, fold: int) -> tuple[datasets.Dat
     Raises:
         CorpusError: there is no such fold, or nothing is left to train on.
     """
-    folds = np.asarray(_folds(dataset))
+    folds = _folds(dataset)
     existing = sorted(set(folds.tolist()))
     if fold not in existing or len(existing) < 2:
         problem = f"fold {fold} cannot be held out" if fold in existing else f"there is no fold {fold}"
@@ -42,13 +43,13 @@ def combine_corpora(
 ) -> tuple[datasets.Dataset, dict]:
     """Several corpora as one unlabelled training set, every clip once.
 
-    The first corpus that has a clip keeps it. Two clips are the same if their ESC identity is (ESC-10's and ESC-50's
-    files of one clip differ) or if their files are byte for byte the same.
+    The first corpus that has a clip keeps it. Two clips are the same if they are the same stretch of the same file's
+    content, or if their ESC identity is the same (ESC-10's and ESC-50's files of one clip differ).
 
     Args:
         corpora: pairs of a name and a dataset from `load_corpus`.
-        excluded_folds: folds to leave out, by corpus. Copies of their clips in other corpora are left out too: what is
-            to be tested on must not come back under another name.
+        excluded_folds: folds to leave out, by corpus. Whatever overlaps with their clips in other corpora is left out
+            too: what is to be tested on must not come back under another name.
 
     Returns:
         A dataset with columns audio, corpus, label (int64 or None, numbered as in its own corpus), fold, clip_id,
@@ -58,22 +59,20 @@ def combine_corpora(
     if not corpora:
         raise CorpusError("no corpus was given to combine")
     excluded_folds = excluded_folds or {}
-    clips = [list(zip(_folds(data), zip(*_identities(data), strict=True), strict=True)) for _, data in corpora]
-    owner_of: dict[tuple[str, str], str] = {}
-    for (name, _), rows in zip(corpora, clips, strict=True):
-        for fold, keys in rows:
-            if fold in excluded_folds.get(name, ()):
-                owner_of.update(zip(keys, repeat(f"{name} held out")))
+    identities = [ClipIdentities.of(dataset) for _, dataset in corpora]
+    held_out = [np.isin(_folds(data), list(excluded_folds.get(name, ()))) for name, data in corpora]
+    owner_of: dict[bytes, str] = {}
     parts, kept_counts, removed = [], Counter(), Counter()
-    for (name, dataset), rows in zip(corpora, clips, strict=True):
+    for (name, dataset), clips, own_held_out in zip(corpora, identities, held_out, strict=True):
         kept = []
-        for index, (fold, keys) in enumerate(rows):
-            if fold in excluded_folds.get(name, ()):
-                continue
-            owner = next((owner_of[key] for key in keys if key in owner_of), None)
+        unheld = np.flatnonzero(~own_held_out)
+        kept_out_by = _owners_of_held_out(clips[unheld], corpora, identities, held_out)
+        names = clips.names()
+        for index, owner in zip(unheld.tolist(), kept_out_by, strict=True):
+            owner = owner or next((owner_of[key] for key in names[index] if key in owner_of), None)
             if owner is None:
                 kept.append(index)
-                owner_of.update(zip(keys, repeat(name)))
+                owner_of.update(zip(names[index], repeat(name)))
             else:
                 removed[owner, name] += 1
         kept_counts[name] += len(kept)
@@ -89,16 +88,17 @@ def combine_corpora(
     return datasets.concatenate_datasets(parts), report
 
 
-def _folds(dataset: datasets.Dataset) -> list[int]:
-    return dataset.with_format(None)["fold"][:]
+def _folds(dataset: datasets.Dataset) -> np.ndarray:
+    return np.asarray(dataset.with_format(None)["fold"][:])
 
 
-def _identities(dataset: datasets.Dataset) -> list[list[tuple[str, str]]]:
-    columns = dataset.with_format(None)
-    keys = [[("digest", value) for value in columns["digest"][:]]]
-    if {"esc10", "take"} <= set(dataset.column_names):
-        keys.append([("esc", value) for value in columns["clip_id"][:]])
-    return keys
+def _owners_of_held_out(clips: ClipIdentities, corpora, identities, held_out) -> list[str | None]:
+    """For each clip "NAME held out" where its sound, or a part of it, is in NAME's excluded folds; else None."""
+    owners: list[str | None] = [None] * len(clips)
+    for (name, _), others, excluded in zip(corpora, identities, held_out, strict=True):
+        for index in np.flatnonzero(clips.shared_with(others[excluded])).tolist() if excluded.any() else ():
+            owners[index] = f"{name} held out"
+    return owners
 
 
 def _plain(name: str, dataset: datasets.Dataset) -> datasets.Dataset:

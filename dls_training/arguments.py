@@ -84,14 +84,13 @@ def make_parser(description: str, recipes: dict[str, dict], reasons: str) -> arg
         "--corpus", action="append", type=corpus_and_source, metavar="NAME[=DIR]",
         help="esc10, esc50, urbansound8k, dcase2013, audiofolder or synthetic, and where it is (default: synthetic)",
     )  # fmt: skip
-    data.add_argument("--clip_seconds", type=at_least(0.05, float), default=5.0, help="length of a view (default: 5)")
     data.add_argument(
-        "--audio_channels",
-        type=int,
-        choices=(1, 2),
-        default=1,
-        help="1 averages channels, 2 doubles mono (default: 1)",
+        "--clip_seconds", type=at_least(0.05, float), help="length of a view (default: the checkpoint's, or 5)"
     )
+    data.add_argument(
+        "--audio_channels", type=int, choices=(1, 2),
+        help="1 averages channels, 2 doubles mono (default: the checkpoint's, or 1)",
+    )  # fmt: skip
     data.add_argument(
         "--augmentation", choices=("waveform", "spectrogram", "both"), default="waveform",
         help="waveform: ESResNet's; spectrogram: crops, mixing, gain and masks instead, which keep small corpora from "

@@ -12,8 +12,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import xxhash
 from accelerate import Accelerator
 from safetensors import SafetensorError
+
+from datasets_scripts import file_digest
 
 from .arguments import UserError
 
@@ -72,8 +75,12 @@ def folder_moved_into_place(final: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def files_moved_into_place(folder: Path) -> Iterator[Path]:
+def files_moved_into_place(folder: Path, last: str | None = None) -> Iterator[Path]:
     """Like `folder_moved_into_place`, for files that join what `folder` already holds.
+
+    Args:
+        folder: Where they go.
+        last: A file that is there only while the others belong to it: it goes first and comes last.
 
     Raises:
         UserError: naming the folder, if it cannot be written.
@@ -82,7 +89,9 @@ def files_moved_into_place(folder: Path) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished.") as temporary:
             yield Path(temporary)
-            for path in sorted(Path(temporary).iterdir()):
+            if last is not None:
+                (folder / last).unlink(missing_ok=True)
+            for path in sorted(Path(temporary).iterdir(), key=lambda path: (path.name == last, path.name)):
                 os.replace(path, folder / path.name)
     except WRITE_ERRORS as error:
         raise UserError(f"{folder} cannot be written ({reason(error)})") from error
@@ -96,6 +105,20 @@ def reason(error: Exception) -> str:
 def write_json(path: Path, content: dict) -> None:
     """Writes JSON with a newline at its end."""
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def json_digest(content) -> str:
+    """Of what JSON makes of it, whatever the order of keys; hexadecimal."""
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+
+
+def read_object(path: Path | None) -> dict | None:
+    """A JSON object, or None if the file is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path else None
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def claim_output_dir(accelerator: Accelerator, output_dir: Path, resuming: bool) -> None:
@@ -135,25 +158,27 @@ def checkpoint_number(path: Path) -> int:
     return int(number) if path.name.startswith(PREFIX) and number.isdecimal() else -1
 
 
-def save_checkpoint(output_dir: Path, progress: Progress, save_model, tensors: dict, run: dict, limit: int) -> None:
+def save_checkpoint(output_dir: Path, progress: Progress, save_model, tensors: dict, record, limit: int) -> None:
     """Writes `checkpoint-STEP`, moves it into place, and only then deletes the oldest beyond `limit`.
 
     Args:
         output_dir: Of the run.
         progress: Where the run is.
         save_model: Called with the folder: writes what `from_pretrained` needs, and the memory bank.
-        tensors: States of optimizer and scheduler.
-        run: What must be the same when the run goes on; see `load_checkpoint`.
+        tensors: States of optimizer, scheduler and, with fp16, gradient scaler.
+        record: Of the run, a `Record`: saved beside the weights.
         limit: Checkpoints kept.
     """
     with folder_moved_into_place(output_dir / f"{PREFIX}{progress.step}") as folder:
         save_model(folder)
+        record.save(folder)
         try:
             torch.save(tensors | {"random": torch.get_rng_state()}, folder / TENSOR_FILE)
         except RuntimeError as error:  # torch's word for a full disk
             raise OSError(f"{TENSOR_FILE}: {error}") from error
-        sizes = {path.name: path.stat().st_size for path in folder.iterdir()}
-        write_json(folder / STATE_FILE, {"progress": asdict(progress), "run": run, "files": sizes})
+        files = {path.name: file_digest(path) for path in folder.iterdir()}
+        state = {"progress": asdict(progress), "files": files}
+        write_json(folder / STATE_FILE, state | {"digest": json_digest(state)})
     numbered = [path for path in output_dir.glob(f"{PREFIX}*") if checkpoint_number(path) >= 0]
     # A run that went on from an earlier checkpoint than the last, or past a damaged one, leaves higher numbers behind:
     # they go first, so that what was just written stays.
@@ -163,11 +188,18 @@ def save_checkpoint(output_dir: Path, progress: Progress, save_model, tensors: d
 
 
 def read_state(folder: Path) -> dict | None:
-    """A checkpoint's state, or None if a file is missing or shorter than it was written."""
+    """A checkpoint's state, or None if a file is missing or is not, bit for bit, what was written."""
+    state = read_object(folder / STATE_FILE)
+    if state is None:
+        return None
+    if "run" in state:  # of an earlier version: whole or not, no run goes on from it
+        return state
+    digest = state.pop("digest", None)
     try:
-        state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-        complete = all((folder / name).stat().st_size == size for name, size in state["files"].items())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # JSON, but not of ours
+        complete = digest == json_digest(state) and all(
+            file_digest(folder / name) == written for name, written in state["files"].items()
+        )
+    except (OSError, LookupError, TypeError, AttributeError):  # JSON, but not of ours
         return None
     return state if complete else None
 
@@ -189,36 +221,28 @@ def find_checkpoint(choice: str | None, output_dir: Path) -> Path | None:
     for folder in sorted(output_dir.glob(f"{PREFIX}*"), key=checkpoint_number, reverse=True):
         if read_state(folder) is not None:
             return folder
-        logger.warning(f"{folder} is incomplete and skipped")
+        logger.warning(f"{folder} is incomplete or damaged, and skipped")
     logger.info(f"{output_dir} holds no checkpoint yet: starting from the beginning")
     return None
 
 
-def load_checkpoint(folder: Path, run: dict) -> tuple[Progress, dict]:
-    """Reads progress and tensors, restores torch's random state, and compares what must not have changed.
+def load_checkpoint(folder: Path) -> tuple[Progress, dict]:
+    """Reads progress and tensors, and restores torch's random state.
 
     Args:
-        folder: From `find_checkpoint`.
-        run: As given to `save_checkpoint`.
+        folder: From `find_checkpoint`, of the run that goes on (`check_same_run`).
 
     Returns:
         The progress, and `tensors` as saved.
 
     Raises:
-        UserError: naming each option that differs from the checkpoint's run, or the file that is damaged.
+        UserError: naming the file that is damaged.
     """
     state = read_state(folder)
-    changed = [
-        f"{name} is {run.get(name)!r} but was {old!r}" for name, old in state["run"].items() if run.get(name) != old
-    ]
-    if changed:
-        raise UserError(
-            f"{folder} belongs to a different run: {'; '.join(changed)}. Repeat its options, or start anew"
-        )
     try:
         tensors = torch.load(folder / TENSOR_FILE, map_location="cpu", weights_only=True)
         torch.set_rng_state(tensors.pop("random"))
+        return Progress(**state["progress"]), tensors
     except (pickle.UnpicklingError, EOFError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         # Not torch's own words: they advise to load the file without its safety.
         raise UserError(f"{folder / TENSOR_FILE} is damaged, or is not what a training run wrote") from error
-    return Progress(**state["progress"]), tensors

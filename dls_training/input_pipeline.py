@@ -8,7 +8,6 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Sampler
@@ -211,15 +210,17 @@ class ShuffledClips(Sampler):
         return ((self.epoch, int(index)) for index in order[: self.used])
 
 
-def load_corpora(args, accelerator: Accelerator) -> list[tuple[str, Dataset]]:
-    """Each --corpus with its name; one process prepares them and the others read what it cached.
+def load_corpora(args) -> list[tuple[str, Dataset]]:
+    """Each --corpus with its name.
+
+    Every process calls this. Locks see to it that one of them downloads and prepares while the others wait for as long
+    as that takes, and then read what it cached; a barrier would lose patience.
 
     Raises:
         CorpusError: whatever is wrong with a folder or a file in it.
     """
     options = {"allow_partial": args.allow_partial, "skip_unreadable": args.skip_unreadable}
-    with accelerator.main_process_first():
-        return [(name, load_corpus(name, source, **options)) for name, source in args.corpus]
+    return [(name, load_corpus(name, source, **options)) for name, source in args.corpus]
 
 
 def training_loader(rows: Dataset, extractor: ESResNetFeatureExtractor, args) -> DataLoader:

@@ -16,25 +16,13 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from .arguments import UserError
-from .checkpoints import Progress, load_checkpoint, save_checkpoint
+from .checkpoints import TENSOR_FILE, Progress, load_checkpoint, save_checkpoint
 from .health import has_finite_weights
-from .optimization import make_optimizer, make_scheduler
+from .optimization import check_optimizer_state, make_optimizer, make_scheduler
+from .record import Record
 from .runtime import MEMORY_FORMATS, Interrupted, SignalWatch
 
 logger = logging.getLogger("dls")
-
-# What must not change when a run goes on. How long it lasts, and what it writes, may.
-FIXED_OPTIONS = (
-    "seed",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "optimizer",
-    "clip_seconds",
-    "audio_channels",
-    "augmentation",
-    "augmentation_strength",
-    "keep_spectrograms",
-)
 
 
 @dataclass
@@ -76,7 +64,7 @@ class TrainingLoop:
         save_model: Callable[[Path | None], None],
         output_dir: Path,
         checkpoint: Path | None,
-        identity: dict,
+        record: Record,
         log_prefix: str = "",
     ):
         """
@@ -88,20 +76,19 @@ class TrainingLoop:
             save_model: Writes into a folder what `from_pretrained` needs, and what else the script must restore.
                 Called in every process, with None in all but the main one: there it hands over what only they have.
             output_dir: Where checkpoints go.
-            checkpoint: From `find_checkpoint`.
-            identity: What else than `FIXED_OPTIONS` must not change when the run goes on: {what: value}.
+            checkpoint: Of this run, see `find_checkpoint` and `check_same_run`.
+            record: Of this run.
             log_prefix: Of this loop's names in the log and the tracker.
 
         Raises:
-            UserError: if the checkpoint belongs to another run.
+            UserError: if the checkpoint is damaged, or already beyond the end of the run.
         """
         self.args, self.accelerator, self.output_dir, self.save_model = args, accelerator, output_dir, save_model
         self.log_prefix, self.clock = log_prefix, time.perf_counter()
-        self.identity = {name: getattr(args, name) for name in FIXED_OPTIONS} | identity
-        self.identity["number of processes"] = accelerator.num_processes
-        self.progress, saved = load_checkpoint(checkpoint, self.identity) if checkpoint else (Progress(), None)
+        self.record = record
+        self.progress, saved = load_checkpoint(checkpoint) if checkpoint else (Progress(), None)
         self.clips_per_epoch = len(loader.sampler)
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        trained = [named for named in model.named_parameters() if named[1].requires_grad]
         optimizer = make_optimizer(args.optimizer, trained, args.learning_rate, args.weight_decay)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             # Statistics of the global batch. No other back end has it: there, each process normalises its own part.
@@ -115,9 +102,33 @@ class TrainingLoop:
             args.lr_scheduler_type, optimizer, self.total_steps, self.steps_per_epoch, args.warmup_steps
         )
         if saved:
+            self.restore(checkpoint, saved, optimizer)
+            logger.info(f"going on from {checkpoint}: epoch {self.progress.epoch + 1}, step {self.progress.step}")
+
+    def restore(self, checkpoint: Path, saved: dict, optimizer: torch.optim.Optimizer) -> None:
+        """Gives optimizer, schedule and gradient scaler the states that they had.
+
+        Args:
+            checkpoint: Its name, for messages.
+            saved: The tensors from `load_checkpoint`.
+            optimizer: The bare one.
+        """
+        if self.progress.step > self.total_steps:
+            raise UserError(
+                f"{checkpoint} is at step {self.progress.step}, but this run is to end at step {self.total_steps}: "
+                "raise --num_train_epochs or --max_train_steps"
+            )
+        try:
+            check_optimizer_state(optimizer, saved["optimizer"])
+            if saved["scheduler"]["last_epoch"] != self.progress.step:
+                raise ValueError(f"its schedule is at step {saved['scheduler']['last_epoch']}")
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scheduler.load_state_dict(saved["scheduler"])
-            logger.info(f"going on from {checkpoint}: epoch {self.progress.epoch + 1}, step {self.progress.step}")
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.load_state_dict(saved["scaler"])
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise UserError(f"{checkpoint / TENSOR_FILE} does not fit this run: {reason}") from error
 
     @property
     def seconds(self) -> float:
@@ -267,8 +278,10 @@ class TrainingLoop:
             self.save_model(None)
         else:
             tensors = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
+            if self.accelerator.scaler is not None:  # with fp16: its scale decides which steps are taken
+                tensors["scaler"] = self.accelerator.scaler.state_dict()
             limit = self.args.checkpoints_total_limit
-            save_checkpoint(self.output_dir, self.progress, self.save_model, tensors, self.identity, limit)
+            save_checkpoint(self.output_dir, self.progress, self.save_model, tensors, self.record, limit)
         self.accelerator.wait_for_everyone()
 
     def progress_bar(self) -> tqdm:

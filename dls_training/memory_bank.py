@@ -3,7 +3,6 @@
 Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (2018).
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator
@@ -23,15 +22,6 @@ KEY_BYTES = 16
 BLOCK = 65536
 RANDOM_BLOCK = 1024
 ITEM_BYTES = {"F64": 8, "F32": 4, "U8": 1}
-
-
-def clip_keys(corpora: Iterable[str], clip_ids: Iterable[str]) -> torch.Tensor:
-    """Identity of each clip that survives reordering: digests of `corpus/clip_id`, uint8, (clips, 16)."""
-    digests = [
-        hashlib.blake2b(f"{corpus}/{clip_id}".encode(), digest_size=KEY_BYTES).digest()
-        for corpus, clip_id in zip(corpora, clip_ids, strict=True)
-    ]
-    return torch.from_numpy(np.frombuffer(bytearray(b"".join(digests)), np.uint8)).view(-1, KEY_BYTES)
 
 
 def find_keys(keys: torch.Tensor, among: torch.Tensor) -> np.ndarray:
@@ -73,7 +63,7 @@ class MemoryBank(nn.Module):
         vectors: (rows held, embedding_dim), float32, unit length.
         Z: The constant that turns exp(similarity / temperature) into a probability; 0 until it is estimated. float64,
             since exp(1 / temperature) overflows float32 for temperatures below 0.0113.
-        keys: (rows held, 16), uint8, see `clip_keys`; all zero where clips have no identity.
+        keys: (rows held, 16), uint8, see `ClipIdentities.keys`; all zero where clips have no identity.
         momentum: Share of the old vector that an update keeps.
 
     Example:

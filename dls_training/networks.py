@@ -1,5 +1,6 @@
 """The network and the feature extractor that a train script's options ask for."""
 
+import logging
 from pathlib import Path
 
 from accelerate.utils import set_seed
@@ -9,6 +10,9 @@ from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor
 
 from .arguments import UserError
 
+logger = logging.getLogger("dls")
+
+USUAL = {"clip_seconds": 5.0, "audio_channels": 1}
 STRUCTURE = ("embedding_size", "hidden_sizes", "depths", "layer_type", "attention", "pooling", "growth_rate")
 
 
@@ -39,6 +43,8 @@ def check_agreement(args, options: dict, found) -> None:
 def make_extractor(args) -> ESResNetFeatureExtractor:
     """The checkpoint's extractor, or the preset's, set to the length and channels of this run.
 
+    Where --clip_seconds or --audio_channels is not given, it is filled in with what holds.
+
     Raises:
         UserError: if the checkpoint has none, or others than options say, the settings do not go together, or a view
             is shorter than one analysis window.
@@ -60,6 +66,16 @@ def make_extractor(args) -> ESResNetFeatureExtractor:
             extractor = ESResNetFeatureExtractor.from_preset(args.preset, **changes)
         except ValueError as error:
             raise UserError(f"--preset {args.preset} with {', '.join(changes)} changed: {error}") from error
+    own = {"clip_seconds": extractor.max_length and extractor.max_length / extractor.sampling_rate}
+    own |= {"audio_channels": extractor.audio_channels}
+    for name, usual in USUAL.items():
+        if getattr(args, name) is None:
+            setattr(args, name, own[name] or usual)
+        elif own[name] not in (None, getattr(args, name)):
+            logger.warning(
+                f"--{name} {getattr(args, name)}: {args.model_name_or_path} was trained with {own[name]:g}, and may "
+                "do worse with another"
+            )
     extractor.audio_channels = args.audio_channels
     set_length(extractor, args.clip_seconds)
     return extractor

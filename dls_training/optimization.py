@@ -9,13 +9,53 @@ from transformers import get_scheduler
 
 
 def make_optimizer(
-    name: str, parameters: Iterable[torch.nn.Parameter], learning_rate: float, weight_decay: float
+    name: str,
+    parameters: Iterable[torch.nn.Parameter] | Iterable[tuple[str, torch.nn.Parameter]],
+    learning_rate: float,
+    weight_decay: float,
 ) -> torch.optim.Optimizer:
-    """`"sgd"` (momentum 0.9), `"adam"` or `"adamw"`, each in its fused form: one pass over all parameters."""
+    """`"sgd"` (momentum 0.9), `"adam"` or `"adamw"`, each in its fused form: one pass over all parameters.
+
+    Of parameters with names, the state that it saves has the names, too.
+    """
     options = {"lr": learning_rate, "weight_decay": weight_decay, "fused": True}
     if name == "sgd":
         return torch.optim.SGD(parameters, momentum=0.9, **options)
     return {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name](parameters, **options)
+
+
+def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Makes sure that a state is one of this optimizer's own: fused optimizers write wherever a state leads them.
+
+    Args:
+        optimizer: Of parameters with names.
+        saved: What `state_dict` gave after a step.
+
+    Raises:
+        ValueError: saying what differs: names, shapes or types, or what is missing.
+    """
+    probe = torch.nn.Parameter(torch.zeros(1))
+    other = type(optimizer)([probe], **optimizer.defaults)
+    probe.grad = torch.zeros(1)
+    other.step()
+    expected = other.state[probe]
+    names, theirs = (
+        [name for group in groups for name in group["param_names"]]
+        for groups in (optimizer.param_groups, saved["param_groups"])
+    )
+    if names != theirs:
+        raise ValueError(f"it is of other parameters: {len(theirs)} instead of {len(names)}, or with other names")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+        state = saved["state"].get(number, {})
+        if set(state) != set(expected):
+            raise ValueError(f"{name} has {', '.join(sorted(state)) or 'nothing'}, not {', '.join(sorted(expected))}")
+        for what, like in expected.items():
+            shape = parameter.shape if like.ndim else like.shape
+            value = state[what]
+            if not isinstance(value, torch.Tensor) or (value.shape, value.dtype) != (shape, like.dtype):
+                found = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, torch.Tensor) else type(value)
+                raise ValueError(f"{what} of {name} is {found}, not {tuple(shape)} {like.dtype}")
 
 
 def multistep(step: int, total_steps: int) -> float:

@@ -226,8 +226,11 @@ def start_tracking(args, accelerator: Accelerator) -> None:
 def environment(accelerator: Accelerator) -> dict:
     """What a reader needs to judge a measured number: versions, hardware, commit."""
     packages = ("torch", "torchaudio", "transformers", "datasets", "accelerate")
+    versions = {"python": platform.python_version()} | {name: version(name) for name in packages}
+    with contextlib.suppress(PackageNotFoundError):  # run from a folder, without being installed
+        versions["dls-sounds"] = version("dls-sounds")
     return {
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in packages},
+        "versions": versions,
         "hardware": hardware(accelerator.device),
         "processes": accelerator.num_processes,
         "threads": torch.get_num_threads(),
@@ -248,15 +251,19 @@ def hardware(device: torch.device) -> str:
 
 
 def source_commit() -> str | None:
-    """This checkout's commit, with "+" where files differ from it; the installed version outside a checkout."""
-    here = Path(__file__).parent
+    """This project's commit, with "+" where files differ from it; None outside a checkout of it.
+
+    An installed copy may lie in a repository that is somebody else's, such as a virtual environment's.
+    """
+    root = Path(__file__).resolve().parents[1]
 
     def git(*command):
-        return subprocess.run(["git", "-C", here, *command], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(["git", "-C", root, *command], capture_output=True, text=True, check=True).stdout.strip()
 
     try:
+        tracked = git("ls-files", "--error-unmatch", "--", __file__) and Path(git("rev-parse", "--show-toplevel"))
+        if tracked.resolve() != root:
+            return None
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.CalledProcessError):
-        with contextlib.suppress(PackageNotFoundError):
-            return f"version {version('dls-sounds')}"
-    return None
+        return None

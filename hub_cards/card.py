@@ -1,10 +1,14 @@
 """A run's own files -> its model card. A number that is not in them is not in the card."""
 
 import json
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from dls_training.arguments import UserError
+from dls_training.record import RECORD_FILE, Record
 
 from .sources import LICENCE_OF_THE_CODE, licence, source_rows, training_data
 
@@ -13,7 +17,7 @@ ACCURACY, CONFUSION, EMBEDDING = "accuracy.png", "confusion_matrix.png", "embedd
 
 
 def write_card(folder: Path) -> None:
-    """Writes README.md and its pictures beside a run's `all_results.json`, `config.json`, `preprocessor_config.json`.
+    """Writes README.md and its pictures beside a run's results, record, `config.json` and `preprocessor_config.json`.
 
     `accuracy.png` and `confusion_matrix.png` are drawn from the results, as far as there is something to draw;
     `embedding.png` is shown if it is there.
@@ -23,17 +27,23 @@ def write_card(folder: Path) -> None:
 
     Raises:
         OSError: if one of the files is absent.
+        UserError: if the record is absent or damaged.
     """
     results, config, signal = (
         json.loads((folder / name).read_text(encoding="utf-8"))
         for name in ("all_results.json", "config.json", "preprocessor_config.json")
     )
+    record = Record.read(folder)
+    if record is None:
+        raise UserError(f"{folder} has no {RECORD_FILE}: an earlier version wrote it, and its own card stands")
     draw_pictures(folder, results)
     describe = {"npid": pretraining_card, "classification": classification_card}[results["task"]]
-    data, template, fields = describe(results, config)
-    sources = training_data(results)
+    data, template, fields = describe(results, config, record)
+    sources = training_data(record)
     fields |= {
         "results": results,
+        "run": record.own.facts,
+        "earlier": [stage.facts for stage in record.stages[:-1]],
         "signal": signal,
         "initial_weights": config.get("initial_weights"),
         "clip_seconds": signal["max_length"] / signal["sampling_rate"],
@@ -41,12 +51,14 @@ def write_card(folder: Path) -> None:
         "pictures": [name for name in (ACCURACY, CONFUSION, EMBEDDING) if (folder / name).is_file()],
         "sources": markdown_table(source_rows(sources)),
         "seconds": results.get("seconds") or sum(fold["seconds"] for fold in results.get("folds", {}).values()),
+        "stage_in_words": stage_in_words,
+        "unknown": [stage.name for stage in record.stages if not stage.is_known],
+        "earlier_seconds": sum(stage.facts.get("seconds", 0) for stage in record.stages[:-1]),
         "code_licence": LICENCE_OF_THE_CODE,
         "citations": list(dict.fromkeys(facts["citation"] for facts in sources.values() if "citation" in facts)),
     }
     # Not so with ImageNet's weights, or those of a folder that does not say what it was trained on.
-    everything_known = config.get("initial_weights") is None and results.get("arm") != "pretrained"
-    claimed = licence([facts.get("licence_id") for facts in sources.values()], everything_known)
+    claimed = licence([facts.get("licence_id") for facts in sources.values()], record.is_complete)
     for key, value in claimed.items():
         setattr(data, key, value)
     text = "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in (template, "provenance.md"))
@@ -83,7 +95,7 @@ def accuracy_curves(results: dict, rows: list[dict]) -> tuple[dict[str, dict], s
     return {results["corpus"]: curve(column)}, "accuracy on the held-out fold"
 
 
-def pretraining_card(results: dict, config: dict) -> tuple[ModelCardData, str, dict]:
+def pretraining_card(results: dict, config: dict, record: Record) -> tuple[ModelCardData, str, dict]:
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag="feature-extraction",
@@ -96,10 +108,25 @@ def pretraining_card(results: dict, config: dict) -> tuple[ModelCardData, str, d
         else "Transductive: every fold was trained on, without labels. Accuracies measured on these corpora have seen "
         "their test clips' sound, not their labels."
     )
+    if len(record.stages) > 1:
+        protocol += " That is said of this training alone, not of what came before it."
     return data, "pretraining.md", {"protocol": protocol, "embedding_dim": config["embedding_dim"]}
 
 
-def classification_card(results: dict, config: dict) -> tuple[ModelCardData, str, dict]:
+def stage_in_words(stage: dict) -> str:
+    """What an earlier stage did to the weights, in a sentence; see `Stage.facts`."""
+    if stage["task"] is None:
+        return f"Started from `{stage['name']}`, of which it is not known what it has heard."
+    what = {
+        "npid": "Pre-trained on unlabelled audio by instance discrimination",
+        "classification": "Trained with labels as a classifier",
+    }[stage["task"]]
+    clips = ", ".join(f"{count} of {name}" for name, count in stage["clips"].items())
+    left_out = f"; left out: {stage['excluded_folds']}" if stage["excluded_folds"] else ""
+    return f"{what} (`{stage['name']}`; clips: {clips}{left_out})."
+
+
+def classification_card(results: dict, config: dict, record: Record) -> tuple[ModelCardData, str, dict]:
     folds = results["folds"]
     data = ModelCardData(
         library_name="transformers",
@@ -110,9 +137,13 @@ def classification_card(results: dict, config: dict) -> tuple[ModelCardData, str
     )
     rows, held_out = accuracy_rows(results), next(iter(folds))
     heard = [fold_results["test_clips_heard_in_pretraining"] for fold_results in folds.values()]
+    leaks = Counter()
+    for fold_results in folds.values():
+        leaks.update(fold_results["test_labels_seen_before"])
     recognised = {name: share for name, share in results["per_class_accuracy"].items() if share is not None}
     fields = {
         "heard": None if None in heard else sum(heard),
+        "leaks": leaks,
         "test_clips": sum(fold_results["test_clips"] for fold_results in folds.values()),
         "training_clips": [fold_results["training_clips"] for fold_results in folds.values()],
         "labels": list(config["id2label"].values()),

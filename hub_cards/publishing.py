@@ -1,12 +1,12 @@
 """A finished run's folder -> a model repository on the Hub, in one commit."""
 
-import json
 import logging
 import shlex
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 from dls_training.arguments import UserError
+from dls_training.checkpoints import read_object
 from hub_upload import HubRepository, UploadError
 
 from .card import ACCURACY, CONFUSION, EMBEDDING
@@ -21,6 +21,8 @@ PARTS = {
     "model.safetensors": "weights",
     "all_results.json": "results",
     "memory_bank.safetensors": "memory bank",
+    "record.json": "record",
+    "heard_clips.safetensors": "record",
     "*_esresnet.py": "code",
     ACCURACY: "picture",
     CONFUSION: "picture",
@@ -60,15 +62,6 @@ def finished_run(folder: Path) -> tuple[dict[str, Path], dict]:
                 "it anew"
             )
     return files, results
-
-
-def read_object(path: Path | None) -> dict | None:
-    """A JSON object, or None if the file is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path else None
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def modules_of(settings: dict) -> set[str]:

@@ -1,19 +1,19 @@
 """The sounds that a model was made from, and what their licences ask of it."""
 
+from dls_training.record import Record
+
 LICENCE_OF_THE_CODE = "apache-2.0"
 # What asks nothing of those who use it.
 FREE = ("cc0-1.0",)
-UNLABELLED = "pre-training without labels"
+USES = {True: "training with labels", False: "pre-training without labels"}
 
 
-def training_data(results: dict) -> dict[str, dict]:
-    """{corpus: what is known of it, and `used`: for what}, pre-training included."""
+def training_data(record: Record) -> dict[str, dict]:
+    """{corpus: what is known of it, and `used`: for what}, of every stage of the weights."""
     found = {}
-    own_use = "training" if results["task"] == "classification" else UNLABELLED
-    for use, run in ((UNLABELLED, results.get("pretraining") or {}), (own_use, results)):
-        for name, facts in run.get("corpora", {}).items():
-            known = found.setdefault(name, facts | {"used": []})
-            known["used"].append(use)
+    for stage in (stage for stage in record.stages if stage.is_known):
+        for name, facts in stage.facts["corpora"].items():
+            found.setdefault(name, facts | {"used": []})["used"].append(USES[stage.facts["with_labels"]])
     return found
 
 

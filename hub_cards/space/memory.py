@@ -7,9 +7,10 @@ import numpy as np
 import torch
 from datasets import Dataset
 
+from datasets_scripts import ClipIdentities
 from dls_training.input_pipeline import label_numbers
 from dls_training.instance_discrimination import knn_votes
-from dls_training.memory_bank import MemoryBank, clip_keys, find_keys
+from dls_training.memory_bank import MemoryBank, find_keys
 
 POINTS_ON_MAP = 5000  # of a larger bank, a random choice is drawn
 
@@ -57,7 +58,7 @@ class Memory:
         self.labels = np.full(len(bank), -1)
         self.classes: list[str] = []
         for number, (name, clips) in enumerate(corpora):
-            rows = find_keys(clip_keys([name] * len(clips), clips["clip_id"][:]), bank.keys)
+            rows = find_keys(torch.from_numpy(ClipIdentities.of(clips).keys()), bank.keys)
             places = np.flatnonzero(rows >= 0)
             rows = rows[places]
             self.corpus[rows], self.place[rows] = number, places

@@ -1,0 +1,379 @@
+"""What a network's weights have heard, from their first training to the last, and what a run is.
+
+A record travels with the weights. It is the only source for cards, licences, guards against leakage, and resuming.
+"""
+
+import inspect
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from datasets import Dataset
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from transformers.utils import cached_file
+
+from datasets_scripts import ClipIdentities, corpus_facts, file_digest
+
+from .arguments import UserError, plain_options
+from .checkpoints import find_checkpoint, json_digest, read_object, write_json
+
+RECORD_FILE, HEARD_FILE = "record.json", "heard_clips.safetensors"
+WEIGHTS, BANK = "model.safetensors", "memory_bank.safetensors"
+RESULTS = ("all_results.json", "fold_results.json")
+LAYOUT = 1  # of the two files: raise it when they change
+ADVICE = (
+    f"take the folder from where it came from once more; or, without {RECORD_FILE} in it, what these weights have heard "
+    "counts as unknown"
+)
+
+# What a run is, is all of its options but these, and its `settings`: whatever else differs makes another run.
+NOT_COMPARED = frozenset(
+    (
+        # Where results go, and how often they are saved.
+        *("output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to"),
+        *("push_to_hub", "hub_model_id", "hub_private_repo"),
+        # How fast the same numbers are computed.
+        *("dataloader_num_workers", "keep_waveforms", "cache_gigabytes", "distributed_timeout"),
+        # Names of options and of files, of which what they stand for is compared.
+        *("recipe", "allow_partial", "skip_unreadable"),
+    )
+)
+LENGTH = ("num_train_epochs", "max_train_steps")
+# With these the rate does not depend on the length of the run, which may then grow.
+ENDLESS_SCHEDULES = ("constant", "esresnet")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training that the weights went through, or one of which nothing is known.
+
+    Attributes:
+        facts: As JSON takes it: `name` (the folder or Hub id), `task` (`"npid"`, `"classification"`; None: unknown),
+            and of a known one `with_labels`, `clips` (how many of each corpus), `corpora` (licences and citations),
+            `excluded_folds` (left out), `options`, `settings` (what else makes the run what it is), `seed`, `command`,
+            `environment` (commit, versions, machine), and `seconds` once it is finished.
+        heard: The clips that it was trained on; None: unknown.
+    """
+
+    facts: dict
+    heard: ClipIdentities | None
+
+    @property
+    def name(self) -> str:
+        return self.facts["name"]
+
+    @property
+    def is_known(self) -> bool:
+        return self.heard is not None
+
+    @property
+    def identity(self) -> dict:
+        """What must be the same for two runs to be one: {option or setting: value}."""
+        options = {name: value for name, value in self.facts["options"].items() if name not in NOT_COMPARED}
+        if options.get("lr_scheduler_type") in ENDLESS_SCHEDULES:
+            options = {name: value for name, value in options.items() if name not in LENGTH}
+        return {"task": self.facts["task"], **options, **self.facts["settings"]}
+
+    @property
+    def identity_digest(self) -> str:
+        return json_digest(self.identity)
+
+    def same_length(self, other: "Stage") -> bool:
+        """Whether two runs, otherwise the same, were told to take equally long."""
+        return all(self.facts["options"].get(name) == other.facts["options"].get(name) for name in LENGTH)
+
+    def differences(self, earlier: "Stage") -> list[str]:
+        """In what this run is another than an earlier one: "--seed is 9 but was 0", …; options before what follows."""
+        new, old = self.identity, earlier.identity
+        if new["task"] != old["task"]:
+            return [f"task is {new['task']!r} but was {old['task']!r}"]
+        names = [name for name in {**old, **new} if new.get(name) != old.get(name)]
+        typed = [name for name in names if name in self.facts["options"] or name in earlier.facts["options"]]
+        found = []
+        for name in typed or names:
+            found += _changes(f"--{name}" if typed else name, new.get(name), old.get(name))
+        return found
+
+
+@dataclass(frozen=True)
+class Record:
+    """The stages of some weights, the first training first; none: the weights are random.
+
+    Attributes:
+        stages: See the class.
+    """
+
+    stages: tuple[Stage, ...] = ()
+
+    @property
+    def own(self) -> Stage:
+        """The newest stage."""
+        return self.stages[-1]
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether everything is known that the weights have heard."""
+        return all(stage.is_known for stage in self.stages)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Of the known stages, repetitions left out."""
+        tasks = [stage.facts["task"] for stage in self.stages if stage.is_known]
+        return [task for task, before in zip(tasks, [None, *tasks], strict=False) if task != before]
+
+    def followed_by(self, facts: dict, heard: ClipIdentities) -> "Record":
+        """The record of what training these weights further makes of them."""
+        return Record((*self.stages, Stage(json.loads(json.dumps(facts)), heard)))
+
+    def with_facts(self, **facts) -> "Record":
+        """With more, or other, facts on the newest stage."""
+        return Record((*self.stages[:-1], replace(self.own, facts={**self.own.facts, **facts})))
+
+    def heard(self, clips: ClipIdentities) -> int | None:
+        """How many of the clips were heard in any stage, with or without labels; None if that is unknown."""
+        if not self.is_complete:
+            return None
+        heard = [clips.shared_with(stage.heard) for stage in self.stages]
+        return int(np.any(heard, axis=0).sum()) if heard else 0
+
+    def labels_seen(self, clips: ClipIdentities) -> dict[str, int]:
+        """{stage: how many of the clips it was trained on with their labels}, of the stages that saw any."""
+        known = (stage for stage in self.stages if stage.is_known and stage.facts["with_labels"])
+        seen = {stage.name: int(clips.shared_with(stage.heard).sum()) for stage in known}
+        return {name: count for name, count in seen.items() if count}
+
+    def continues(self, earlier: "Record") -> "Record":
+        """This record, as that of a run that `earlier` began: where it began counts, and where it went on is added."""
+        began, now = earlier.own.facts["environment"], self.own.facts["environment"]
+        others = earlier.own.facts.get("continued_in", [])
+        others = others if now in (began, *others) else [*others, now]
+        return self.with_facts(environment=began, **({"continued_in": others} if others else {}))
+
+    def save(self, folder: Path) -> None:
+        """Writes `record.json` and `heard_clips.safetensors` beside the weights that are already there."""
+        tensors = {}
+        for number, stage in enumerate(self.stages):
+            if stage.is_known:
+                parts = {"content": stage.heard.content}
+                # Most clips are whole files without a published identity: nothing is written about either.
+                if not stage.heard.is_whole.all():
+                    parts["stretch"] = stage.heard.stretch
+                if stage.heard.is_published.any():
+                    parts["published"] = stage.heard.published
+                tensors |= {f"{number}.{name}": np.ascontiguousarray(part) for name, part in parts.items()}
+        save_file(tensors, folder / HEARD_FILE)
+        files = [name for name in (WEIGHTS, BANK, HEARD_FILE) if (folder / name).is_file()]
+        content = {
+            "layout": LAYOUT,
+            "files": {name: file_digest(folder / name) for name in files},
+            "stages": [stage.facts for stage in self.stages],
+        }
+        write_json(folder / RECORD_FILE, content | {"digest": json_digest(content)})
+
+    @classmethod
+    def read(cls, source: str | Path) -> "Record | None":
+        """The record of a checkpoint.
+
+        Args:
+            source: A folder, or a Hub id.
+
+        Returns:
+            None where there is none.
+
+        Raises:
+            UserError: if it is damaged, of another layout, or does not belong to the weights beside it.
+        """
+        path = _find(source, RECORD_FILE)
+        if path is None:
+            return None
+        content = read_object(path)
+        if content is None or "layout" not in content:
+            raise UserError(f"{path} is damaged: {ADVICE}")
+        if content["layout"] != LAYOUT:
+            raise UserError(
+                f"{path} has layout {content['layout']}, and this version reads layout {LAYOUT}: use the version that "
+                "wrote it, or train anew"
+            )
+        digest = content.pop("digest", None)
+        if digest != json_digest(content):
+            raise UserError(f"{path} is damaged or was changed by hand: {ADVICE}")
+        for name, written in content["files"].items():
+            file = _find(source, name)
+            if file is not None and file_digest(file) != written:
+                raise UserError(f"{source}: {name} is not the file that {RECORD_FILE} belongs to: {ADVICE}")
+        return cls(tuple(_stages(content["stages"], _find(source, HEARD_FILE))))
+
+    @classmethod
+    def of(cls, source: str | Path, initial_weights: str | None = None) -> "Record":
+        """The record of the weights that a run starts from; a single unknown stage where they have none.
+
+        Args:
+            source: A folder, or a Hub id.
+            initial_weights: What the network's configuration says of their origin.
+
+        Raises:
+            UserError: see `read`.
+        """
+        found = cls.read(source)
+        facts = {"name": str(source), "task": None, "initial_weights": initial_weights}
+        return cls((Stage(facts, None),)) if found is None else found.with_facts(name=str(source))
+
+
+def weights_digest(source: str | Path) -> str:
+    """In words what a run starts from: digests of the weights and of a memory bank beside them, or that it is random."""
+    files = {"weights": _find(source, WEIGHTS), "bank": Path(source, BANK) if Path(source, BANK).is_file() else None}
+    return ", ".join(f"{what} {file_digest(path)[:16]}" for what, path in files.items() if path)
+
+
+def check_same_run(record: Record, folder: Path) -> Record:
+    """Makes sure that a run goes on from its own folder or checkpoint, and from nothing else.
+
+    Args:
+        record: Of the run that is to go on.
+        folder: What it would go on from.
+
+    Returns:
+        The record, with what the earlier part of the run says of itself.
+
+    Raises:
+        UserError: naming every option that differs; or if there is no record, or a damaged one.
+    """
+    earlier = Record.read(folder)
+    if earlier is None:
+        raise UserError(
+            f"{folder} was written by an earlier version, which did not record what a run is, and cannot go on: finish "
+            "it with that version, or start anew in another --output_dir"
+        )
+    if changes := record.own.differences(earlier.own):
+        raise UserError(
+            f"{folder} belongs to a different run: {'; '.join(changes)}. Repeat its options, or start anew in another "
+            "--output_dir"
+        )
+    return record.continues(earlier)
+
+
+def begun(
+    args,
+    task: str,
+    parent: Record,
+    corpora: list[tuple[str, Dataset]],
+    heard: ClipIdentities,
+    config,
+    extractor,
+    **facts,
+) -> Record:
+    """The record of a run that begins.
+
+    Args:
+        args: The script's options, as they hold.
+        task: `"npid"` or `"classification"`.
+        parent: Of the weights that it starts from; empty where they are random.
+        corpora: What it was given, whole.
+        heard: What of that it trains on.
+        config, extractor: Of the network.
+        **facts: Others of `Stage.facts`, `environment` among them, and `settings` beside those that every run has.
+    """
+    environment, settings = facts["environment"], facts.pop("settings", {})
+    settings |= {
+        "corpus": ", ".join(described(name, clips) for name, clips in corpora),
+        "model_name_or_path": weights_digest(args.model_name_or_path) if parent.stages else None,
+        "mixed_precision": environment["precision"],
+        "number of processes": environment["processes"],
+        "network": constructor_values(config),
+        "feature extractor": constructor_values(extractor),
+    }
+    known = {
+        "name": str(args.output_dir),
+        "task": task,
+        "corpora": {name: corpus_facts(name) for name, _ in corpora},
+        "options": plain_options(args),
+        "seed": args.seed,
+        "command": args.command,
+    }
+    return parent.followed_by(known | facts | {"settings": settings}, heard)
+
+
+def parent_of(args, config) -> Record:
+    """The record of what --model_name_or_path brings; an empty one where weights are random.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    if not args.model_name_or_path or getattr(args, "init", None) == "scratch":
+        return Record()
+    return Record.of(args.model_name_or_path, config.initial_weights)
+
+
+def described(name: str, clips: Dataset) -> str:
+    """A corpus in words that are the same only for the same clips in the same order, with the same labels and folds."""
+    content = [ClipIdentities.of(clips).digest(), clips["label"][:], clips["fold"][:]]
+    return f"{name} ({len(clips)} clips, {json_digest(content)[:16]})"
+
+
+def constructor_values(thing) -> dict:
+    """What an object was made with: the values of its constructor's named arguments."""
+    names = inspect.signature(type(thing).__init__).parameters
+    return {name: getattr(thing, name) for name in names if hasattr(thing, name)}
+
+
+def to_go_on_from(record: Record, choice: str | None, output_dir: Path) -> tuple[Path | None, Record]:
+    """Where a run goes on, and its record.
+
+    Args:
+        record: Of the run.
+        choice: --resume_from_checkpoint.
+        output_dir: Of the run.
+
+    Returns:
+        A checkpoint, None to start from the beginning; and the record, see `check_same_run`.
+
+    Raises:
+        UserError: if what is there is another run's, or damaged.
+    """
+    checkpoint = find_checkpoint(choice, output_dir)
+    if choice is None:
+        return None, record
+    finished = [name for name in (RECORD_FILE, *RESULTS) if (output_dir / name).is_file()]
+    # Without a checkpoint or a record, results are an earlier version's; with a checkpoint, a run was killed while it
+    # put them into place.
+    places = [output_dir] if RECORD_FILE in finished or (finished and checkpoint is None) else []
+    continued = [check_same_run(record, place) for place in [*places, *([checkpoint] if checkpoint else [])]]
+    return checkpoint, continued[-1] if continued else record
+
+
+def _find(source: str | Path, name: str) -> Path | None:
+    """A file of a folder or of a Hub repository; None where it is not there."""
+    if Path(source).exists():
+        return Path(source, name) if Path(source, name).is_file() else None
+    found = cached_file(
+        str(source), name, _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False, _raise_exceptions_for_gated_repo=False,
+    )  # fmt: skip
+    return Path(found) if found else None
+
+
+def _stages(facts: list[dict], heard_file: Path) -> Iterable[Stage]:
+    try:
+        tensors = load_file(heard_file)
+        for number, own in enumerate(facts):
+            if own["task"] is None:
+                yield Stage(own, None)
+                continue
+            content = tensors[f"{number}.content"]
+            stretch = tensors.get(f"{number}.stretch", np.tile((0.0, np.inf), (len(content), 1)))
+            yield Stage(
+                own, ClipIdentities(content, stretch, tensors.get(f"{number}.published", np.zeros_like(content)))
+            )
+    except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{heard_file} is damaged: {ADVICE}") from error
+
+
+def _changes(name: str, new, old) -> list[str]:
+    """ "NAME is NEW but was OLD"; of what has parts, a line for each that differs."""
+    if not (isinstance(new, dict) and isinstance(old, dict)):
+        return [f"{name} is {new!r} but was {old!r}"]
+    parts = [part for part in {**old, **new} if new.get(part) != old.get(part)]
+    return [change for part in parts for change in _changes(f"{name} {part}", new.get(part), old.get(part))]
