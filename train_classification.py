@@ -423,8 +423,8 @@ def check_layout(args) -> None:
     if (folds and args.fold != "all") or (single and args.fold == "all"):
         found = (folds or single)[0].name
         raise UserError(
-            f"--output_dir {args.output_dir} belongs to a different run: --fold is {args.fold!r}, but {found} is there. "
-            "Repeat its options, or start anew in another --output_dir"
+            f"--output_dir {args.output_dir} belongs to a different run: --fold is {args.fold!r}, but {found} is "
+            "there. Repeat its options, or start anew in another --output_dir"
         )
 
 

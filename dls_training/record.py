@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from transformers.utils import cached_file
 
 from datasets_scripts import ClipIdentities, corpus_facts, file_digest
+from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor
 
 from .arguments import UserError, plain_options
 from .checkpoints import find_checkpoint, json_digest, read_object, write_json
@@ -25,8 +26,8 @@ WEIGHTS, BANK = "model.safetensors", "memory_bank.safetensors"
 RESULTS = ("all_results.json", "fold_results.json")
 LAYOUT = 1  # of the two files: raise it when they change
 ADVICE = (
-    f"take the folder from where it came from once more; or, without {RECORD_FILE} in it, what these weights have heard "
-    "counts as unknown"
+    f"take the folder from where it came from once more; or, without {RECORD_FILE} in it, what these weights have "
+    "heard counts as unknown"
 )
 
 # What a run is, is all of its options but these, and its `settings`: whatever else differs makes another run.
@@ -223,7 +224,7 @@ class Record:
 
 
 def weights_digest(source: str | Path) -> str:
-    """In words what a run starts from: digests of the weights and of a memory bank beside them, or that it is random."""
+    """In words what a run starts from: digests of the weights and of the memory bank beside them."""
     files = {"weights": _find(source, WEIGHTS), "bank": Path(source, BANK) if Path(source, BANK).is_file() else None}
     return ", ".join(f"{what} {file_digest(path)[:16]}" for what, path in files.items() if path)
 
@@ -244,8 +245,8 @@ def check_same_run(record: Record, folder: Path) -> Record:
     earlier = Record.read(folder)
     if earlier is None:
         raise UserError(
-            f"{folder} was written by an earlier version, which did not record what a run is, and cannot go on: finish "
-            "it with that version, or start anew in another --output_dir"
+            f"{folder} was written by an earlier version, which did not record what a run is, and cannot go on: "
+            "finish it with that version, or start anew in another --output_dir"
         )
     if changes := record.own.differences(earlier.own):
         raise UserError(
@@ -261,8 +262,8 @@ def begun(
     parent: Record,
     corpora: list[tuple[str, Dataset]],
     heard: ClipIdentities,
-    config,
-    extractor,
+    config: ESResNetConfig,
+    extractor: ESResNetFeatureExtractor,
     **facts,
 ) -> Record:
     """The record of a run that begins.
@@ -308,7 +309,7 @@ def parent_of(args, config) -> Record:
 
 
 def described(name: str, clips: Dataset) -> str:
-    """A corpus in words that are the same only for the same clips in the same order, with the same labels and folds."""
+    """A corpus in words, the same only for the same clips in the same order with the same labels and folds."""
     content = [ClipIdentities.of(clips).digest(), clips["label"][:], clips["fold"][:]]
     return f"{name} ({len(clips)} clips, {json_digest(content)[:16]})"
 

@@ -57,7 +57,7 @@ class Memory:
         self.place = np.full(len(bank), -1)
         self.labels = np.full(len(bank), -1)
         self.classes: list[str] = []
-        for number, (name, clips) in enumerate(corpora):
+        for number, (_, clips) in enumerate(corpora):
             rows = find_keys(torch.from_numpy(ClipIdentities.of(clips).keys()), bank.keys)
             places = np.flatnonzero(rows >= 0)
             rows = rows[places]
