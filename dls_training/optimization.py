@@ -1,5 +1,6 @@
 """Optimizers and learning-rate schedules of the papers, beside transformers' own."""
 
+import inspect
 import math
 from collections.abc import Iterable
 
@@ -35,7 +36,8 @@ def check_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None
         ValueError: saying what differs: names, shapes or types, or what is missing.
     """
     probe = torch.nn.Parameter(torch.zeros(1))
-    other = type(optimizer)([probe], **optimizer.defaults)
+    accepted = inspect.signature(type(optimizer)).parameters  # of the defaults some are not for callers
+    other = type(optimizer)([probe], **{name: v for name, v in optimizer.defaults.items() if name in accepted})
     probe.grad = torch.zeros(1)
     other.step()
     expected = other.state[probe]

@@ -1,5 +1,6 @@
 """Writing that never leaves half a file, and going on from what was written."""
 
+import copy
 import json
 import logging
 import os
@@ -18,6 +19,7 @@ from accelerate import Accelerator
 from scripts import MEASURED
 from torch.utils.data import DataLoader
 
+from datasets_scripts import file_digest
 from dls_training.arguments import UserError
 from dls_training.checkpoints import (
     STATE_FILE,
@@ -28,24 +30,26 @@ from dls_training.checkpoints import (
     files_moved_into_place,
     find_checkpoint,
     folder_moved_into_place,
+    json_digest,
     load_checkpoint,
     save_checkpoint,
     write_json,
 )
 from dls_training.input_pipeline import ShuffledClips
 from dls_training.loop import TrainingLoop
+from dls_training.record import RECORD_FILE, Record
 from dls_training.runtime import Interrupted
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_FILE = "model.bin"
-RUN = {"seed": 1, "preset": "tiny", "hidden_sizes": [16, 32]}
 
 
-def save(folder, step, limit=100, content=b"weights", run=RUN, **progress):
+def save(folder, step, limit=100, content=b"weights", **progress):
     def save_model(checkpoint):
         (checkpoint / MODEL_FILE).write_bytes(content)
 
-    save_checkpoint(folder, Progress(step=step, **progress), save_model, {"optimizer": {"step": step}}, run, limit)
+    state = {"optimizer": {"step": step}}
+    save_checkpoint(folder, Progress(step=step, **progress), save_model, state, Record(), limit)
     return folder / f"checkpoint-{step}"
 
 
@@ -129,10 +133,10 @@ def test_checkpoint_round_trip(tmp_path):
     progress = Progress(4, 123, 2, 6.5, 32, 78.9, [{"epoch": 1, "loss": 0.1, "knn_accuracy": {"esc10": 0.5}}])
     state = {"momentum": torch.randn(3), "lr": 0.1}
     torch.manual_seed(5)
-    save_checkpoint(tmp_path, progress, lambda folder: None, {"optimizer": state, "scheduler": {"last": 3}}, RUN, 2)
+    save_checkpoint(tmp_path, progress, lambda folder: None, {"optimizer": state, "scheduler": {"last": 3}}, Record(), 2)
     expected = torch.rand(4)
     torch.manual_seed(99)
-    again, tensors = load_checkpoint(tmp_path / "checkpoint-123", RUN)
+    again, tensors = load_checkpoint(tmp_path / "checkpoint-123")
     assert again == progress and asdict(again) == asdict(progress)
     assert torch.equal(torch.rand(4), expected)  # the random state went on
     assert set(tensors) == {"optimizer", "scheduler"} and tensors["scheduler"] == {"last": 3}
@@ -171,7 +175,7 @@ def test_the_old_checkpoint_goes_only_when_the_new_one_is_there(tmp_path, monkey
     save(tmp_path, 1, limit=1)
     monkeypatch.setattr("dls_training.checkpoints.shutil.rmtree", watch)
     with pytest.raises(ZeroDivisionError):
-        save_checkpoint(tmp_path, Progress(step=2), lambda folder: 1 / 0, {}, RUN, 1)
+        save_checkpoint(tmp_path, Progress(step=2), lambda folder: 1 / 0, {}, Record(), 1)
     assert not seen and names(tmp_path) == ["checkpoint-1"]
     save(tmp_path, 2, limit=1)
     assert seen == [("checkpoint-1", "checkpoint-2")] and names(tmp_path) == ["checkpoint-2"]
@@ -202,21 +206,22 @@ from safetensors.torch import save_file
 
 from dls_training.arguments import UserError
 from dls_training.checkpoints import Progress, files_moved_into_place, save_checkpoint
+from dls_training.record import Record
 
 folder, large = Path(sys.argv[1]), {"tensor": torch.zeros(100_000)}
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
 
 def save_tensors(path):
-    save_checkpoint(folder, Progress(step=2), lambda folder: None, {"optimizer": large}, {}, 1)
+    save_checkpoint(folder, Progress(step=2), lambda folder: None, {"optimizer": large}, Record(), 1)
 
 
 def save_model(path):
-    save_checkpoint(folder, Progress(step=2), lambda path: save_file(large, path / "model"), {}, {}, 1)
+    save_checkpoint(folder, Progress(step=2), lambda path: save_file(large, path / "model"), {}, Record(), 1)
 
 
 def save_text(path):
-    save_checkpoint(folder, Progress(step=2), lambda path: (path / "text").write_text("a" * 200_000), {}, {}, 1)
+    save_checkpoint(folder, Progress(step=2), lambda path: (path / "text").write_text("a" * 200_000), {}, Record(), 1)
 
 
 def save_results(path):
@@ -244,7 +249,7 @@ def test_full_disk(tmp_path):
     assert str(tmp_path) in messages[3]
     assert tree(tmp_path) == before and names(tmp_path) == ["checkpoint-1", MODEL_FILE]
     assert find_checkpoint("latest", tmp_path).name == "checkpoint-1"
-    assert load_checkpoint(tmp_path / "checkpoint-1", RUN)[0].step == 1
+    assert load_checkpoint(tmp_path / "checkpoint-1")[0].step == 1
 
 
 def test_the_limit_of_this_process_is_left_alone():
@@ -270,12 +275,26 @@ def test_latest_of_none(tmp_path, folder):
     assert find_checkpoint("latest", tmp_path / folder) is None
 
 
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def replace_text(path, old, new):
+    path.write_text(path.read_text().replace(old, new))
+
+
 DAMAGE = {
     "missing model": lambda folder: (folder / MODEL_FILE).unlink(),
     "missing tensors": lambda folder: (folder / TENSOR_FILE).unlink(),
     "missing state": lambda folder: (folder / STATE_FILE).unlink(),
     "truncated model": lambda folder: (folder / MODEL_FILE).write_bytes(b"wei"),
     "truncated tensors": lambda folder: os.truncate(folder / TENSOR_FILE, 100),
+    "a flipped bit": lambda folder: flip_a_bit(folder / MODEL_FILE),
+    "a flipped bit in tensors": lambda folder: flip_a_bit(folder / TENSOR_FILE),
+    "a flipped bit in the record": lambda folder: flip_a_bit(folder / RECORD_FILE),
+    "another step": lambda folder: replace_text(folder / STATE_FILE, '"batches": 0', '"batches": 1'),
     "truncated state": lambda folder: os.truncate(folder / STATE_FILE, 50),
     "empty state": lambda folder: os.truncate(folder / STATE_FILE, 0),
     "zeros for a state": lambda folder: (folder / STATE_FILE).write_bytes(bytes(500)),
@@ -296,7 +315,7 @@ def test_an_incomplete_checkpoint_is_skipped_and_named(tmp_path, damage, caplog)
     with caplog.at_level(logging.WARNING, logger="dls"):
         assert find_checkpoint("latest", tmp_path) == tmp_path / "checkpoint-2"
     assert [record.getMessage() for record in caplog.records] == [
-        f"{tmp_path / 'checkpoint-3'} is incomplete and skipped"
+        f"{tmp_path / 'checkpoint-3'} is incomplete or damaged, and skipped"
     ]
     with pytest.raises(UserError, match="checkpoint-3 is not a complete checkpoint"):
         find_checkpoint(str(tmp_path / "checkpoint-3"), tmp_path)
@@ -326,26 +345,6 @@ def test_checkpoint_number(name, number):
 # Loading
 
 
-@pytest.mark.parametrize(
-    ("run", "named", "not_named"),
-    [
-        (RUN | {"seed": 2}, ["seed is 2 but was 1"], ["preset", "hidden_sizes"]),
-        (RUN | {"seed": 2, "preset": "esresnet18"}, ["seed", "preset is 'esresnet18' but was 'tiny'"], ["hidden"]),
-        # Another script's run
-        ({"labels": ["dog"]}, ["seed is None but was 1", "preset", "hidden_sizes"], []),
-    ],
-)
-def test_another_run_is_refused_by_what_differs(tmp_path, run, named, not_named):
-    folder = save(tmp_path, 1)
-    state = torch.get_rng_state()
-    with pytest.raises(UserError) as error:
-        load_checkpoint(folder, run)
-    assert str(folder) in str(error.value)
-    assert all(name in str(error.value) for name in named)
-    assert not any(name in str(error.value) for name in not_named)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 class Malicious:
     def __init__(self, path):
         self.path = path
@@ -355,10 +354,10 @@ class Malicious:
 
 
 def redeclare(folder):
-    """The checkpoint's sizes are made to agree with its files."""
+    """The checkpoint's digests are made to agree with its files."""
     state = json.loads((folder / STATE_FILE).read_text())
-    state["files"] = {name: (folder / name).stat().st_size for name in state["files"]}
-    write_json(folder / STATE_FILE, state)
+    state = {"progress": state["progress"], "files": {name: file_digest(folder / name) for name in state["files"]}}
+    write_json(folder / STATE_FILE, state | {"digest": json_digest(state)})
 
 
 @pytest.mark.parametrize("form", ["pickle", "torch"])
@@ -372,7 +371,7 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path, form):
     redeclare(folder)
     assert find_checkpoint("latest", tmp_path) == folder
     with pytest.raises(UserError, match=f"{TENSOR_FILE} is damaged, or is not what a training run wrote"):
-        load_checkpoint(folder, RUN)
+        load_checkpoint(folder)
     assert not trace.exists()
     # The payload would have worked.
     if form == "torch":
@@ -392,7 +391,7 @@ def test_tensors_that_cannot_be_read_are_named(tmp_path, content):
         torch.save(content, path)
     redeclare(folder)
     with pytest.raises(UserError, match=f"{TENSOR_FILE} is damaged"):
-        load_checkpoint(folder, RUN)
+        load_checkpoint(folder)
 
 
 # The output folder
@@ -450,6 +449,7 @@ import os, sys
 from pathlib import Path
 
 from dls_training.checkpoints import Progress, save_checkpoint
+from dls_training.record import Record
 
 
 def die(folder):
@@ -457,7 +457,7 @@ def die(folder):
     os.kill(os.getpid(), 9)
 
 
-save_checkpoint(Path(sys.argv[1]), Progress(step=2), die, {}, {}, 1)
+save_checkpoint(Path(sys.argv[1]), Progress(step=2), die, {}, Record(), 1)
 """
 
 
@@ -490,7 +490,7 @@ class Run:
         seen: The clips of each step that this run took.
     """
 
-    def __init__(self, folder, optimizer="sgd", stop_after=None, fail_in_epoch=None, **changes):
+    def __init__(self, folder, optimizer="sgd", stop_after=None, fail_in_epoch=None, scaled=False, **changes):
         settings = {
             "seed": 0, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "optimizer": optimizer,
             "learning_rate": 0.1, "weight_decay": 0.01, "lr_scheduler_type": "linear", "clip_seconds": 1.0,
@@ -502,13 +502,16 @@ class Run:
         self.stop_after, self.fail_in_epoch, self.seen = stop_after, fail_in_epoch, []
         torch.manual_seed(0)
         self.model = torch.nn.Conv2d(3, 2, 1)
+        accelerator = Accelerator(cpu=True)
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2) if scaled else None
+        self.scaler = accelerator.scaler
         checkpoint = find_checkpoint("latest", folder)
         if checkpoint:
             self.model.load_state_dict(torch.load(checkpoint / MODEL_FILE))
         self.loop = TrainingLoop(
-            SimpleNamespace(**settings | changes), Accelerator(cpu=True), self.model,
+            SimpleNamespace(**settings | changes), accelerator, self.model,
             DataLoader(Rows(), 4, sampler=ShuffledClips(12, 4, 0)),
-            lambda path: torch.save(self.model.state_dict(), path / MODEL_FILE), folder, checkpoint, {"what": "test"},
+            lambda path: torch.save(self.model.state_dict(), path / MODEL_FILE), folder, checkpoint, Record(),
         )  # fmt: skip
 
     def step(self, batch):
@@ -568,10 +571,58 @@ def test_run_that_ended_within_an_epoch_goes_on_with_more_steps(tmp_path):
     assert longer.outcome() == whole.outcome()
 
 
-def test_loop_refuses_another_runs_checkpoint(tmp_path):
+def test_gradient_scaler_goes_on(tmp_path):
+    """With fp16 the scale decides which steps are taken: a run that is stopped goes on with the scale that it had."""
+    whole = Run(tmp_path / "whole", scaled=True).train()
+    with pytest.raises(Interrupted):
+        Run(tmp_path / "parts", scaled=True, stop_after=3).train()
+    parts = Run(tmp_path / "parts", scaled=True)
+    assert parts.scaler.get_scale() == 128  # doubled after every two steps
+    assert parts.train().outcome() == whole.outcome()
+    assert parts.scaler.state_dict() == whole.scaler.state_dict()
+    with pytest.raises(UserError, match="has no 'scaler'"):
+        Run(tmp_path / "unscaled").train() and Run(tmp_path / "unscaled", scaled=True)
+
+
+def test_optimizer_states_that_do_not_fit_are_refused(tmp_path):
+    """A fused optimizer writes wherever a state leads it: what is in the file is compared before it is used."""
+    Run(tmp_path, "adam").train()
+    path = tmp_path / "checkpoint-6" / TENSOR_FILE
+    saved = torch.load(path)
+
+    def refused(change):
+        state = copy.deepcopy(saved)
+        change(state)
+        torch.save(state, path)
+        redeclare(path.parent)
+        with pytest.raises(UserError, match=f"{TENSOR_FILE} does not fit this run: ") as error:
+            Run(tmp_path, "adam")
+        return str(error.value)
+
+    def moments(state):
+        return state["optimizer"]["state"][0]
+
+    def group(state):
+        return state["optimizer"]["param_groups"][0]
+
+    assert "exp_avg of weight is (2, 3) torch.float32, not (2, 3, 1, 1)" in refused(
+        lambda state: moments(state).update(exp_avg=torch.zeros(2, 3))
+    )
+    assert "torch.float64, not" in refused(lambda s: moments(s).update(exp_avg=moments(s)["exp_avg"].double()))
+    assert "weight has exp_avg, step, not exp_avg, exp_avg_sq, step" in refused(lambda s: moments(s).pop("exp_avg_sq"))
+    assert "bias has nothing" in refused(lambda state: state["optimizer"]["state"].pop(1))
+    assert "with other names" in refused(lambda state: group(state).update(param_names=["bias", "weight"]))
+    assert "it has no 'optimizer'" in refused(lambda state: state.pop("optimizer"))
+    assert "its schedule is at step 5" in refused(lambda state: state["scheduler"].update(last_epoch=5))
+    torch.save(saved, path)
+    redeclare(path.parent)
+    assert Run(tmp_path, "adam").loop.finished
+
+
+def test_a_run_that_is_told_to_end_before_its_checkpoint_is_refused(tmp_path):
     Run(tmp_path).train()
-    with pytest.raises(UserError, match="optimizer is 'adam' but was 'sgd'"):
-        Run(tmp_path, "adam")
+    with pytest.raises(UserError, match=r"checkpoint-6 is at step 6, but this run is to end at step 4: raise --num"):
+        Run(tmp_path, max_train_steps=4)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(tmp_path):

@@ -399,7 +399,6 @@ def test_load_corpora_hands_the_options_on(monkeypatch):
     calls = []
     monkeypatch.setattr("dls_training.input_pipeline.load_corpus", lambda *a, **o: calls.append((a, o)) or len(calls))
     args = SimpleNamespace(corpus=[("esc10", "/a"), ("synthetic", None)], allow_partial=True, skip_unreadable=False)
-    accelerator = SimpleNamespace(main_process_first=contextlib.nullcontext)
-    assert load_corpora(args, accelerator) == [("esc10", 1), ("synthetic", 2)]
+    assert load_corpora(args) == [("esc10", 1), ("synthetic", 2)]
     expected = {"allow_partial": True, "skip_unreadable": False}
     assert calls == [(("esc10", "/a"), expected), (("synthetic", None), expected)]

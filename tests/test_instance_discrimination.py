@@ -28,7 +28,7 @@ from dls_training.instance_discrimination import (
     weighted_knn,
 )
 from dls_training.loop import GlobalBatch, TrainingLoop
-from dls_training.memory_bank import clip_keys
+from dls_training.record import Record
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor, ESResNetForInstanceDiscrimination
 from train_npid import PretextStep
 
@@ -140,7 +140,7 @@ def test_update_normaliser_counts_the_first_estimate_whole():
 
 
 def test_bank_file(tmp_path):
-    keys = clip_keys(["a"] * 6, "uvwxyz")
+    keys = torch.arange(96, dtype=torch.uint8).view(6, 16)
     bank = MemoryBank(6, 8, keys=keys, seed=5)
     bank.update(torch.tensor([2]), unit(1, 8))
     large = math.exp(100) * 6  # beyond float32
@@ -182,18 +182,6 @@ def test_load_names_a_file_that_is_no_bank(tmp_path, what):
         path.write_bytes({"truncated": path.read_bytes()[:-10], "text": b"not a bank", "empty": b""}[what])
     with pytest.raises(ValueError, match=r"other\.safetensors is not a memory bank"):
         MemoryBank.load(path)
-
-
-def test_clip_keys():
-    keys = clip_keys(["esc10", "esc10", "us8k"], ["1-100032-A", "1-2-B", "1-2-B"])
-    for row, name in zip(keys, ["esc10/1-100032-A", "esc10/1-2-B", "us8k/1-2-B"], strict=True):
-        assert bytes(row.tolist()) == hashlib.blake2b(name.encode(), digest_size=16).digest()
-    assert len({bytes(row.tolist()) for row in keys}) == 3
-    swapped = clip_keys(["us8k", "esc10"], ["1-2-B", "1-100032-A"])
-    assert torch.equal(swapped, keys[[2, 0]])
-    assert clip_keys([], []).shape == (0, 16)
-    with pytest.raises(ValueError):
-        clip_keys(["esc10"], [])
 
 
 # Health
@@ -513,7 +501,7 @@ def pretext(tmp_path, batch_size, accumulation, num_clips=8, training=False, **o
         Clips(num_clips), batch_size, sampler=ShuffledClips(num_clips, 8, 0), collate_fn=collate_training
     )
     accelerator = Accelerator(cpu=True)
-    loop = TrainingLoop(args, accelerator, model, loader, lambda folder: None, tmp_path, None, {})
+    loop = TrainingLoop(args, accelerator, model, loader, lambda folder: None, tmp_path, None, Record())
     bank = MemoryBank(num_clips, 8)
     extractor = ESResNetFeatureExtractor.from_preset("tiny", max_length=4000, audio_channels=1)
     pretext_task = InstanceDiscrimination(bank, num_negatives=4, **objective)
