@@ -133,7 +133,9 @@ def test_checkpoint_round_trip(tmp_path):
     progress = Progress(4, 123, 2, 6.5, 32, 78.9, [{"epoch": 1, "loss": 0.1, "knn_accuracy": {"esc10": 0.5}}])
     state = {"momentum": torch.randn(3), "lr": 0.1}
     torch.manual_seed(5)
-    save_checkpoint(tmp_path, progress, lambda folder: None, {"optimizer": state, "scheduler": {"last": 3}}, Record(), 2)
+    save_checkpoint(
+        tmp_path, progress, lambda folder: None, {"optimizer": state, "scheduler": {"last": 3}}, Record(), 2
+    )
     expected = torch.rand(4)
     torch.manual_seed(99)
     again, tensors = load_checkpoint(tmp_path / "checkpoint-123")

@@ -14,11 +14,15 @@ from huggingface_hub import ModelCard
 from scripts import ROOT, SMALL, start, succeed
 
 from datasets_scripts import corpus_facts
+from dls_training.record import Record, Stage
 from hub_cards import write_card
 from hub_cards.sources import licence
 
 CARDS = (ROOT / "docs" / "cards.md").read_text(encoding="utf-8")
 EXAMPLE_CARD = ROOT / "docs" / "example_card"
+FILES_OF_A_CARD = (
+    "all_results.json", "config.json", "preprocessor_config.json", "record.json", "heard_clips.safetensors",
+)  # fmt: skip
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -169,31 +173,38 @@ def test_licence_is_never_freer_than_that_of_the_sounds(identifiers, known, expe
 
 def test_card_of_non_commercial_sound(fine_tuned, tmp_path):
     """Pre-training counts as well, and so do weights of unknown origin."""
-    for name in ("all_results.json", "config.json", "preprocessor_config.json"):
+    for name in FILES_OF_A_CARD:
         shutil.copy(fine_tuned / name, tmp_path)
-    results = json.loads((tmp_path / "all_results.json").read_text())
-    results["corpora"] = {"audiofolder": {"licence_id": "cc-by-3.0", "licence": "CC BY 3.0"}}
-    results["pretraining"]["corpora"] = {"esc50": corpus_facts("esc50")}
-    card = card_of(tmp_path, results)
+    pretraining, own = Record.read(tmp_path).stages
+
+    def card_of(*stages: tuple[Stage, str]) -> ModelCard:
+        """With stages whose clips are another corpus's."""
+        renamed = (
+            Stage(stage.facts | {"corpora": {name: FACTS.get(name) or corpus_facts(name)}}, stage.heard)
+            for stage, name in stages
+        )
+        Record(tuple(renamed)).save(tmp_path)
+        write_card(tmp_path)
+        return ModelCard.load(tmp_path / "README.md")
+
+    FACTS = {"mine": {"licence_id": "cc-by-3.0", "licence": "CC BY 3.0"}}
+    card = card_of((pretraining, "esc50"), (own, "mine"))
     assert card.data.license == "cc-by-nc-3.0" and "pre-training without labels" in card.text
     assert corpus_facts("esc50")["citation"] in card.text
-    results["pretraining"], results["arm"] = None, "pretrained"
-    assert card_of(tmp_path, results).data.license is None
-    results["corpora"], results["arm"] = {"audiofolder": corpus_facts("synthetic")}, "scratch"
-    card = card_of(tmp_path, results)
+    # So does what came before the pre-training, and what is not known.
+    card = card_of((pretraining, "esc50"), (pretraining, "synthetic"), (own, "synthetic"))
+    assert card.data.license == "cc-by-nc-3.0"
+    stranger = Stage({"name": "a/stranger", "task": None}, None)
+    card = card_of((stranger, "synthetic"), (own, "mine"))
+    assert card.data.license is None and "`a/stranger`, from which this began, had heard is not known" in card.text
+    card = card_of((own, "synthetic"))
     assert card.data.license == "apache-2.0" and "apache-2.0, is that of the code" in card.text
-
-
-def card_of(folder: Path, results: dict) -> ModelCard:
-    (folder / "all_results.json").write_text(json.dumps(results))
-    write_card(folder)
-    return ModelCard.load(folder / "README.md")
 
 
 def test_example_card_is_what_its_files_say(tmp_path):
     """It is generated, and every decimal in it is one of the run's."""
     for path in EXAMPLE_CARD.iterdir():
-        if path.suffix == ".json" or path.name == "embedding.png":
+        if path.suffix in (".json", ".safetensors") or path.name == "embedding.png":
             shutil.copy(path, tmp_path)
     write_card(tmp_path)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
@@ -237,11 +248,12 @@ def test_card_of_a_pretraining(fine_tuned):
 
 def test_card_leaves_out_what_is_unknown(fine_tuned, tmp_path):
     """Outside a checkout there is no commit: the card does not mention one."""
-    for name in ("all_results.json", "config.json", "preprocessor_config.json"):
+    for name in FILES_OF_A_CARD:
         shutil.copy(fine_tuned / name, tmp_path)
-    results = json.loads((tmp_path / "all_results.json").read_text())
-    results["environment"]["commit"] = None
-    text = card_of(tmp_path, results).text
+    record = Record.read(tmp_path)
+    record.with_facts(environment=record.own.facts["environment"] | {"commit": None}).save(tmp_path)
+    write_card(tmp_path)
+    text = (tmp_path / "README.md").read_text()
     assert "embedding.png" not in text  # which was not copied
     assert "code at" not in text and "None" not in text
 

@@ -1,6 +1,5 @@
 """From sound files to batches, views and scores."""
 
-import contextlib
 import io
 import math
 from types import SimpleNamespace

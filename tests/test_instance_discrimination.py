@@ -1,7 +1,6 @@
 """Memory bank, both objectives and the k-NN, each against a slow version with loops."""
 
 import dataclasses
-import hashlib
 import math
 import subprocess
 import sys

@@ -14,7 +14,8 @@ from scripts import ROOT, SMALL, fail, start, succeed
 from timm.models.densenet import DenseNet
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 
-from datasets_scripts import decode_audio, load_corpus, train_test_folds
+from datasets_scripts import ClipIdentities, decode_audio, load_corpus, train_test_folds
+from dls_training.record import Record, Stage
 from modeling_dls import ESResNetConfig
 from modeling_dls.convert_esresnet_checkpoint import main as convert_imagenet
 from train_classification import arm_of
@@ -50,7 +51,8 @@ def test_cross_validation(all_folds, sound_folder):
     results = results_of(all_folds)
     assert results["arm"] == "npid" and results["corpus"] == "audiofolder" and results["seed"] == 0
     assert results["command"].startswith("train_classification.py --preset tiny")
-    assert results["pretraining"]["clips"] == {"audiofolder": 40}
+    assert [stage.facts["task"] for stage in Record.read(all_folds).stages] == ["npid", "classification"]
+    assert Record.read(all_folds).stages[0].facts["clips"] == {"audiofolder": 40}
     curves = np.array([results["folds"][fold]["accuracy_per_epoch"] for fold in ("1", "2")])
     assert curves.shape == (2, 3) and curves.min() >= 0 and curves.max() <= 1
     np.testing.assert_allclose(results["mean_accuracy_per_epoch"], curves.mean(axis=0))
@@ -103,15 +105,8 @@ def test_learns(options, tmp_path):
 
 def test_killed_within_and_between_folds(options, pretrained, all_folds, tmp_path):
     """Resumed, every fold ends as in the uninterrupted run; a finished fold is not run again."""
-    command = [
-        *options,
-        "--model_name_or_path",
-        pretrained,
-        "--output_dir",
-        tmp_path / "run",
-        "--checkpointing_steps",
-        "1",
-    ]
+    command = [*options, "--model_name_or_path", pretrained, "--output_dir", tmp_path / "run"]
+    command += ["--checkpointing_steps", "1"]
     resume = ["--resume_from_checkpoint", "latest"]
     for wanted in ("fold-1/checkpoint-2", "fold-2/checkpoint-2"):
         process = start([sys.executable, ROOT / "train_classification.py", *command, *resume])
@@ -138,7 +133,7 @@ def test_init_scratch_keeps_only_the_settings(options, pretrained, tmp_path):
     scratch = ["--model_name_or_path", checkpoint, "--init", "scratch"]
     succeed("train_classification.py", *common, *scratch, "--output_dir", tmp_path / "a")
     succeed("train_classification.py", *common, "--output_dir", tmp_path / "b")
-    assert results_of(tmp_path / "a")["arm"] == "scratch" and results_of(tmp_path / "a")["pretraining"] is None
+    assert results_of(tmp_path / "a")["arm"] == "scratch" and len(Record.read(tmp_path / "a").stages) == 1
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert AutoModelForAudioClassification.from_pretrained(tmp_path / "a").config.initial_weights is None
@@ -213,8 +208,10 @@ def test_imagenets_densenet_is_pretrained_and_fine_tuned(sound_folder, tmp_path)
     ],
 )
 def test_the_arm_is_what_the_network_had_learned_before(init, initial_weights, task, arm):
-    config = ESResNetConfig(initial_weights=initial_weights)
-    assert arm_of(Namespace(init=init), config, {"task": task} if task else None) == arm
+    config, nothing = ESResNetConfig(initial_weights=initial_weights), np.zeros((0, 16), np.uint8)
+    clips = ClipIdentities(nothing, np.zeros((0, 2)), nothing)
+    parent = Record((Stage({"task": task}, heard=clips if task else None),))
+    assert arm_of(Namespace(init=init), config, parent) == arm
 
 
 def test_bad_input(options, sound_folder, tmp_path):
