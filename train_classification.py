@@ -390,7 +390,7 @@ def prepare_fold(args, number: int, corpus: str, dataset: Dataset, parent: Recor
         clips={corpus: len(train)}, excluded_folds={corpus: [number]}, settings=settings,
         **facts | {"name": str(output_dir)},
     )  # fmt: skip
-    return Fold(number, train, test, record, heard, output_dir)
+    return Fold(number, train, test, record, heard | {"run": record.own.identity_digest}, output_dir)
 
 
 def run_fold(args, accelerator: Accelerator, extractor: ESResNetFeatureExtractor, config, fold: Fold) -> dict:

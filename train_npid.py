@@ -140,9 +140,7 @@ def make_bank(args, checkpoint: Path | None, keys: torch.Tensor, embedding_dim: 
             bank = bank_class.load(checkpoint / BANK_FILE, args.bank_momentum)
             own_keys = keys[bank.first : bank.first + len(bank.vectors)]
             if bank.vectors.shape[1] != embedding_dim or not torch.equal(bank.keys, own_keys):
-                raise ValueError(
-                    f"{checkpoint / BANK_FILE} has the rows of other clips than this run, or other columns"
-                )
+                raise ValueError(f"{checkpoint / BANK_FILE} has rows of other clips than this run, or other columns")
             return bank, 0
         bank = bank_class(len(keys), embedding_dim, args.bank_momentum, keys, args.seed)
         if not (args.model_name_or_path and earlier.is_file()):
@@ -293,7 +291,7 @@ def main() -> None:
     checkpoint, record = to_go_on_from(record, args.resume_from_checkpoint, args.output_dir)
     loader = training_loader(clips, extractor, args)
     model = make_model(ESResNetForInstanceDiscrimination, checkpoint or args.model_name_or_path, config, args.seed)
-    keys = torch.from_numpy(identities.keys())
+    keys = torch.from_numpy(identities.digests())
     bank, known = make_bank(args, checkpoint, keys, config.embedding_dim)
     bank = bank.to(accelerator.device)
     objective = InstanceDiscrimination(
@@ -335,6 +333,7 @@ def main() -> None:
         "objective": args.objective,
         "history": loop.progress.history,
         "seconds": loop.progress.seconds,
+        "run": record.own.identity_digest,
     }
     if not accelerator.is_main_process:
         save_model(None)

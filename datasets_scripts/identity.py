@@ -89,7 +89,7 @@ class ClipIdentities:
             for content, stretch, published, known in own
         ]
 
-    def keys(self) -> np.ndarray:
+    def digests(self) -> np.ndarray:
         """One name for each clip, (clips, 16) uint8; editions of a published clip share it."""
         keys = np.where(self.is_published[:, None], self.published, self.content)
         for row in np.flatnonzero(~self.is_published & ~self.is_whole):
@@ -114,7 +114,7 @@ class ClipIdentities:
         by_content = starmap(is_among, zip(map(bytes, self.content), *self.stretch.T.tolist(), strict=True))
         return np.logical_or(by_name, list(by_content)).astype(bool)
 
-    def digest(self) -> str:
+    def digest_of_all(self) -> str:
         """Of all identities in their order, hexadecimal."""
         digest = xxhash.xxh3_128()
         for column in fields(self):

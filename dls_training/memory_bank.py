@@ -63,7 +63,7 @@ class MemoryBank(nn.Module):
         vectors: (rows held, embedding_dim), float32, unit length.
         Z: The constant that turns exp(similarity / temperature) into a probability; 0 until it is estimated. float64,
             since exp(1 / temperature) overflows float32 for temperatures below 0.0113.
-        keys: (rows held, 16), uint8, see `ClipIdentities.keys`; all zero where clips have no identity.
+        keys: (rows held, 16), uint8, see `ClipIdentities.digests`; all zero where clips have no identity.
         momentum: Share of the old vector that an update keeps.
 
     Example:

@@ -74,21 +74,25 @@ class Stage:
     def identity(self) -> dict:
         """What must be the same for two runs to be one: {option or setting: value}."""
         options = {name: value for name, value in self.facts["options"].items() if name not in NOT_COMPARED}
-        if options.get("lr_scheduler_type") in ENDLESS_SCHEDULES:
-            options = {name: value for name, value in options.items() if name not in LENGTH}
         return {"task": self.facts["task"], **options, **self.facts["settings"]}
 
     @property
     def identity_digest(self) -> str:
+        """One word for it, as results say it."""
         return json_digest(self.identity)
 
     def same_length(self, other: "Stage") -> bool:
         """Whether two runs, otherwise the same, were told to take equally long."""
-        return all(self.facts["options"].get(name) == other.facts["options"].get(name) for name in LENGTH)
+        return all(self.identity.get(name) == other.identity.get(name) for name in LENGTH)
 
     def differences(self, earlier: "Stage") -> list[str]:
-        """In what this run is another than an earlier one: "--seed is 9 but was 0", …; options before what follows."""
+        """In what this run is another than an earlier one, "--seed is 9 but was 0", …; options before what follows.
+
+        Where the learning rate does not depend on the length of the run, that may differ: the run can go on for longer.
+        """
         new, old = self.identity, earlier.identity
+        if self.facts["options"].get("lr_scheduler_type") in ENDLESS_SCHEDULES:
+            new, old = ({name: own[name] for name in own if name not in LENGTH} for own in (new, old))
         if new["task"] != old["task"]:
             return [f"task is {new['task']!r} but was {old['task']!r}"]
         names = [name for name in {**old, **new} if new.get(name) != old.get(name)]
@@ -205,7 +209,7 @@ class Record:
             file = _find(source, name)
             if file is not None and file_digest(file) != written:
                 raise UserError(f"{source}: {name} is not the file that {RECORD_FILE} belongs to: {ADVICE}")
-        return cls(tuple(_stages(content["stages"], _find(source, HEARD_FILE))))
+        return cls(tuple(_stages(content["stages"], path.with_name(HEARD_FILE))))
 
     @classmethod
     def of(cls, source: str | Path, initial_weights: str | None = None) -> "Record":
@@ -310,7 +314,7 @@ def parent_of(args, config) -> Record:
 
 def described(name: str, clips: Dataset) -> str:
     """A corpus in words, the same only for the same clips in the same order with the same labels and folds."""
-    content = [ClipIdentities.of(clips).digest(), clips["label"][:], clips["fold"][:]]
+    content = [ClipIdentities.of(clips).digest_of_all(), clips["label"][:], clips["fold"][:]]
     return f"{name} ({len(clips)} clips, {json_digest(content)[:16]})"
 
 

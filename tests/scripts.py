@@ -1,9 +1,15 @@
-"""Running the project's scripts as a user does: in a process of their own."""
+"""Running the project's scripts as a user does: in a process of their own, or, where that is not what is tested, in
+this one.
+"""
 
+import contextlib
+import io
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parents[1]
 # Enough for a tiny network and the half-second clips of `sound_folder`.
@@ -42,4 +48,41 @@ def fail(script: str, *options, **popen_options) -> str:
     code, output = run_script(script, *options, **popen_options)
     assert code == 2, output
     assert "Traceback" not in output, output
+    return output.splitlines()[-1]
+
+
+def call(module, *options) -> tuple[int, str]:
+    """What `run_script` gives of a train script that was imported, without a process of its own."""
+    from accelerate.state import AcceleratorState
+
+    from dls_training.runtime import run_script as run_main
+
+    said, logger = io.StringIO(), logging.getLogger("dls")
+    handler, level = logging.StreamHandler(said), logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with contextlib.redirect_stderr(said):
+            args = module.parse_args([str(option) for option in options])
+            with mock.patch.object(module, "ARGS", args):
+                return run_main(module.main), said.getvalue()
+    except SystemExit as end:
+        return end.code, said.getvalue()
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        AcceleratorState._reset_state(True)  # the next run may have another precision
+
+
+def done(module, *options) -> str:
+    """The log of a run that ends well."""
+    code, output = call(module, *options)
+    assert code == 0, output
+    return output
+
+
+def refused(module, *options) -> str:
+    """The one clear message of a run that ends with exit code 2."""
+    code, output = call(module, *options)
+    assert code == 2 and "Traceback" not in output, output
     return output.splitlines()[-1]

@@ -58,7 +58,7 @@ class Memory:
         self.labels = np.full(len(bank), -1)
         self.classes: list[str] = []
         for number, (_, clips) in enumerate(corpora):
-            rows = find_keys(torch.from_numpy(ClipIdentities.of(clips).keys()), bank.keys)
+            rows = find_keys(torch.from_numpy(ClipIdentities.of(clips).digests()), bank.keys)
             places = np.flatnonzero(rows >= 0)
             rows = rows[places]
             self.corpus[rows], self.place[rows] = number, places
