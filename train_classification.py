@@ -428,6 +428,34 @@ def check_layout(args) -> None:
         )
 
 
+def over_folds(folds: dict[str, dict], names: list[str]) -> dict:
+    """Means and standard deviations of what was measured in each fold, and the confusion of all held-out clips."""
+    found = {}
+    for curve in ("accuracy_per_epoch", "accuracy_at_start"):
+        if all(curve in fold for fold in folds.values()):
+            by_fold = np.array([fold[curve] for fold in folds.values()])
+            found |= {f"mean_{curve}": by_fold.mean(axis=0).tolist(), f"std_{curve}": by_fold.std(axis=0).tolist()}
+    matrix = np.sum([fold["confusion_matrix"] for fold in folds.values()], axis=0).tolist()
+    per_class = dict(zip(names, per_class_accuracy(matrix), strict=True))
+    return found | {"confusion_matrix": matrix, "per_class_accuracy": per_class}
+
+
+def write_results(output_dir: Path, first_fold_dir: Path, results: dict) -> None:
+    """Puts the first fold's model, the results of all folds and their card into the output folder."""
+    own = Record.read(first_fold_dir).own.facts  # as it was when the fold was trained
+    results |= {name: own[name] for name in ("task", "corpora", "seed", "command", "options", "environment")}
+    last = np.array([final_accuracy(fold) for fold in results["folds"].values()])
+    logger.info(f"accuracy {last.mean():.4f} ± {last.std():.4f} at the end")
+    with files_moved_into_place(output_dir, last=RECORD_FILE) as folder:
+        # The root loads as the first fold's model; with a single fold, it is that model.
+        for path in first_fold_dir.iterdir():
+            if path.is_file() and path.name != "fold_results.json":
+                shutil.copy2(path, folder)
+        write_json(folder / "all_results.json", results)
+        write_card(folder)
+    logger.info(f"{output_dir} holds the model, all_results.json and a card")
+
+
 def main() -> None:
     args = ARGS
     accelerator = make_accelerator(args)
@@ -454,34 +482,10 @@ def main() -> None:
         )  # fmt: skip
     check_layout(args)
     found = {str(fold.number): run_fold(args, accelerator, extractor, config, fold) for fold in folds}
-    first = Record.read(folds[0].output_dir)  # as it was when it was trained
-    results = {
-        **{name: first.own.facts[name] for name in ("task", "corpora", "seed", "command", "options", "environment")},
-        "corpus": corpus,
-        "arm": arm_of(args, config, parent),
-        "skipped_files": corpus_report(dataset)["skipped"],
-        "folds": found,
-    }
-    curves = ["accuracy_per_epoch", *(["accuracy_at_start"] if args.classifier_init == "ridge" else [])]
-    for curve in curves:
-        by_fold = np.array([fold[curve] for fold in results["folds"].values()])
-        results |= {f"mean_{curve}": by_fold.mean(axis=0).tolist(), f"std_{curve}": by_fold.std(axis=0).tolist()}
-    matrix = np.sum([fold["confusion_matrix"] for fold in results["folds"].values()], axis=0).tolist()
-    results |= {
-        "confusion_matrix": matrix,
-        "per_class_accuracy": dict(zip(names, per_class_accuracy(matrix), strict=True)),
-    }
-    last = np.array([final_accuracy(fold) for fold in results["folds"].values()])
-    logger.info(f"accuracy {last.mean():.4f} ± {last.std():.4f} at the end")
     if accelerator.is_main_process:
-        with files_moved_into_place(args.output_dir, last=RECORD_FILE) as folder:
-            # The root loads as the first fold's model; with a single fold, it is that model.
-            for path in folds[0].output_dir.iterdir():
-                if path.is_file() and path.name != "fold_results.json":
-                    shutil.copy2(path, folder)
-            write_json(folder / "all_results.json", results)
-            write_card(folder)
-        logger.info(f"{args.output_dir} holds the model, all_results.json and a card")
+        results = {"corpus": corpus, "arm": arm_of(args, config, parent), "folds": found}
+        results |= {"skipped_files": corpus_report(dataset)["skipped"], **over_folds(found, names)}
+        write_results(args.output_dir, folds[0].output_dir, results)
     accelerator.end_training()
     if args.push_to_hub and accelerator.is_main_process:  # after the run's end, for which no other process waits
         publish(args.output_dir, args.hub_model_id, args.hub_private_repo)

@@ -53,6 +53,12 @@ class ClipIdentities:
     stretch: np.ndarray
     published: np.ndarray
 
+    def __post_init__(self):
+        shapes = [(column.dtype, column.shape) for column in (self.content, self.stretch, self.published)]
+        digests = (np.dtype(np.uint8), (len(self.content), DIGEST_BYTES))
+        if shapes != [digests, (np.dtype(np.float64), (len(self.content), 2)), digests]:
+            raise ValueError(f"these are no identities of clips: {shapes}")
+
     @classmethod
     def of(cls, dataset: datasets.Dataset) -> "ClipIdentities":
         """Those of a dataset from `load_corpus` or `combine_corpora`, or selected from one."""

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from transformers.utils import cached_file
 
 from datasets_scripts import ClipIdentities, corpus_facts, file_digest
+from datasets_scripts.identity import WHOLE
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor
 
 from .arguments import UserError, plain_options
@@ -42,6 +43,11 @@ NOT_COMPARED = frozenset(
         *("recipe", "allow_partial", "skip_unreadable"),
     )
 )
+TASKS = ("npid", "classification")
+FACTS = {
+    **dict.fromkeys(("clips", "corpora", "excluded_folds", "options", "settings", "environment"), dict),
+    **{"name": str, "command": str, "seed": int, "with_labels": bool},
+}
 LENGTH = ("num_train_epochs", "max_train_steps")
 # With these the rate does not depend on the length of the run, which may then grow.
 ENDLESS_SCHEDULES = ("constant", "esresnet")
@@ -88,7 +94,7 @@ class Stage:
     def differences(self, earlier: "Stage") -> list[str]:
         """In what this run is another than an earlier one, "--seed is 9 but was 0", …; options before what follows.
 
-        Where the learning rate does not depend on the length of the run, that may differ: the run can go on for longer.
+        Where the learning rate does not depend on the length of the run, that may differ: the run can go on longer.
         """
         new, old = self.identity, earlier.identity
         if self.facts["options"].get("lr_scheduler_type") in ENDLESS_SCHEDULES:
@@ -361,19 +367,21 @@ def _find(source: str | Path, name: str) -> Path | None:
 
 
 def _stages(facts: list[dict], heard_file: Path) -> Iterable[Stage]:
+    """What `Record.save` wrote; of a stranger's files nothing is taken for granted."""
     try:
         tensors = load_file(heard_file)
         for number, own in enumerate(facts):
             if own["task"] is None:
                 yield Stage(own, None)
                 continue
+            if own["task"] not in TASKS or not all(isinstance(own[name], kind) for name, kind in FACTS.items()):
+                raise ValueError(f"stage {number} is none that this version writes")
             content = tensors[f"{number}.content"]
-            stretch = tensors.get(f"{number}.stretch", np.tile((0.0, np.inf), (len(content), 1)))
-            yield Stage(
-                own, ClipIdentities(content, stretch, tensors.get(f"{number}.published", np.zeros_like(content)))
-            )
+            stretch = tensors.get(f"{number}.stretch", np.tile(WHOLE, (len(content), 1)))
+            published = tensors.get(f"{number}.published", np.zeros_like(content))
+            yield Stage(own, ClipIdentities(content, stretch, published))
     except (OSError, SafetensorError, LookupError, TypeError, ValueError) as error:
-        raise UserError(f"{heard_file} is damaged: {ADVICE}") from error
+        raise UserError(f"{heard_file}, or {RECORD_FILE} beside it, is damaged: {ADVICE}") from error
 
 
 def _changes(name: str, new, old) -> list[str]:

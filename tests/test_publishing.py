@@ -21,7 +21,16 @@ from test_remote_code import BEFORE, HERE
 from datasets_scripts.__main__ import main as export_or_describe
 
 CODE = {"configuration_esresnet.py", "feature_extraction_esresnet.py", "modeling_esresnet.py"}
-PUBLISHED = {"README.md", "all_results.json", "config.json", "model.safetensors", "preprocessor_config.json", *CODE}
+RECORD = {"record.json", "heard_clips.safetensors"}
+PUBLISHED = {
+    "README.md",
+    "all_results.json",
+    "config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    *CODE,
+    *RECORD,
+}
 OF_A_CLASSIFIER = PUBLISHED | {"confusion_matrix.png", "embedding.png"}
 OF_A_PRETRAINING = PUBLISHED | {"memory_bank.safetensors", "accuracy.png", "embedding.png"}
 # The client waits for seconds before it tries again.

@@ -36,6 +36,11 @@ ONE_STEP = ["--max_train_steps", "1"]
 RESUME = ["--resume_from_checkpoint", "latest"]
 
 
+NO_FACTS = {"name": "a", "task": "npid", "with_labels": False, "seed": 0, "command": "train"} | {
+    name: {} for name in ("clips", "corpora", "excluded_folds", "options", "settings", "environment")
+}
+
+
 def tree(folder: Path) -> dict[str, bytes]:
     """Every file below a folder with its content."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
@@ -235,8 +240,7 @@ def test_stretches_of_a_recording_are_clips_of_their_own(sound_folder, tmp_path)
     # What overlaps with the held-out 0.1-0.45 of the first file and 0.3-0.5 of the second is gone.
     assert [held_out["clip_start"][:], held_out["corpus"][:]] == [[0.0], ["first"]]
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    facts = {"name": "a", "task": "npid", "with_labels": False, "options": {}, "settings": {}}
-    Record().followed_by(facts, ClipIdentities.of(first)).save(tmp_path)
+    Record().followed_by(NO_FACTS, ClipIdentities.of(first)).save(tmp_path)
     record = Record.read(tmp_path)
     assert record.heard(ClipIdentities.of(second)) == 2 and record.heard(ClipIdentities.of(corpus)) == 2
 
@@ -245,8 +249,7 @@ def test_a_record_is_compact(tmp_path):
     save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
     random = np.random.default_rng(0).integers(0, 256, (100_000, 16), np.uint8)
     whole = np.tile((0.0, np.inf), (len(random), 1))
-    facts = {"name": "a", "task": "npid", "with_labels": False, "options": {}, "settings": {}}
-    Record().followed_by(facts, ClipIdentities(random, whole, np.zeros_like(random))).save(tmp_path)
+    Record().followed_by(NO_FACTS, ClipIdentities(random, whole, np.zeros_like(random))).save(tmp_path)
     assert (tmp_path / HEARD_FILE).stat().st_size < 16.01 * len(random)
 
 
@@ -432,6 +435,7 @@ DAMAGE = {
         lambda folder: (folder / RECORD_FILE).write_text((folder / RECORD_FILE).read_text().replace("40", "39")),
         "record.json is damaged or was changed by hand",
     ),
+    "a stranger's stage": (lambda folder: rewritten(folder, stages=[{"task": "gan"}]), "beside it, is damaged"),
     "another layout": (lambda folder: rewritten(folder, layout=0), "record.json has layout 0"),
     "other weights": (
         lambda folder: save_file(
@@ -444,7 +448,10 @@ DAMAGE = {
         lambda folder: (folder / "memory_bank.safetensors").write_bytes(b"bank"),
         "memory_bank.safetensors is not the file that record.json belongs to",
     ),
-    "no clips": (lambda folder: (folder / HEARD_FILE).unlink(), "heard_clips.safetensors is damaged"),
+    "no clips": (
+        lambda folder: (folder / HEARD_FILE).unlink(),
+        "heard_clips.safetensors, or record.json beside it, is damaged",
+    ),
     "clips cut short": (
         lambda folder: os.truncate(folder / HEARD_FILE, 60),
         "heard_clips.safetensors is not the file",
