@@ -17,7 +17,7 @@ from corpora_trees import write_table
 from filelock import FileLock
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from scripts import ROOT, SMALL, done, refused, start
+from scripts import ROOT, SMALL, fail, start, succeed
 from transformers import AutoModelForAudioClassification
 
 import train_classification
@@ -83,7 +83,7 @@ def partial(esc):
 @pytest.fixture(scope="module")
 def pretrained(options, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pretrained") / "npid"
-    done(train_npid, *options, *ONE_STEP, "--output_dir", folder)
+    succeed("train_npid.py", *options, *ONE_STEP, "--output_dir", folder)
     return folder
 
 
@@ -95,9 +95,9 @@ def pretrained(options, tmp_path_factory) -> Path:
 )
 def test_held_out_clips_are_known_by_their_sound(corpus, edition, partial, tmp_path):
     """Whatever the corpus was called, and however it was encoded: all 8 clips of fold 1 had been heard."""
-    done(train_npid, *partial(corpus, edition), "--output_dir", tmp_path / "npid")
+    succeed("train_npid.py", *partial(corpus, edition), "--output_dir", tmp_path / "npid")
     start_from = ["--model_name_or_path", tmp_path / "npid", "--fold", "1", "--output_dir", tmp_path / "run"]
-    done(train_classification, *partial("esc10", "esc10"), *start_from)
+    succeed("train_classification.py", *partial("esc10", "esc10"), *start_from)
     assert results_of(tmp_path / "run")["folds"]["1"]["test_clips_heard_in_pretraining"] == 8
     card = (tmp_path / "run" / "README.md").read_text()
     assert "Transductive: 8 of the 8 held-out clips were in the pre-training" in card and "None of the" not in card
@@ -110,10 +110,10 @@ def grandchild(partial, tmp_path_factory) -> dict[str, Path]:
     synthetic = load_corpus("synthetic", num_classes=2, clips_per_class=5, clip_seconds=0.5, sampling_rate=8000)
     export_corpus(synthetic, CORPORA["synthetic"], folder / "free", "test")
     free = [*SMALL, "--corpus", f"synthetic={folder / 'free'}", *ONE_STEP]
-    done(train_npid, *partial("esc50", "esc50"), "--output_dir", folder / "first")
-    done(train_npid, *free, "--model_name_or_path", folder / "first", "--output_dir", folder / "second")
+    succeed("train_npid.py", *partial("esc50", "esc50"), "--output_dir", folder / "first")
+    succeed("train_npid.py", *free, "--model_name_or_path", folder / "first", "--output_dir", folder / "second")
     start_from = ["--model_name_or_path", folder / "second", "--fold", "1", "--output_dir", folder / "third"]
-    done(train_classification, *partial("esc10", "esc10"), *start_from)
+    succeed("train_classification.py", *partial("esc10", "esc10"), *start_from)
     return {name: folder / name for name in ("first", "second", "third")}
 
 
@@ -147,7 +147,7 @@ def test_what_a_stranger_heard_is_unknown(pretrained, options, tmp_path):
     stranger = tmp_path / "stranger"
     shutil.copytree(pretrained, stranger, ignore=shutil.ignore_patterns(RECORD_FILE, HEARD_FILE, "checkpoint-*"))
     start_from = ["--model_name_or_path", stranger, "--fold", "1", *ONE_STEP, "--output_dir", tmp_path / "run"]
-    done(train_classification, *options, *start_from)
+    succeed("train_classification.py", *options, *start_from)
     assert results_of(tmp_path / "run")["folds"]["1"]["test_clips_heard_in_pretraining"] is None
     assert results_of(tmp_path / "run")["arm"] == "pretrained"
     card = ModelCard.load(tmp_path / "run" / "README.md")
@@ -155,7 +155,7 @@ def test_what_a_stranger_heard_is_unknown(pretrained, options, tmp_path):
     assert card.data.license is None
     # That stays unknown, whatever follows.
     again = ["--model_name_or_path", tmp_path / "run", *ONE_STEP, "--output_dir", tmp_path / "again"]
-    done(train_npid, *options, *again)
+    succeed("train_npid.py", *options, *again)
     assert not Record.read(tmp_path / "again").is_complete
 
 
@@ -163,20 +163,22 @@ def test_held_out_labels_that_were_seen_are_refused(pretrained, options, tmp_pat
     """Fold 1's classifier has seen fold 2's labels; also through a pre-training between them."""
     common = [*options, *ONE_STEP]
     first = tmp_path / "first"
-    done(train_classification, *common, "--model_name_or_path", pretrained, "--fold", "1", "--output_dir", first)
+    succeed(
+        "train_classification.py", *common, "--model_name_or_path", pretrained, "--fold", "1", "--output_dir", first
+    )
     start_from = ["--model_name_or_path", first]
-    message = refused(train_classification, *common, *start_from, "--fold", "2", "--output_dir", tmp_path / "never")
+    message = fail("train_classification.py", *common, *start_from, "--fold", "2", "--output_dir", tmp_path / "never")
     assert f"of 20 clips 20 by {first}" in message and "--allow_label_leakage" in message
     # Before any fold is trained, although fold 1 alone would do.
-    assert "fold 2" in refused(train_classification, *common, *start_from, "--output_dir", tmp_path / "never")
+    assert "fold 2" in fail("train_classification.py", *common, *start_from, "--output_dir", tmp_path / "never")
     assert not list((tmp_path / "never").iterdir())
-    done(train_npid, *common, *start_from, "--output_dir", tmp_path / "between")
+    succeed("train_npid.py", *common, *start_from, "--output_dir", tmp_path / "between")
     through = ["--model_name_or_path", tmp_path / "between", "--fold", "2"]
-    message = refused(train_classification, *common, *through, "--output_dir", tmp_path / "never")
+    message = fail("train_classification.py", *common, *through, "--output_dir", tmp_path / "never")
     assert f"of 20 clips 20 by {first}" in message
-    done(train_classification, *common, *start_from, "--fold", "1", "--output_dir", tmp_path / "same-fold")
+    succeed("train_classification.py", *common, *start_from, "--fold", "1", "--output_dir", tmp_path / "same-fold")
     asked_for = [*start_from, "--fold", "2", "--allow_label_leakage", "--output_dir", tmp_path / "leaky"]
-    done(train_classification, *common, *asked_for)
+    succeed("train_classification.py", *common, *asked_for)
     card = (tmp_path / "leaky" / "README.md").read_text()
     assert (
         f"**Label leakage**: the labels of 20 of the 20 held-out clips had been seen in the training of `{first}`"
@@ -259,35 +261,35 @@ def test_a_record_is_compact(tmp_path):
 def test_another_fold_is_another_run(options, pretrained, tmp_path):
     """Whether fold 1 was finished there or not; and one fold is not all folds."""
     run = [*options, "--model_name_or_path", pretrained, *ONE_STEP, "--output_dir", tmp_path / "run"]
-    done(train_classification, *run, "--fold", "1")
+    succeed("train_classification.py", *run, "--fold", "1")
     finished = tree(tmp_path / "run")
-    message = refused(train_classification, *run, "--fold", "2", *RESUME)
+    message = fail("train_classification.py", *run, "--fold", "2", *RESUME)
     assert "belongs to a different run: --fold is 2 but was 1" in message
-    assert "--fold is 'all'" in refused(train_classification, *run, *RESUME)
+    assert "--fold is 'all'" in fail("train_classification.py", *run, *RESUME)
     assert tree(tmp_path / "run") == finished
-    assert "fold 1 was finished before" in done(train_classification, *run, "--fold", "1", *RESUME)
+    assert "fold 1 was finished before" in succeed("train_classification.py", *run, "--fold", "1", *RESUME)
     for path in (tmp_path / "run").iterdir():
         if path.is_file():
             path.unlink()
     checkpoint = tmp_path / "run" / "checkpoint-1"
-    assert f"{checkpoint} belongs to a different run: --fold is 2 but was 1" in refused(
-        train_classification, *run, "--fold", "2", *RESUME
+    assert f"{checkpoint} belongs to a different run: --fold is 2 but was 1" in fail(
+        "train_classification.py", *run, "--fold", "2", *RESUME
     )
     elsewhere = ["--fold", "2", "--resume_from_checkpoint", checkpoint, "--output_dir", tmp_path / "elsewhere"]
-    assert "--fold is 2 but was 1" in refused(train_classification, *run, *elsewhere)
-    message = refused(train_classification, *run, "--resume_from_checkpoint", checkpoint)
+    assert "--fold is 2 but was 1" in fail("train_classification.py", *run, *elsewhere)
+    message = fail("train_classification.py", *run, "--resume_from_checkpoint", checkpoint)
     assert "--resume_from_checkpoint DIR is of one fold" in message
-    assert "going on from" in done(train_classification, *run, "--fold", "1", *RESUME)
+    assert "going on from" in succeed("train_classification.py", *run, "--fold", "1", *RESUME)
 
 
 def test_finished_folds_are_of_the_same_run(options, tmp_path):
     """All options that differ stand in one message, and nothing that was measured is touched."""
     run = [*options, *ONE_STEP, "--output_dir", tmp_path / "run"]
-    done(train_classification, *run)
+    succeed("train_classification.py", *run)
     before = tree(tmp_path / "run")
     changes = {"preset": "esresnet18", "seed": "77", "learning_rate": "0.05", "labels_per_class": "2"}
     words = [word for name, value in changes.items() for word in (f"--{name}", value)]
-    message = refused(train_classification, *run, *words, *RESUME)
+    message = fail("train_classification.py", *run, *words, *RESUME)
     assert "fold-1 belongs to a different run" in message
     for change in (
         "--preset is 'esresnet18' but was 'tiny'", "--seed is 77 but was 0", "--learning_rate is 0.05 but was 0.00025",
@@ -298,7 +300,7 @@ def test_finished_folds_are_of_the_same_run(options, tmp_path):
     # A fold that is not finished is no other: what would have been taken from the checkpoint in silence is named.
     shutil.rmtree(tmp_path / "run" / "fold-1")
     (tmp_path / "run" / "fold-2").rename(tmp_path / "run" / "fold-1")
-    assert "--fold is 1 but was 2" in refused(train_classification, *run, *RESUME)
+    assert "--fold is 1 but was 2" in fail("train_classification.py", *run, *RESUME)
 
 
 def parsed(module, *words) -> dict:
@@ -369,7 +371,7 @@ def test_a_finished_fold_goes_on_for_longer(options, tmp_path):
     """A constant rate allows that: the same as if it had been longer from the start, and reported as what it is."""
     run = [*options, "--fold", "1", "--max_train_steps"]
     for folder, steps, more in (("short", "3", []), ("short", "5", RESUME), ("whole", "5", [])):
-        done(train_classification, *run, steps, *more, "--output_dir", tmp_path / folder)
+        succeed("train_classification.py", *run, steps, *more, "--output_dir", tmp_path / folder)
     short, whole = (load_file(tmp_path / name / "model.safetensors") for name in ("short", "whole"))
     assert all(torch.equal(short[name], whole[name]) for name in whole)
     assert results_of(tmp_path / "short")["options"]["max_train_steps"] == 5
@@ -381,31 +383,30 @@ def test_changed_clips_labels_and_parents_are_another_run(options, sound_folder,
     parent = shutil.copytree(pretrained, tmp_path / "parent")
     run = [*options[:-1], f"audiofolder={sounds}", *ONE_STEP, "--model_name_or_path", parent]
     output = ["--output_dir", tmp_path / "run"]
-    done(train_npid, *run, *output)
+    succeed("train_npid.py", *run, *output)
     moved, sounds = [str(word).replace("sounds", "moved") for word in run], tmp_path / "moved"
     (tmp_path / "sounds").rename(sounds)
-    done(train_npid, *moved, *output, *RESUME)
+    succeed("train_npid.py", *moved, *output, *RESUME)
     table = (sounds / "metadata.csv").read_text()
     (sounds / "metadata.csv").write_text(table.replace("00.wav,class-0", "00.wav,class-1"))
-    message = refused(train_npid, *moved, *output, *RESUME)
+    message = fail("train_npid.py", *moved, *output, *RESUME)
     assert "--corpus is 'audiofolder (40 clips, " in message
     (sounds / "metadata.csv").write_text(table)
     samples, rate = soundfile.read(sounds / "00.wav")
     soundfile.write(sounds / "00.wav", samples[::-1], rate)
-    assert "--corpus is 'audiofolder (40 clips, " in refused(train_npid, *moved, *output, *RESUME)
+    assert "--corpus is 'audiofolder (40 clips, " in fail("train_npid.py", *moved, *output, *RESUME)
     soundfile.write(sounds / "00.wav", samples, rate)
     other = tmp_path / "other"
-    done(train_npid, *options, *ONE_STEP, "--seed", "1", "--output_dir", other)
-    message = refused(train_npid, *moved, "--model_name_or_path", other, *output, *RESUME)
+    succeed("train_npid.py", *options, *ONE_STEP, "--seed", "1", "--output_dir", other)
+    message = fail("train_npid.py", *moved, "--model_name_or_path", other, *output, *RESUME)
     assert "--model_name_or_path is 'weights " in message and "but was 'weights " in message
 
 
 def test_precision_as_it_was_computed_is_compared(options, tmp_path):
     run = [*options, *ONE_STEP, "--output_dir", tmp_path / "run"]
-    done(train_npid, *run, "--mixed_precision", "no")
-    assert "--mixed_precision is 'bf16' but was 'no'" in refused(
-        train_npid, *run, "--mixed_precision", "bf16", *RESUME
-    )
+    succeed("train_npid.py", *run, "--mixed_precision", "no")
+    message = fail("train_npid.py", *run, "--mixed_precision", "bf16", *RESUME)
+    assert "--mixed_precision is 'bf16' but was 'no'" in message
 
 
 def test_where_a_run_went_on_is_added(pretrained):
@@ -465,9 +466,9 @@ def test_a_record_that_cannot_be_trusted_is_refused(damage, pretrained, options,
     spoil, expected = DAMAGE[damage]
     spoil(folder)
     before = tree(folder)
-    for module, more in ((train_npid, []), (train_classification, ["--fold", "1"])):
+    for script, more in (("train_npid.py", []), ("train_classification.py", ["--fold", "1"])):
         start_from = ["--model_name_or_path", folder, *more, *ONE_STEP, "--output_dir", tmp_path / "run"]
-        message = refused(module, *options, *start_from)
+        message = fail(script, *options, *start_from)
         assert expected in message and str(folder) in message
     assert tree(folder) == before
 
@@ -494,7 +495,7 @@ def test_a_bank_of_other_rows_or_columns_is_refused(pretrained, options, tmp_pat
             "files": {name: file_digest(checkpoint / name) for name in state["files"]},
         }
         write_json(checkpoint / STATE_FILE, state | {"digest": json_digest(state)})
-        message = refused(train_npid, *options, *ONE_STEP, "--output_dir", folder, *RESUME)
+        message = fail("train_npid.py", *options, *ONE_STEP, "--output_dir", folder, *RESUME)
         assert "memory_bank.safetensors has rows of other clips than this run, or other columns" in message
 
 
@@ -510,9 +511,9 @@ def test_folders_of_an_earlier_version_load_and_are_not_gone_on_with(pretrained,
     )
     before = tree(folder)
     run = [*options, *ONE_STEP, "--output_dir", folder, *RESUME]
-    assert "checkpoint-1 was written by an earlier version" in refused(train_npid, *run)
+    assert "checkpoint-1 was written by an earlier version" in fail("train_npid.py", *run)
     shutil.rmtree(folder / "checkpoint-1")
-    assert "npid was written by an earlier version" in refused(train_npid, *run)
+    assert "npid was written by an earlier version" in fail("train_npid.py", *run)
     assert tree(folder) == {name: content for name, content in before.items() if "checkpoint" not in name}
     assert AutoModelForAudioClassification.from_pretrained(folder).config.depths == [1, 1, 1, 1]
 
@@ -522,7 +523,7 @@ def test_a_run_killed_while_it_puts_results_into_place_goes_on(pretrained, optio
     folder = shutil.copytree(pretrained, tmp_path / "npid")
     before = tree(folder)
     (folder / RECORD_FILE).unlink()
-    done(train_npid, *options, *ONE_STEP, "--output_dir", folder, *RESUME)
+    succeed("train_npid.py", *options, *ONE_STEP, "--output_dir", folder, *RESUME)
     after = tree(folder)
     assert after.keys() == before.keys() and after["model.safetensors"] == before["model.safetensors"]
 
@@ -540,7 +541,7 @@ def test_only_one_folds_network_is_in_memory(options, monkeypatch, tmp_path):
         return train(run)
 
     monkeypatch.setattr(train_classification.FoldRun, "train", counting)
-    done(train_classification, *options, *ONE_STEP, "--output_dir", tmp_path / "run")
+    succeed("train_classification.py", *options, *ONE_STEP, "--output_dir", tmp_path / "run")
     assert alive == [alive[0]] * 2
 
 
@@ -568,7 +569,7 @@ def test_a_long_preparation_does_not_kill_the_other_processes(sound_folder, tmp_
 def test_a_checkpoints_own_length_and_channels_hold(options, tmp_path):
     """What the command does not say is as the network was trained; what it says is told."""
     short = ["--clip_seconds", "0.3", "--audio_channels", "2", *ONE_STEP]
-    done(train_npid, *options, *short, "--output_dir", tmp_path / "npid")
+    succeed("train_npid.py", *options, *short, "--output_dir", tmp_path / "npid")
     bare = [word for word in options if word not in ("--clip_seconds", "0.5", "--preset", "tiny")]
     start_from = [*bare, *ONE_STEP, "--model_name_or_path", tmp_path / "npid", "--fold", "1"]
 
@@ -576,9 +577,9 @@ def test_a_checkpoints_own_length_and_channels_hold(options, tmp_path):
         found = json.loads((tmp_path / name / "preprocessor_config.json").read_text())
         return found["max_length"], found["audio_channels"]
 
-    log = done(train_classification, *start_from, "--output_dir", tmp_path / "own")
+    log = succeed("train_classification.py", *start_from, "--output_dir", tmp_path / "own")
     assert signal("own") == signal("npid") == (13230, 2) and "was trained with" not in log
     other = ["--clip_seconds", "0.4", "--audio_channels", "1"]
-    log = done(train_classification, *start_from, *other, "--output_dir", tmp_path / "other")
+    log = succeed("train_classification.py", *start_from, *other, "--output_dir", tmp_path / "other")
     assert signal("other") == (17640, 1)
     assert "--clip_seconds 0.4: " in log and "was trained with 0.3" in log and "--audio_channels 1: " in log
