@@ -43,7 +43,7 @@ def __getattr__(name: str):
     return getattr(import_module(".modeling_esresnet", __name__), name)
 
 
-# transformers knows its own models by name and imports them when they are looked up; ours enter its tables the same way.
+# transformers knows its own models by name, and imports them when they are looked up: ours enter its tables likewise.
 sys.modules[f"transformers.models.{ESResNetConfig.model_type}"] = sys.modules[__name__]
 CONFIG_MAPPING_NAMES[ESResNetConfig.model_type] = ESResNetConfig.__name__
 for _name, _auto_class in MODELS.items():
