@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch.utils.data import get_worker_info
 
 from datasets_scripts import AudioError, decode_audio
-from modeling_dls.feature_extraction_esresnet import ESResNetFeatureExtractor, fit_length
+from modeling_dls.feature_extraction_esresnet import ESResNetFeatureExtractor, cached_tensors, fit_length
 
 # Numbers in a resampler's filter. A rate without a common factor, such as 44101 Hz, would need gigabytes.
 LARGEST_FILTER = 2**25
@@ -20,7 +20,7 @@ LARGEST_FILTER = 2**25
 MIN_NEW_SHARE = 0.1
 
 
-@lru_cache(maxsize=16)
+@cached_tensors(maxsize=16)
 def _resampler(source_rate: int, target_rate: int) -> torchaudio.transforms.Resample:
     return torchaudio.transforms.Resample(_workable_rate(source_rate, target_rate), target_rate)
 

@@ -6,16 +6,17 @@ Example:
     >>> model = AutoModelForAudioClassification.from_pretrained("runs/esc10")  # doctest: +SKIP
 """
 
+import sys
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from transformers import (
-    AutoConfig,
     AutoFeatureExtractor,
     AutoModel,
     AutoModelForAudioClassification,
     AutoModelForAudioXVector,
 )
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from .configuration_esresnet import ESResNetConfig
 from .feature_extraction_esresnet import ESResNetFeatureExtractor, three_band_spectrogram
@@ -42,22 +43,13 @@ def __getattr__(name: str):
     return getattr(import_module(".modeling_esresnet", __name__), name)
 
 
-class _LateClass:
-    """Stands for a model class where the Auto classes look it up; importing it waits until it is used."""
-
-    config_class = ESResNetConfig
-
-    def __init__(self, name: str):
-        self.__name__ = name
-
-    def __getattr__(self, attribute: str):
-        return getattr(__getattr__(self.__name__), attribute)
-
-
-AutoConfig.register("esresnet", ESResNetConfig)
-AutoFeatureExtractor.register(ESResNetConfig, ESResNetFeatureExtractor)
+# transformers knows its own models by name, and imports them when they are looked up: ours enter its tables likewise.
+sys.modules[f"transformers.models.{ESResNetConfig.model_type}"] = sys.modules[__name__]
+CONFIG_MAPPING_NAMES[ESResNetConfig.model_type] = ESResNetConfig.__name__
 for _name, _auto_class in MODELS.items():
-    _auto_class.register(ESResNetConfig, _LateClass(_name))
+    _auto_class._model_mapping._model_mapping[ESResNetConfig.model_type] = _name
+    _auto_class._model_mapping._reverse_config_mapping[ESResNetConfig.__name__] = ESResNetConfig.model_type
+AutoFeatureExtractor.register(ESResNetConfig, ESResNetFeatureExtractor)
 
 # A saved checkpoint carries its own code, so that trust_remote_code=True works where this package is not installed.
 ESResNetConfig.register_for_auto_class()

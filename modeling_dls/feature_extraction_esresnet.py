@@ -1,13 +1,14 @@
 """From waveform to `input_values`: ESResNet's three-band power spectrogram in decibels, normalisation included."""
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, wraps
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import BatchFeature, FeatureExtractionMixin
-from transformers.utils import logging
+from transformers.utils import PaddingStrategy, logging
 
 logger = logging.get_logger(__name__)
 
@@ -36,19 +37,43 @@ PRESETS = {
 }
 
 
-@lru_cache(maxsize=8)
+def cached_tensors(maxsize: int) -> Callable[[Callable], Callable]:
+    """`lru_cache` for functions that make tensors: what they return can be used by any later call.
+
+    Tensors made in inference mode are refused by autograd, so they are made outside it. Those made while torch traces
+    (export, compile, FakeTensorMode) or transforms functions (vmap, grad) stand for others and outlive their context
+    as something that gives wrong answers: there the function runs uncached.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        cached = lru_cache(maxsize)(torch.inference_mode(False)(function))
+
+        @wraps(function)
+        def call(*arguments):
+            tracing = (
+                torch.compiler.is_compiling()
+                or torch._C._len_torch_dispatch_stack() > 0
+                or torch._C._functorch.peek_interpreter_stack() is not None
+            )
+            return function(*arguments) if tracing else cached(*arguments)
+
+        return call
+
+    return decorate
+
+
+@cached_tensors(maxsize=8)
 def _analysis_window(win_length: int, n_fft: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Periodic four-term Blackman-Harris window, (win_length,), rounded to float32 as the original keeps it.
 
     It carries the full scale and the transform's 1 / sqrt(n_fft) too, which then cost nothing.
     """
     terms = [0.35875, 0.48829, 0.14128, 0.01168]
-    with torch.inference_mode(False):  # kept between calls, of which the next may need gradients
-        window = torch.signal.windows.general_cosine(win_length, a=terms, sym=False, dtype=torch.float64)
-        return (window.to(torch.float32).double() * (FULL_SCALE / n_fft**0.5)).to(device, dtype)
+    window = torch.signal.windows.general_cosine(win_length, a=terms, sym=False, dtype=torch.float64)
+    return (window.to(torch.float32).double() * (FULL_SCALE / n_fft**0.5)).to(device, dtype)
 
 
-@lru_cache(maxsize=8)
+@cached_tensors(maxsize=8)
 def _mel_filters(rows: int, n_fft: int, sampling_rate: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Triangles equally spaced on the mel scale from 0 Hz to half the rate: (bins, rows); each averages its bins.
 
@@ -61,8 +86,7 @@ def _mel_filters(rows: int, n_fft: int, sampling_rate: int, dtype: torch.dtype, 
     lowest, highest = torch.minimum(edges[:-2], centre - 1), torch.maximum(edges[2:], centre + 1)
     rising, falling = (bins[:, None] - lowest) / (centre - lowest), (highest - bins[:, None]) / (highest - centre)
     filters = torch.minimum(rising, falling).clamp(min=0)
-    with torch.inference_mode(False):  # kept between calls, of which the next may need gradients
-        return (filters / filters.sum(dim=0)).to(device, dtype)
+    return (filters / filters.sum(dim=0)).to(device, dtype)
 
 
 def three_band_power(
@@ -427,7 +451,7 @@ class ESResNetFeatureExtractor(FeatureExtractionMixin):
         self,
         raw,
         sampling_rate: int | None = None,
-        padding: bool = True,
+        padding: bool | str | PaddingStrategy = True,
         truncation: bool = True,
         max_length: int | None = None,
         return_tensors: str | None = None,
@@ -439,7 +463,9 @@ class ESResNetFeatureExtractor(FeatureExtractionMixin):
             raw: One waveform (samples,), one multi-channel waveform (channels, samples), or a list of either; NumPy,
                 torch or lists, floats in ±1 or PCM integers.
             sampling_rate: Of `raw`, in Hz.
-            padding: Pads shorter clips centrally, to `max_length` or else to the longest of the batch.
+            padding: How shorter clips are padded, centrally, after longer ones have been cropped: `"max_length"`;
+                `"longest"`, to the longest of the batch; True, to `max_length` where that is set, else to the longest;
+                `"do_not_pad"` or False, not at all.
             truncation: Crops longer clips centrally to `max_length`, where that is set.
             max_length: In samples; overrides the extractor's own.
             return_tensors: `"pt"` or `"np"`; None gives a list of arrays.
@@ -450,7 +476,8 @@ class ESResNetFeatureExtractor(FeatureExtractionMixin):
 
         Raises:
             ValueError: for another sampling rate, NaN or infinite samples, an unknown integer type, a clip shorter
-                than one analysis window, or clips that cannot be batched.
+                than one analysis window, clips that cannot be batched, an unknown `padding`, or `"max_length"` where
+                neither the call nor the extractor sets it.
         """
         if sampling_rate is None:
             logger.warning_once(f"No sampling_rate given: {self.sampling_rate} Hz is assumed.")
@@ -466,11 +493,19 @@ class ESResNetFeatureExtractor(FeatureExtractionMixin):
         max_length = self.max_length if max_length is None else max_length
         if max_length is not None and max_length <= 0:
             raise ValueError(f"max_length must be positive or None, not {max_length}")
-        if padding:
-            length = max_length or max(clip.shape[-1] for clip in clips)
-            clips = [fit_length(clip, length) if clip.shape[-1] < length else clip for clip in clips]
+        if padding is True:
+            padding = "max_length" if max_length else "longest"
+        elif padding is False:
+            padding = "do_not_pad"
+        if padding not in tuple(PaddingStrategy):
+            raise ValueError(f"padding must be True, False, 'longest', 'max_length' or 'do_not_pad', not {padding!r}")
+        if padding == "max_length" and max_length is None:
+            raise ValueError("padding='max_length' needs max_length, here or in the extractor's settings")
         if truncation and max_length:
             clips = [fit_length(clip, max_length) if clip.shape[-1] > max_length else clip for clip in clips]
+        if padding != "do_not_pad":
+            length = max_length if padding == "max_length" else max(clip.shape[-1] for clip in clips)
+            clips = [fit_length(clip, length) if clip.shape[-1] < length else clip for clip in clips]
         shapes = {tuple(clip.shape) for clip in clips}
         if len(shapes) > 1:
             raise ValueError(

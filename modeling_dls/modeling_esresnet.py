@@ -2,7 +2,7 @@
 
 import math
 from collections import OrderedDict
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndNoAttention,
     ImageClassifierOutputWithNoAttention,
@@ -100,7 +101,21 @@ class DenseStage(nn.Sequential):
         super().__init__(OrderedDict(block=block, transition=transition))
 
 
-class ESResNetStage(nn.Module):
+@contextmanager
+def frozen_batch_norm_statistics(module: nn.Module):
+    """Batch norm normalises as before inside this context, but leaves its running statistics alone."""
+    # A momentum of zero, because without tracking fewer tensors are saved for backward: checkpointing counts them.
+    norms = {m: (m.momentum, m.num_batches_tracked) for m in module.modules() if isinstance(m, _BatchNorm)}
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, num_batches_tracked) in norms.items():
+            norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
+
+
+class ESResNetStage(GradientCheckpointingLayer):
     """One ResNet or DenseNet stage, gated by attention on the stage's input where the configuration asks for it."""
 
     def __init__(self, config: ESResNetConfig, index: int):
@@ -116,8 +131,11 @@ class ESResNetStage(nn.Module):
         self.attention = ESResNetAttention(in_channels, out_channels, kernel_size) if config.attention else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        features = self.dense(x) if hasattr(self, "dense") else self.residual(x)
-        return features if self.attention is None else features * self.attention(x, features.shape[-2:])
+        # Gradient checkpointing runs a stage once more, within backward: the batch has been counted by then.
+        counted = self.training and self.gradient_checkpointing and torch._C._current_graph_task_id() != -1
+        with frozen_batch_norm_statistics(self) if counted else nullcontext():
+            features = self.dense(x) if hasattr(self, "dense") else self.residual(x)
+            return features if self.attention is None else features * self.attention(x, features.shape[-2:])
 
 
 class StatisticsPooling(nn.Module):
@@ -139,14 +157,15 @@ class StatisticsPooling(nn.Module):
         self.rows = config.pooled_rows
         self.norm = nn.BatchNorm1d(config.hidden_size, affine=False)
 
-    def forward(self, pictures: list[torch.Tensor], audio_channels: int) -> torch.Tensor:
-        """Pools (batch * audio_channels, channels, height, width) pictures -> (batch, hidden_size).
+    def forward(self, pictures: list[torch.Tensor]) -> torch.Tensor:
+        """Pools (batch, audio_channels, channels, height, width) pictures -> (batch, hidden_size).
 
         For each picture: the means of all its channels and rows, then the standard deviations, the maxima, and the
         mean absolute differences between neighbouring frames (zero where there is one frame only).
         """
         statistics = []
         for picture, rows in zip(pictures, self.rows, strict=True):
+            picture = picture.flatten(0, 1)
             # Half precision is too coarse for a variance.
             picture = picture if picture.dtype == torch.float64 else picture.float()
             if picture.shape[2] != rows:
@@ -155,37 +174,8 @@ class StatisticsPooling(nn.Module):
             change = picture.diff(dim=3).abs().sum(dim=3) / max(picture.shape[3] - 1, 1)
             statistics += [mean, (variance + self.EPSILON).sqrt(), picture.amax(dim=3), change]
         pooled = torch.cat([statistic.flatten(1) for statistic in statistics], dim=1)
-        pooled = pooled.unflatten(0, (-1, audio_channels)).sum(dim=1)
+        pooled = pooled.unflatten(0, pictures[0].shape[:2]).sum(dim=1)
         return self.norm(pooled.to(self.norm.running_mean.dtype))  # of a model that was cast as a whole, its own
-
-
-@contextmanager
-def frozen_batch_norm_statistics(module: nn.Module):
-    """Batch norm normalises as before inside this context, but leaves its running statistics alone."""
-    # A momentum of zero, because without tracking fewer tensors are saved for backward: checkpointing counts them.
-    norms = {m: (m.momentum, m.num_batches_tracked) for m in module.modules() if isinstance(m, _BatchNorm)}
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, num_batches_tracked) in norms.items():
-            norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
-
-
-def recomputable(stage: nn.Module):
-    """Wraps a stage for gradient checkpointing, whose second run must not update batch-norm statistics again."""
-    runs = 0
-
-    def run(x):
-        nonlocal runs
-        runs += 1
-        if runs == 1:
-            return stage(x)
-        with frozen_batch_norm_statistics(stage):
-            return stage(x)
-
-    return run
 
 
 class ESResNetPreTrainedModel(PreTrainedModel):
@@ -272,7 +262,6 @@ class ESResNetModel(ESResNetPreTrainedModel):
         size = config.hidden_sizes[-1]
         self.attention = ESResNetAttention(size, size, HEAD_KERNEL) if config.attention and not statistics else None
         self.pooling = StatisticsPooling(config) if statistics else None
-        self.gradient_checkpointing = False
         self.post_init()
 
     @can_return_tuple
@@ -299,33 +288,26 @@ class ESResNetModel(ESResNetPreTrainedModel):
             )
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
-        batch_and_channels = input_values.shape[:2]
-        x = self.embedder(input_values.flatten(0, 1))
-        hidden_states = [x]
-        for stage in self.stages:
-            if self.gradient_checkpointing and self.training:
-                x = self._gradient_checkpointing_func(recomputable(stage), x)
-            else:
-                x = stage(x)
-            hidden_states.append(x)
+        # Each layer gets the view that is returned, so that gradients with respect to what is returned exist.
+        pictures = [input_values]
+        for layer in (self.embedder, *self.stages):
+            features = layer(pictures[-1].flatten(0, 1))
+            pictures.append(features.unflatten(0, input_values.shape[:2]))
         return BaseModelOutputWithPoolingAndNoAttention(
-            last_hidden_state=x.unflatten(0, batch_and_channels),
-            pooler_output=self._pool(input_values, hidden_states),
-            hidden_states=tuple(h.unflatten(0, batch_and_channels) for h in hidden_states)
-            if output_hidden_states
-            else None,
+            last_hidden_state=pictures[-1],
+            pooler_output=self._pool(pictures),
+            hidden_states=tuple(pictures[1:]) if output_hidden_states else None,
         )
 
-    def _pool(self, input_values: torch.Tensor, hidden_states: list[torch.Tensor]) -> torch.Tensor:
+    def _pool(self, pictures: list[torch.Tensor]) -> torch.Tensor:
         """The spectrogram, the stem's and every stage's output -> (batch, hidden_size), summed over audio channels."""
-        audio_channels = input_values.shape[1]
         if self.pooling is not None:
-            return self.pooling([input_values.flatten(0, 1), *hidden_states], audio_channels)
-        x = hidden_states[-1]
+            return self.pooling(pictures)
+        x = pictures[-1].flatten(0, 1)
         pooled = x.mean(dim=(2, 3), keepdim=True)
         if self.attention is not None:
             pooled = pooled * self.attention(x, (1, 1))
-        return pooled.flatten(1).unflatten(0, (-1, audio_channels)).sum(dim=1)
+        return pooled.flatten(1).unflatten(0, pictures[-1].shape[:2]).sum(dim=1)
 
 
 class ESResNetForInstanceDiscrimination(ESResNetPreTrainedModel):

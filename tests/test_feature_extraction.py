@@ -5,13 +5,14 @@ import json
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoFeatureExtractor
 from transformers.audio_utils import mel_filter_bank
+from transformers.utils import PaddingStrategy
 
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor, three_band_spectrogram
 from modeling_dls.feature_extraction_esresnet import (
     PRESETS,
-    _analysis_window,
     _mel_filters,
     fit_length,
     power_to_decibel,
@@ -195,13 +196,50 @@ def test_gradients_are_right(settings):
     )
 
 
-def test_gradients_flow_after_a_first_call_in_inference_mode():
-    # The analysis window is kept between calls: it must not be kept as a tensor that autograd refuses.
-    _analysis_window.cache_clear()
-    with torch.inference_mode():
-        three_band_spectrogram(torch.rand(300), 64, 64, 20)
-    waveform = torch.rand(300, requires_grad=True)
-    three_band_spectrogram(waveform, 64, 64, 20).sum().backward()
+class Spectrogram(torch.nn.Module):
+    def __init__(self, extractor):
+        super().__init__()
+        self.extractor = extractor
+
+    def forward(self, waveform):
+        return self.extractor.spectrogram(waveform)
+
+
+def in_context(context):
+    def run(module, waveform):
+        with context:
+            return module(torch.rand(waveform.shape))
+
+    return run
+
+
+UNUSUAL_CALLS = {  # where new tensors are not ordinary ones
+    "inference mode": in_context(torch.inference_mode()),
+    "fake tensors": in_context(FakeTensorMode()),
+    "export": lambda module, x: torch.export.export(module, (x,), strict=False).module()(x),
+    "strict export": lambda module, x: torch.export.export(module, (x,), strict=True).module()(x),
+    "compile": lambda module, x: torch.compile(module, backend="eager", fullgraph=True)(x),
+    "vmap": lambda module, x: torch.func.vmap(module)(x),
+    "grad": lambda module, x: torch.func.grad(lambda y: module(y).sum())(x),
+    "jvp": lambda module, x: torch.func.jvp(module, (x,), (x,))[0],
+}
+
+
+@pytest.mark.parametrize("first", ["ordinary call", "unusual call"])
+@pytest.mark.parametrize("way", UNUSUAL_CALLS)
+def test_a_call_where_tensors_are_not_ordinary_leaves_nothing_behind(way, first):
+    n_fft = 70 + list(UNUSUAL_CALLS).index(way) * 4 + (first == "unusual call") * 2  # seen by no other test
+    extractor = small_extractor(n_fft=n_fft, spec_height=4, frequency_scale="mel", do_normalize=True)
+    waveform = torch.from_numpy(noise(2, 300)).float().requires_grad_()
+    if first == "ordinary call":
+        extractor.spectrogram(waveform)
+    result = UNUSUAL_CALLS[way](Spectrogram(extractor), waveform.detach())
+    after = extractor.spectrogram(waveform)
+    assert type(after) is torch.Tensor
+    torch.testing.assert_close(after.double(), extractor.spectrogram(waveform.double()), rtol=0, atol=1e-3)
+    if way in ("export", "strict export", "compile", "vmap", "jvp"):
+        torch.testing.assert_close(result, after)
+    after.sum().backward()
     assert torch.isfinite(waveform.grad).all()
 
 
@@ -467,6 +505,14 @@ def batch_of(clips, length):
         ({"max_length": 240}, {}, 240),
         ({"max_length": 240}, {"max_length": 400}, 400),
         ({}, {"max_length": 150, "padding": False}, 150),
+        ({}, {"max_length": 150, "padding": "do_not_pad"}, 150),
+        ({}, {"padding": "longest"}, 301),
+        ({"max_length": 400}, {"padding": True}, 400),
+        ({"max_length": 400}, {"padding": "longest"}, 301),
+        ({"max_length": 240}, {"padding": "longest"}, 240),
+        ({"max_length": 240}, {"padding": "longest", "truncation": False}, 301),
+        ({"max_length": 400}, {"padding": "max_length"}, 400),
+        ({}, {"max_length": 400, "padding": PaddingStrategy.MAX_LENGTH}, 400),
     ],
 )
 def test_unequal_lengths_are_padded_and_cropped(settings, arguments, length):
@@ -475,11 +521,36 @@ def test_unequal_lengths_are_padded_and_cropped(settings, arguments, length):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"padding": False}, {"padding": False, "max_length": 240}, {"truncation": False, "max_length": 240}]
+    "arguments",
+    [
+        {"padding": False},
+        {"padding": "do_not_pad"},
+        {"padding": False, "max_length": 240},
+        {"padding": PaddingStrategy.DO_NOT_PAD, "max_length": 240},
+        {"truncation": False, "max_length": 240},
+    ],
 )
 def test_clips_that_cannot_form_a_batch_are_refused(arguments):
     with pytest.raises(ValueError, match="cannot form one batch"):
         small_extractor()(LENGTHS, sampling_rate=RATE, **arguments)
+
+
+@pytest.mark.parametrize(
+    "padding, message",
+    [
+        ("bogus", r"padding must be True, False, 'longest', 'max_length' or 'do_not_pad', not 'bogus'"),
+        (None, "padding must be .*, not None"),
+        ("max_length", "padding='max_length' needs max_length"),
+    ],
+)
+def test_an_impossible_padding_is_refused(padding, message):
+    with pytest.raises(ValueError, match=message):
+        small_extractor()(LENGTHS, sampling_rate=RATE, padding=padding)
+
+
+def test_a_clip_that_is_not_padded_keeps_its_length():
+    values = small_extractor(max_length=400)(LENGTHS[0], sampling_rate=RATE, padding="do_not_pad", return_tensors="pt")
+    torch.testing.assert_close(values["input_values"], batch_of(LENGTHS[:1], 200), rtol=0, atol=1e-4)
 
 
 def test_mono_and_stereo_form_a_batch_only_where_audio_channels_says_how():

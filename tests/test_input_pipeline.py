@@ -9,6 +9,7 @@ import pytest
 import soundfile
 import torch
 from datasets import Dataset
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from datasets_scripts import AudioError
 from dls_training.arguments import UserError
@@ -135,6 +136,13 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path, make_loader, what, num_wo
     loader = make_loader(rows, make_extractor(audio_channels=2), options(dataloader_num_workers=num_workers))
     with pytest.raises(AudioError, match=r"broken\.wav"):
         list(loader)
+
+
+def test_a_resampler_made_while_torch_traces_is_not_kept():
+    cell, extractor = encoded(noise(500), rate=4567), make_extractor()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert isinstance(load_waveform(cell, extractor), FakeTensor)
+    assert type(load_waveform(cell, extractor)) is torch.Tensor
 
 
 def test_a_user_reads_one_line_about_a_file_that_a_worker_could_not_use(tmp_path, capsys):
