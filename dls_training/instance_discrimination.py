@@ -76,7 +76,7 @@ class InstanceDiscrimination:
     ):
         """
         Args:
-            bank: Of N clips.
+            bank: Of N clips. Its Z starts anew where it was estimated for another temperature.
             objective: `"nce"` or `"softmax"`.
             num_negatives: K.
             temperature: tau.
@@ -92,6 +92,7 @@ class InstanceDiscrimination:
             raise ValueError(f"objective must be 'nce' or 'softmax', not {objective!r}")
         if exclude_positive and len(bank) < 2:
             raise ValueError("a bank of one clip has no negatives besides the clip itself")
+        bank.set_temperature(temperature)
         self.bank = bank
         self.objective = objective
         self.num_negatives = num_negatives

@@ -184,6 +184,58 @@ def test_load_names_a_file_that_is_no_bank(tmp_path, what):
         MemoryBank.load(path)
 
 
+def estimate(objective, embeddings):
+    """What the first global batch makes of Z: its mean over clip and negatives, times the clips, term by term."""
+    (candidates,) = objective.candidates([torch.arange(len(embeddings))], [torch.arange(len(embeddings))], 8, 0)
+    objective.bank.update_normaliser(objective.mean_exp(embeddings, candidates).mean())
+    rows = objective.bank.vectors.double()
+    pairs = [(row, j) for row, clip in enumerate(candidates.tolist()) for j in clip]
+    values = [math.exp(float(rows[j] @ embeddings[row].double()) / objective.temperature) for row, j in pairs]
+    return sum(values) / len(values) * len(rows)
+
+
+@pytest.mark.parametrize("used_for", [0.07, 0.4, 1.0])
+@pytest.mark.parametrize("earlier_says", ["its temperature", "softmax", "nothing"])
+@pytest.mark.parametrize("order", ["taken over first", "objective first"])
+def test_z_is_taken_over_for_its_own_temperature_only(tmp_path, earlier_says, used_for, order):
+    path, keys = tmp_path / "memory_bank.safetensors", clip_keys(["a"] * 8, "abcdefgh")
+    earlier = MemoryBank(6, 4, keys=keys[:6])
+    objective = InstanceDiscrimination(earlier, "softmax" if earlier_says == "softmax" else "nce", 3, 0.4)
+    if earlier_says != "softmax":
+        estimate(objective, unit(6, 4))
+    earlier.save(path)
+    if earlier_says == "nothing":  # as files were written before they said it
+        save_file(load_file(path), path)
+
+    bank = MemoryBank(8, 4, keys=keys)
+    steps = [lambda: bank.take_over(path), lambda: InstanceDiscrimination(bank, "nce", 3, used_for)]
+    outcomes = [step() for step in (steps if order == "taken over first" else steps[::-1])]
+    known, objective = outcomes if order == "taken over first" else outcomes[::-1]
+    assert known == 6 and torch.equal(bank.vectors[:6], earlier.vectors)
+    if earlier_says == "its temperature" and used_for == 0.4:
+        assert bank.Z.item() == pytest.approx(earlier.Z.item() * 8 / 6) and not objective.needs_normaliser()
+    else:
+        assert bank.Z.item() == 0 and objective.needs_normaliser()
+        expected = estimate(objective, unit(8, 4))
+        assert bank.Z.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_bank_goes_on_with_its_own_z_alone(tmp_path):
+    """Saved and loaded, for the same temperature and for another; and a file from before it said which."""
+    path, bank = tmp_path / "memory_bank.safetensors", MemoryBank(6, 4)
+    estimate(InstanceDiscrimination(bank, temperature=0.1), unit(6, 4))
+    bank.save(path)
+    for temperature, kept in ((0.1, True), (0.2, False)):
+        again = MemoryBank.load(path)
+        assert again.Z.item() == bank.Z.item() > 0
+        assert InstanceDiscrimination(again, temperature=temperature).needs_normaliser() != kept
+        assert again.Z.item() == (bank.Z.item() if kept else 0)
+    save_file(load_file(path), path)
+    old = MemoryBank.load(path)
+    assert old.Z.item() == bank.Z.item() and torch.equal(old.vectors, bank.vectors)
+    assert InstanceDiscrimination(old, temperature=0.1).needs_normaliser()
+
+
 def test_clip_keys():
     keys = clip_keys(["esc10", "esc10", "us8k"], ["1-100032-A", "1-2-B", "1-2-B"])
     for row, name in zip(keys, ["esc10/1-100032-A", "esc10/1-2-B", "us8k/1-2-B"], strict=True):

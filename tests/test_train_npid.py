@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scripts import MEASURED, ROOT, SMALL, fail, run_script, start, succeed
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioXVector
 
@@ -235,6 +236,22 @@ def test_new_clips_join(uninterrupted, options, sound_folder, tmp_path):
     kept = sum(torch.equal(rows[bytes(k)], v) for k, v in zip(old["keys"].numpy(), old["vectors"], strict=True))
     assert len(rows) == 52 and kept >= 40 - 8  # one step of eight clips moved some of them
     assert bank["Z"].item() == pytest.approx(old["Z"].item() * 52 / 40)
+
+
+def test_another_temperature_starts_z_anew(uninterrupted, options, tmp_path):
+    """As if the bank that is taken over had no Z; its rows are kept all the same."""
+    (tmp_path / "no-z").mkdir()
+    for path in uninterrupted[0].glob("*.*"):
+        shutil.copy(path, tmp_path / "no-z")
+    bank = load_file(uninterrupted[0] / "memory_bank.safetensors")
+    save_file(bank | {"Z": torch.zeros_like(bank["Z"])}, tmp_path / "no-z" / "memory_bank.safetensors")
+    ends = []
+    for source in (uninterrupted[0], tmp_path / "no-z"):
+        run = [*options[2:], "--max_train_steps", "1", "--nce_t", "0.07", "--model_name_or_path", source]
+        log = succeed("train_npid.py", *run, "--output_dir", tmp_path / f"from-{source.name}")
+        assert "40 of 40 clips are known" in log
+        ends.append(load_file(tmp_path / f"from-{source.name}" / "memory_bank.safetensors"))
+    assert ends[0]["Z"] == ends[1]["Z"] != bank["Z"] and torch.equal(ends[0]["vectors"], ends[1]["vectors"])
 
 
 def test_another_embedding_dim_starts_a_new_bank(uninterrupted, options, tmp_path):
