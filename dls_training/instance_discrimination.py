@@ -81,8 +81,8 @@ class InstanceDiscrimination:
             num_negatives: K.
             temperature: tau.
             exclude_positive: Whether a clip is never its own negative; the original allows it.
-            z_momentum: None keeps the first batch's Z (the original); a number keeps a running estimate instead, which
-                forgets an unlucky first batch.
+            z_momentum: None keeps the first batch's Z (the original); a number keeps a running, unbiased estimate of
+                sum_j exp(v_j . v / tau) instead, which forgets an unlucky first batch.
             seed: Of the negatives.
 
         Raises:
@@ -136,10 +136,25 @@ class InstanceDiscrimination:
         """Whether the first global batch must estimate Z before any loss is taken."""
         return self.objective == "nce" and self.bank.Z.item() == 0
 
+    @torch.no_grad()
     def mean_exp(self, embeddings: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-        """mean(exp(similarity / temperature)) over each clip's candidates: (batch,), float64."""
-        with torch.no_grad():
-            return nce_logits(self.bank, embeddings, candidates, self.temperature).double().exp().mean(dim=1)
+        """Each clip's estimate of the mean of exp(similarity / temperature) over the bank's rows: (batch,), float64.
+
+        For a fixed Z lemniscate's: the mean over the candidates, in which the positive weighs 1 / (K + 1) instead of
+        1 / N. That is too much once clips resemble their own rows, so a running estimate is the unbiased one: the
+        positive counts as the one row that it is, and the negatives stand for all others.
+
+        Args:
+            embeddings: (batch, embedding_dim), unit length.
+            candidates: (batch, 1 + K), see `candidates`.
+        """
+        values = nce_logits(self.bank, embeddings, candidates, self.temperature).double().exp()
+        if self.z_momentum is None:
+            return values.mean(dim=1)
+        # A negative that happens to be the positive is counted already; the others are any row with equal chances.
+        others = values[:, 1:] * (candidates[:, 1:] != candidates[:, :1])
+        choices = len(self.bank) - self.exclude_positive
+        return (values[:, 0] + choices * others.mean(dim=1)) / len(self.bank)
 
     def loss(self, embeddings: torch.Tensor, indices: torch.Tensor, candidates: torch.Tensor | None) -> torch.Tensor:
         """Loss of each clip, (batch,).

@@ -358,6 +358,34 @@ def test_normaliser_is_the_mean_over_the_batch_and_its_candidates_times_the_clip
     assert bank.Z.item() == pytest.approx(sum(values) / len(values) * 25, rel=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [0.1, 0.4])
+@pytest.mark.parametrize("exclude_positive", [False, True])
+def test_running_normaliser_is_unbiased(exclude_positive, temperature):
+    """Over many draws, the exact sum over all rows; with clips that resemble their own rows, as after training."""
+    clips, num_negatives = 60, 8
+    bank = MemoryBank(clips, 16, seed=1)
+    objective = InstanceDiscrimination(bank, "nce", num_negatives, temperature, exclude_positive, z_momentum=0.9)
+    indices = torch.arange(0, clips, 6)
+    embeddings = F.normalize(bank.vectors[indices] + 0.03 * unit(len(indices), 16, seed=2), dim=-1)
+    exact = []
+    for embedding in embeddings.double():
+        exact.append(sum(math.exp(float(row @ embedding) / temperature) for row in bank.vectors.double()))
+    places = torch.arange(len(indices))
+    draws = [
+        objective.mean_exp(embeddings, objective.candidates([indices], [places], len(places), step)[0])
+        for step in range(4000)
+    ]
+    per_clip = torch.stack(draws) * clips
+    error = per_clip.std(dim=0) / len(draws) ** 0.5
+    assert ((per_clip.mean(dim=0) - torch.tensor(exact, dtype=torch.float64)).abs() < 4 * error).all()
+    # And so is what the bank keeps of them, in the mean over the second half.
+    estimates = []
+    for draw in draws:
+        bank.update_normaliser(draw.mean(), objective.z_momentum)
+        estimates.append(bank.Z.item())
+    assert np.mean(estimates[2000:]) == pytest.approx(np.mean(exact), rel=0.01)
+
+
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 0.4])
 def test_softmax_loss_and_gradients(temperature):
     bank = MemoryBank(12, 6)
