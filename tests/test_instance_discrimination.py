@@ -8,17 +8,19 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from test_input_pipeline import make_rows
 from torch.utils.data import DataLoader
 
 from dls_training import MemoryBank
 from dls_training.health import Visits, bank_similarity, has_finite_weights
-from dls_training.input_pipeline import ShuffledClips, ViewMaker, collate_training
+from dls_training.input_pipeline import ShuffledClips, ViewMaker, collate_training, training_loader
 from dls_training.instance_discrimination import (
     InstanceDiscrimination,
     knn_accuracy_by_fold,
@@ -564,8 +566,11 @@ class Clips(torch.utils.data.Dataset):
         }
 
 
-def pretext(tmp_path, batch_size, accumulation, num_clips=8, training=False, **objective):
-    """A step over a tiny network, with batch norm in evaluation mode unless `training`, and its loop and bank."""
+def pretext(tmp_path, batch_size, accumulation, num_clips=8, training=False, rows=None, **objective):
+    """A step over a tiny network, with batch norm in evaluation mode unless `training`, and its loop and bank.
+
+    Of noise and its waveforms' augmentation; or of `rows`, kept spectrograms with the recommended augmentation.
+    """
     torch.manual_seed(0)
     config = ESResNetConfig.from_preset("tiny", embedding_dim=8)
     model = ESResNetForInstanceDiscrimination(config).train(training)
@@ -578,7 +583,8 @@ def pretext(tmp_path, batch_size, accumulation, num_clips=8, training=False, **o
         weight_decay=1e-4,
         lr_scheduler_type="constant",
         warmup_steps=0,
-        keep_spectrograms=False,
+        keep_spectrograms=rows is not None,
+        cache_gigabytes=1.0,
         memory_format="auto",
         clip_seconds=0.1,
         audio_channels=1,
@@ -586,18 +592,21 @@ def pretext(tmp_path, batch_size, accumulation, num_clips=8, training=False, **o
         max_train_steps=None,
         checkpointing_steps="epoch",
         checkpoints_total_limit=1,
-        augmentation="waveform",
+        augmentation="waveform" if rows is None else "spectrogram",
         augmentation_strength=1.0,
     )
-    loader = DataLoader(
-        Clips(num_clips), batch_size, sampler=ShuffledClips(num_clips, 8, 0), collate_fn=collate_training
-    )
+    extractor = ESResNetFeatureExtractor.from_preset("tiny", max_length=4000, audio_channels=1)
+    if rows is None:
+        loader = DataLoader(
+            Clips(num_clips), batch_size, sampler=ShuffledClips(num_clips, 8, 0), collate_fn=collate_training
+        )
+    else:
+        loader, num_clips = training_loader(rows, extractor, args), len(rows)
     accelerator = Accelerator(cpu=True)
     loop = TrainingLoop(args, accelerator, model, loader, lambda folder: None, tmp_path, None, {})
     bank = MemoryBank(num_clips, 8)
-    extractor = ESResNetFeatureExtractor.from_preset("tiny", max_length=4000, audio_channels=1)
     pretext_task = InstanceDiscrimination(bank, num_negatives=4, **objective)
-    step = PretextStep(accelerator, loop, pretext_task, ViewMaker(extractor))
+    step = PretextStep(accelerator, loop, pretext_task, ViewMaker(extractor, args.augmentation))
     return step, loop, bank
 
 
@@ -638,6 +647,31 @@ def test_accumulated_batches_are_one_batch(tmp_path, objective, num_clips, count
         torch.testing.assert_close(split_bank[name], bank[name], rtol=1e-5, atol=1e-5)
     start = MemoryBank(num_clips, 8).vectors
     assert (bank["vectors"] - start).norm(dim=-1).min() > 1e-3  # every clip's row moved
+
+
+@pytest.mark.parametrize(
+    "objective", [{}, {"temperature": 0.1, "z_momentum": 0.9}, {"objective": "softmax", "temperature": 0.1}]
+)
+def test_pretraining_with_mixed_spectrograms_does_not_depend_on_the_split(tmp_path, monkeypatch, objective):
+    """Batches of 32, or 16 and 16 accumulated: two epochs of 70 clips, of which each batch's last are fewer."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    lengths = [300 + 7 * clip for clip in range(70)]
+    rows = make_rows(lengths).add_column("digest", [f"clip of {length}" for length in lengths])
+    outcomes = []
+    for batch_size, accumulation in ((32, 1), (16, 2)):
+        output_dir = tmp_path / f"{batch_size}"
+        step, loop, bank = pretext(output_dir, batch_size, accumulation, rows=rows, **objective)
+        before = {name: parameter.detach().clone() for name, parameter in loop.model.named_parameters()}
+        loop.train(step, lambda epoch, is_last: {})
+        losses = [entry["loss"] for entry in loop.progress.history]
+        assert loop.progress.step == 6 and len(losses) == 2
+        assert not any(torch.equal(parameter, before[name]) for name, parameter in loop.model.named_parameters())
+        outcomes.append((losses, loop.model.state_dict(), bank.state_dict()))
+    (losses, weights, bank), (split_losses, split_weights, split_bank) = outcomes
+    assert losses == pytest.approx(split_losses, rel=1e-5)
+    for whole, split in ((weights, split_weights), (bank, split_bank)):
+        for name, tensor in whole.items():
+            torch.testing.assert_close(split[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_the_step_moves_the_network_along_the_mean_gradient(tmp_path):
