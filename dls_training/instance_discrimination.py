@@ -13,6 +13,10 @@ import torch.nn.functional as F
 
 from .memory_bank import MemoryBank
 
+# Of the votes in weighted k-NN. The original takes the temperature of the loss; then runs with different temperatures
+# would be measured differently.
+KNN_SIGMA = 0.1
+
 
 def nce_logits(bank: MemoryBank, embeddings: torch.Tensor, indices: torch.Tensor, temperature: float) -> torch.Tensor:
     """similarity / temperature to the bank's rows `indices` (batch, columns), float32 at least: (batch, columns)."""
@@ -176,7 +180,7 @@ def weighted_knn(
     labels: torch.Tensor,
     num_classes: int,
     k: int = 5,
-    sigma: float = 0.4,
+    sigma: float = KNN_SIGMA,
     chunk_size: int = 4096,
 ) -> torch.Tensor:
     """Predicts each query's class by its k nearest references, votes weighted by exp(similarity / sigma).
@@ -187,7 +191,7 @@ def weighted_knn(
         labels: (references,), int64 in 0 .. num_classes - 1.
         num_classes: Classes.
         k: Neighbours; all references vote where there are fewer.
-        sigma: The paper takes the temperature of the loss.
+        sigma: The smaller, the more the nearest outweigh the others.
         chunk_size: Queries compared at once, which bounds memory and changes no result.
 
     Returns:

@@ -517,6 +517,14 @@ def test_weighted_knn_is_no_majority_vote_and_no_nearest_neighbour():
     assert weighted_knn(query, references, labels, 2, k=3, sigma=10).tolist() == [0]  # almost equal votes
 
 
+def test_weighted_knn_has_one_sigma_whatever_the_temperature():
+    references, queries = unit(40, 8, seed=1), unit(23, 8, seed=2)
+    labels = torch.randint(10, (40,), generator=generator())
+    expected = slow_knn(queries, references.double().numpy(), labels, 10, 5, 0.1)
+    assert weighted_knn(queries, references, labels, 10).tolist() == expected
+    assert expected != slow_knn(queries, references.double().numpy(), labels, 10, 5, 0.4)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 4096])
 def test_weighted_knn_without_queries(chunk_size):
     predicted = weighted_knn(torch.empty(0, 4), unit(5, 4), torch.arange(5), 5, chunk_size=chunk_size)

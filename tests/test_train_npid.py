@@ -315,6 +315,18 @@ def test_every_option(sound_folder, tmp_path):
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
 
 
+def test_knn_measures_runs_of_any_temperature_alike(sound_folder, tmp_path):
+    """The same untrained network has the same accuracy: nearly equal votes, or the nearest's alone, would differ."""
+    starts = []
+    for temperature in ("0.01", "10"):
+        run = ["--objective", "softmax", "--nce_t", temperature, "--knn_k", "15", "--max_train_steps", "1"]
+        folder = tmp_path / temperature
+        succeed("train_npid.py", *SMALL, "--corpus", f"audiofolder={sound_folder}", *run, "--output_dir", folder)
+        starts.append(results_of(folder)["history"][0]["knn_accuracy"])
+    assert starts[0] == starts[1]
+    assert results_of(folder)["knn"] == {"k": 15, "sigma": 0.1}
+
+
 def test_learns_to_tell_clips_apart(sound_folder, tmp_path):
     """Guessing one of 40 clips costs ln 40 = 3.69."""
     succeed(
