@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from test_input_pipeline import make_rows
 from torch.utils.data import DataLoader
 
+from datasets_scripts import load_corpus
 from dls_training import MemoryBank
 from dls_training.health import Visits, bank_similarity, has_finite_weights
 from dls_training.input_pipeline import ShuffledClips, ViewMaker, collate_training, training_loader
@@ -32,7 +33,7 @@ from dls_training.instance_discrimination import (
 from dls_training.loop import GlobalBatch, TrainingLoop
 from dls_training.memory_bank import clip_keys
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor, ESResNetForInstanceDiscrimination
-from train_npid import PretextStep
+from train_npid import NearestNeighbourTests, PretextStep, parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -515,6 +516,24 @@ def test_weighted_knn_is_no_majority_vote_and_no_nearest_neighbour():
     labels = torch.tensor([1, 0, 0])
     assert weighted_knn(query, references, labels, 2, k=3, sigma=0.01).tolist() == [1]  # the nearest outweighs two
     assert weighted_knn(query, references, labels, 2, k=3, sigma=10).tolist() == [0]  # almost equal votes
+
+
+def test_runs_of_any_temperature_are_measured_alike(sound_folder, monkeypatch):
+    """The same embeddings have the same accuracy."""
+    embeddings, corpora = unit(40, 8), [("audiofolder", load_corpus("audiofolder", sound_folder))]
+    monkeypatch.setattr(NearestNeighbourTests, "embed", lambda *_: embeddings)
+    labels, folds = (torch.tensor(corpora[0][1][name][:]) for name in ("label", "fold"))
+    hits = []
+    for fold in (1, 2):
+        query = folds == fold
+        references = embeddings[~query].double().numpy()
+        predicted = torch.tensor(slow_knn(embeddings[query], references, labels[~query], 4, 15, 0.1))
+        hits.append((predicted == labels[query]).double().mean().item())
+    for temperature in ("0.001", "0.1", "10"):
+        args = parse_args(["--nce_t", temperature, "--knn_k", "15", "--dataloader_num_workers", "0"])
+        extractor = ESResNetFeatureExtractor.from_preset("tiny", max_length=4000, audio_channels=1)
+        tests = NearestNeighbourTests(args, corpora, extractor, Accelerator(cpu=True))
+        assert tests(torch.nn.Identity()) == {"audiofolder": pytest.approx(np.mean(hits))}
 
 
 def test_weighted_knn_has_one_sigma_whatever_the_temperature():
