@@ -35,9 +35,10 @@ RECIPES = {
     },
 }
 REASONS = """The defaults are those of --recipe paper (DLS: ESResNet-50, d 128, K 64, temperature 0.4, batch 64, 200
-epochs, SGD; NPID: rate 0.03, momentum 0.9, weight decay 1e-4, steps at 60 % and 80 %). Two things differ: precision is
-bf16 where the processor computes in it, because that is faster; and "time inversion" plays a clip backwards, as the
-ESResNet paper says, where its code swaps channels.
+epochs, SGD; NPID: rate 0.03, momentum 0.9, weight decay 1e-4, steps at 60 % and 80 %). Three things differ: precision
+is bf16 where the processor computes in it, because that is faster; "time inversion" plays a clip backwards, as the
+ESResNet paper says, where its code swaps channels; and in k-NN, sigma is 0.1 and not the temperature, so that runs
+with different temperatures are measured alike.
 --recipe recommended is what worked best on a small machine (see results/)."""
 
 
@@ -90,7 +91,7 @@ from dls_training.input_pipeline import (
     mean_over_windows,
     training_loader,
 )
-from dls_training.instance_discrimination import InstanceDiscrimination, knn_accuracy_by_fold
+from dls_training.instance_discrimination import KNN_SIGMA, InstanceDiscrimination, knn_accuracy_by_fold
 from dls_training.loop import GlobalBatch, TrainingLoop, describe
 from dls_training.memory_bank import BANK_FILE, MemoryBank, ShardedMemoryBank
 from dls_training.networks import make_config, make_extractor, make_model
@@ -165,7 +166,7 @@ class NearestNeighbourTests:
 
     def __init__(self, args, corpora, extractor, accelerator):
         self.accelerator, self.extractor = accelerator, extractor
-        self.k, self.sigma = args.knn_k, args.nce_t
+        self.k, self.sigma = args.knn_k, KNN_SIGMA
         self.batch_size = args.per_device_train_batch_size
         self.tests, times = {}, Counter()
         self.names: dict[str, list[str]] = {}
@@ -331,6 +332,7 @@ def main() -> None:
         **{name: record.own.facts[name] for name in ("task", "corpora", "seed", "command", "options", "environment")},
         **data_report,
         "objective": args.objective,
+        "knn": {"k": nearest_neighbours.k, "sigma": nearest_neighbours.sigma},
         "history": loop.progress.history,
         "seconds": loop.progress.seconds,
         "run": record.own.identity_digest,

@@ -44,7 +44,7 @@ def pictures(seed: int, preset: str) -> dict[str, torch.Tensor]:
     clips = torch.nn.utils.rnn.pad_sequence(
         [waveform[0] for waveform in DecodedWaveforms(rows, extractor).read([0, 1])], batch_first=True
     )[:, None]
-    size = (extractor.spec_height, extractor.spec_width)
+    size, partner = (extractor.spec_height, extractor.spec_width), torch.tensor([1, 0])
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(2, SpectrogramAugmentation.NUM_DRAWS, generator=generator, dtype=torch.float64)
     draws[:, 4] = 0.9  # forwards
@@ -54,13 +54,13 @@ def pictures(seed: int, preset: str) -> dict[str, torch.Tensor]:
     default = vars(SpectrogramAugmentation())
     for title, names in ALONE.items():
         settings = NOTHING | {name: default[name] for name in names}
-        shown[title] = extractor.decibel(SpectrogramAugmentation(**settings)(fine, draws, size))[0, 0]
+        shown[title] = extractor.decibel(SpectrogramAugmentation(**settings)(fine, draws, size, partner))[0, 0]
     backwards = draws.clone()
     backwards[:, 4] = 0.1
     shown["time inversion"] = extractor.decibel(SpectrogramAugmentation(**NOTHING)(fine, backwards, size))[0, 0]
     for strength in (0.3, 1.0, 1.5):
         augment = SpectrogramAugmentation.of_strength(strength)
-        shown[f"all, strength {strength:g}"] = extractor.decibel(augment(fine, draws, size))[0, 0]
+        shown[f"all, strength {strength:g}"] = extractor.decibel(augment(fine, draws, size, partner))[0, 0]
     lengths = torch.full((2,), clips.shape[-1])
     moves = torch.tensor([[0.9, 0.1, 0.8]] * 2, dtype=torch.float64)  # forwards, shortened, late in its padding
     view = WaveformAugmentation(clips.shape[-1])(clips, lengths, moves)

@@ -56,8 +56,8 @@ def measure(kind: str, all_rows: list[int], steps: int) -> dict[str, dict]:
         before = memory_mib()
         bank = {"whole": MemoryBank, "sharded": ShardedMemoryBank}[kind](rows, DIM)
         bank_mib[rows] = memory_mib() - before
-        bank.update_normaliser(torch.tensor(1.0, dtype=torch.float64))
         objectives[rows] = InstanceDiscrimination(bank, "nce", NEGATIVES)
+        bank.update_normaliser(torch.tensor(1.0, dtype=torch.float64))
     model = ESResNetForInstanceDiscrimination(ESResNetConfig.from_preset("esresnet18"))
     model = torch.nn.parallel.DistributedDataParallel(model.to(memory_format=torch.channels_last))
     optimizer = make_optimizer("sgd", model.parameters(), 0.01, 1e-4)

@@ -60,8 +60,8 @@ def step_arms(name: str, precision: str, memory_format: str, fused: bool, keep_m
     spectrogram = plain_spectrogram if name == "plain" else ESResNetFeatureExtractor().spectrogram
     waveform = 0.1 * torch.randn(CLIPS, 1, SAMPLES)
     bank = MemoryBank(BANK, 128)
-    bank.update_normaliser(torch.tensor(1.0, dtype=torch.float64))
     objective = InstanceDiscrimination(bank)
+    bank.update_normaliser(torch.tensor(1.0, dtype=torch.float64))
     indices, places = torch.arange(CLIPS), torch.arange(CLIPS)
 
     def learn(embeddings):

@@ -14,7 +14,7 @@ from .plan import CONVERSION, FINE_TUNING, PRETRAINING, Cell, Plan
 
 # What the report needs of a script's all_results.json. The rest is as long as the corpus, or stands elsewhere.
 KEPT = {
-    PRETRAINING: ("clips", "excluded_folds", "objective", "history", "seconds", "options", "environment"),
+    PRETRAINING: ("clips", "excluded_folds", "objective", "knn", "history", "seconds", "options", "environment"),
     FINE_TUNING: ("corpus", "folds", "options", "environment"),
     CONVERSION: (),
 }

@@ -44,6 +44,7 @@ def tables(plan: Plan, by_setting: dict[str, dict[str, Runs]], results: list[dic
         "settings": settings,
         "pretraining": pretraining_rows(results),
         "search": search_rows(plan, results),
+        "voting": voting(results),
         "search_fold": next((result["fold"] for result in results if result["kind"] == "search"), None),
         "machines": machines(results),
         "circumstances": differences_in_circumstances(results),
@@ -185,6 +186,15 @@ def search_rows(plan: Plan, results: list[dict]) -> list[dict]:
 
 def mean_after(pairs: dict[int, tuple[float, float]]) -> float:
     return np.mean([after for _, after in pairs.values()])
+
+
+def voting(results: list[dict]) -> str:
+    """How neighbours vote in the k-NN accuracies, in words."""
+    words = []
+    for result in (result for result in results if result["kind"] in ("pretrain", "search")):
+        knn = result.get("knn") or {"k": result["options"].get("knn_k", 5), "sigma": "the run's temperature"}
+        words.append(f"the {knn['k']} nearest clips vote, each with exp(similarity / {knn['sigma']})")
+    return " or ".join(dict.fromkeys(words))
 
 
 def knn_before_and_after(result: dict, corpus: str) -> tuple[float, float]:

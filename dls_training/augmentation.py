@@ -88,8 +88,8 @@ class WaveformAugmentation:
 class SpectrogramAugmentation:
     """Strong augmentation of power spectrograms, without which small corpora are memorised clip by clip.
 
-    Random resized crop in time and, within each band, in frequency; time inversion; mixing with another clip of the
-    batch; gain; masks in time and, for each band, in frequency.
+    Random resized crop in time and, within each band, in frequency; time inversion; mixing with another clip; gain;
+    masks in time and, for each band, in frequency.
 
     Attributes:
         OVERSAMPLING: How much finer than the network's pictures those to crop from should be: a crop is then as sharp
@@ -146,25 +146,30 @@ class SpectrogramAugmentation:
             floor=floor,
         )
 
-    def __call__(self, power: torch.Tensor, draws: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """Makes one view of each clip.
+    def __call__(
+        self, power: torch.Tensor, draws: torch.Tensor, size: tuple[int, int], partner: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Makes one view of each clip of a batch.
 
         Args:
-            power: (batch, audio_channels, 3, fine height, fine width), above zero.
-            draws: (batch, NUM_DRAWS) in [0, 1). The clip that is mixed in is the batch's previous one.
+            power: (clips, audio_channels, 3, fine height, fine width), above zero: the batch, and after it what is
+                only mixed into its clips.
+            draws: (clips, NUM_DRAWS) in [0, 1).
             size: Height and width of the views.
+            partner: (batch,), int64: the number, in `power`, of the clip that is mixed into each, cropped by its own
+                draws; None mixes nothing.
 
         Returns:
             (batch, audio_channels, 3, *size), above zero.
         """
         draws = draws.to(power.dtype)
-        crop, (inversion, mix, gain), masks = draws[:, :4], draws[:, 4:7].T, draws[:, 7:]
-        view = self.resized_crop(power, crop, inversion < 0.5, size)
-        share = per_clip(self.max_mix * mix)
-        view = torch.lerp(view, view.roll(1, dims=0), share)
-        view = view * per_clip(10 ** (self.gain_db * (2 * gain - 1) / 10))
+        view = self.resized_crop(power, draws[:, :4], draws[:, 4] < 0.5, size)
+        if partner is not None:
+            draws = draws[: len(partner)]
+            view = torch.lerp(view[: len(partner)], view[partner], per_clip(self.max_mix * draws[:, 5]))
+        view = view * per_clip(10 ** (self.gain_db * (2 * draws[:, 6] - 1) / 10))
         average = view.clamp(min=self.floor).log().mean(dim=(1, 2, 3, 4), keepdim=True).exp()
-        return torch.where(self.masked(masks, *size)[:, None], average, view)
+        return torch.where(self.masked(draws[:, 7:], *size)[:, None], average, view)
 
     def resized_crop(
         self, power: torch.Tensor, draws: torch.Tensor, inverted: torch.Tensor, size: tuple[int, int]

@@ -15,9 +15,10 @@ def ridge_classifier(
     """Least squares from standardised features to one-hot labels, scaled so that its outputs are logits.
 
     The penalty has the smallest squared error when each clip in turn is left out (PRESS, which one eigendecomposition
-    gives for every penalty); the scale, common to all classes, the smallest cross entropy of the same predictions. No
-    clip but the given ones is looked at. Where a class has a single clip, leaving it out leaves nothing to learn it
-    from: the penalty is then a tenth of the features' mean squared length.
+    gives for every penalty, of clips x clips or of size x size, whichever is smaller); the scale, common to all
+    classes, the smallest cross entropy of the same predictions. No clip but the given ones is looked at. Where a class
+    has a single clip, leaving it out leaves nothing to learn it from: the penalty is then a tenth of the features'
+    mean squared length.
 
     Args:
         features: (clips, size).
@@ -31,15 +32,23 @@ def ridge_classifier(
     mean, std = X.mean(dim=0), X.std(dim=0, correction=0)
     std = torch.where(std > 1e-6 * std.max(), std, torch.inf)  # what never varies is left out
     X, prior = (X - mean) / std, Y.mean(dim=0)
-    values, vectors = torch.linalg.eigh(X @ X.T)
-    targets = vectors.T @ (Y - prior)
-    unit = values.clamp(min=0).mean()
+    # The clips' principal components: X X' = P P' with orthogonal columns, whose squared lengths are the eigenvalues.
+    if len(X) < X.shape[1]:
+        values, vectors = torch.linalg.eigh(X @ X.T)
+        P = vectors * values.clamp(min=0).sqrt()
+    else:
+        values, vectors = torch.linalg.eigh(X.T @ X)
+        P = X @ vectors
+    values, squares, targets = values.clamp(min=0), P.square(), P.T @ (Y - prior)
+    unit = (values.sum() / len(X)).clamp(min=1)  # the number of features that vary, each with mean square 1
+
+    def fitted(penalty):
+        return prior + P @ (targets / (values + penalty)[:, None])
 
     def left_out(penalty):
         """Each clip's prediction by all others: exact for a linear smoother whose intercept is not penalised."""
-        shrunk = values / (values + penalty)
-        leverage = ((vectors.square() * shrunk).sum(dim=1) + 1 / len(X))[:, None]
-        return (prior + vectors @ (shrunk[:, None] * targets) - leverage * Y) / (1 - leverage)
+        leverage = (squares @ (1 / (values + penalty)) + 1 / len(X))[:, None]
+        return (fitted(penalty) - leverage * Y) / (1 - leverage)
 
     if labels.bincount(minlength=num_classes)[labels].min() > 1:
         errors = torch.stack([(left_out(unit * share) - Y).square().mean() for share in PENALTIES])
@@ -49,5 +58,6 @@ def ridge_classifier(
     predictions = left_out(penalty)
     cross_entropy = torch.stack([F.cross_entropy(scale * predictions, labels) for scale in LOGIT_SCALES])
     scale = LOGIT_SCALES[cross_entropy.argmin()]
-    weight = scale * (X.T @ vectors @ (targets / (values + penalty)[:, None])).T / std
+    # Ridge's weights, whichever side was decomposed: the features times what they leave unexplained, over the penalty.
+    weight = scale * ((Y - fitted(penalty)).T @ X / penalty) / std
     return weight.float(), (scale * prior - weight @ mean).float()

@@ -4,7 +4,8 @@ file bytes -> decode, resample -> waveform augmentation, crop or pad -> power sp
 for) -> spectrogram augmentation -> decibel, normalisation
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -118,6 +119,34 @@ class KeptClips(torch.utils.data.Dataset):
         }
 
 
+class ClipsToMix(torch.utils.data.Dataset):
+    """Batches of clips with those that are mixed into them; addressed by (epoch, row).
+
+    Each clip's partner is its predecessor in the epoch's order, and the first's the last, so that it depends on seed,
+    epoch and clip alone; a batch, a stretch of that order, has all but one of them.
+    """
+
+    def __init__(self, clips: TrainingClips | KeptClips, collate: Callable[[list | dict], dict], seed: int):
+        """
+        Args:
+            clips: With their views' random numbers.
+            collate: What they give -> a batch.
+            seed: Of the order, see `ShuffledClips`.
+        """
+        self.clips, self.collate, self.seed = clips, collate, seed
+
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
+        partners = [(epoch, int(predecessors(len(self), self.seed, epoch)[index])) for epoch, index in keys]
+        loaded = [*keys, *sorted(set(partners) - set(keys))]
+        number = {key: i for i, key in enumerate(loaded)}
+        batch = self.collate(self.clips.__getitems__(loaded))
+        batch |= {name: batch[name][: len(keys)] for name in ("index", "labels")}
+        return batch | {"partner": torch.tensor([number[key] for key in partners])}
+
+
 def as_it_is(batch: dict) -> dict:
     """Collates what is a batch already."""
     return batch
@@ -185,6 +214,20 @@ def collate_evaluation(items: list[dict]) -> dict[str, torch.Tensor]:
     }
 
 
+def order_of_epoch(num_clips: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of the clips."""
+    return np.random.default_rng([seed, epoch]).permutation(num_clips)
+
+
+@lru_cache(maxsize=1)
+def predecessors(num_clips: int, seed: int, epoch: int) -> np.ndarray:
+    """The clip before each in the epoch's order, the last before the first: (clips,)."""
+    order = order_of_epoch(num_clips, seed, epoch)
+    before = np.empty_like(order)
+    before[order] = np.roll(order, 1)
+    return before
+
+
 class ShuffledClips(Sampler):
     """A permutation of the clips that depends on the seed and the epoch alone; yields (epoch, row).
 
@@ -206,7 +249,7 @@ class ShuffledClips(Sampler):
         return self.used
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.num_clips)
+        order = order_of_epoch(self.num_clips, self.seed, self.epoch)
         return ((self.epoch, int(index)) for index in order[: self.used])
 
 
@@ -231,13 +274,15 @@ def training_loader(rows: Dataset, extractor: ESResNetFeatureExtractor, args) ->
     """
     if len(rows) < 2:
         raise UserError(f"--corpus: {len(rows)} clip(s) to train on are too few, at least 2 are needed")
-    batch_size = args.per_device_train_batch_size
-    sampler = ShuffledClips(len(rows), batch_size, args.seed)
     if args.keep_spectrograms:
         kept = keep_spectrograms(rows, extractor, SpectrogramAugmentation.OVERSAMPLING, args.cache_gigabytes)
-        return kept_loader(KeptClips(rows, kept, args.seed), batch_size, sampler)
-    clips = TrainingClips(rows, extractor, args.seed, waveforms_of(rows, extractor, args))
-    return waveform_loader(clips, collate_training, args, sampler)
+        clips, collate = KeptClips(rows, kept, args.seed), as_it_is
+    else:
+        clips = TrainingClips(rows, extractor, args.seed, waveforms_of(rows, extractor, args))
+        collate = collate_training
+    if args.augmentation != "waveform" and args.augmentation_strength > 0:
+        clips, collate = ClipsToMix(clips, collate, args.seed), as_it_is
+    return make_loader(clips, collate, args, ShuffledClips(len(rows), args.per_device_train_batch_size, args.seed))
 
 
 def evaluation_loader(rows: Dataset, extractor: ESResNetFeatureExtractor, args) -> DataLoader:
@@ -245,10 +290,8 @@ def evaluation_loader(rows: Dataset, extractor: ESResNetFeatureExtractor, args) 
     if args.keep_spectrograms:
         # As exact as if they were computed anew.
         kept = keep_spectrograms(rows, extractor, 1, args.cache_gigabytes, torch.float32)
-        return kept_loader(KeptEvaluationClips(rows, kept), args.per_device_train_batch_size)
-    return waveform_loader(
-        EvaluationClips(rows, extractor, waveforms_of(rows, extractor, args)), collate_evaluation, args
-    )
+        return make_loader(KeptEvaluationClips(rows, kept), as_it_is, args)
+    return make_loader(EvaluationClips(rows, extractor, waveforms_of(rows, extractor, args)), collate_evaluation, args)
 
 
 def waveforms_of(rows: Dataset, extractor: ESResNetFeatureExtractor, args) -> DecodedWaveforms | KeptWaveforms:
@@ -258,19 +301,13 @@ def waveforms_of(rows: Dataset, extractor: ESResNetFeatureExtractor, args) -> De
     return DecodedWaveforms(rows, extractor)
 
 
-def kept_loader(clips, batch_size: int, sampler: Sampler | None = None) -> DataLoader:
-    """Reading a batch is one copy out of mapped memory: decoding processes would only add another."""
-    return DataLoader(
-        clips, batch_size, sampler=sampler, collate_fn=as_it_is, pin_memory=torch.cuda.is_available()
-    )  # fmt: skip
-
-
-def waveform_loader(clips, collate, args, sampler: Sampler | None = None) -> DataLoader:
+def make_loader(clips, collate, args, sampler: Sampler | None = None) -> DataLoader:
     return DataLoader(
         clips,
         args.per_device_train_batch_size,
         sampler=sampler,
-        num_workers=args.dataloader_num_workers,
+        # Kept spectrograms are one copy out of mapped memory: decoding processes would only add another.
+        num_workers=0 if args.keep_spectrograms else args.dataloader_num_workers,
         collate_fn=collate,
         pin_memory=torch.cuda.is_available(),
     )
@@ -307,7 +344,8 @@ class ViewMaker:
         augmentation, extractor = self.spectrogram_augmentation, self.extractor
         if augmentation is not None:
             size = (extractor.spec_height or power.shape[-2], extractor.spec_width or power.shape[-1])
-            power = augmentation(power, batch["draws"][:, WaveformAugmentation.NUM_DRAWS :], size)
+            partner = batch["partner"] if augmentation.max_mix > 0 else None
+            power = augmentation(power, batch["draws"][:, WaveformAugmentation.NUM_DRAWS :], size, partner)
         return extractor.decibel(power)
 
     def power(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -13,6 +13,10 @@ import torch.nn.functional as F
 
 from .memory_bank import MemoryBank
 
+# Of the votes in weighted k-NN. The original takes the temperature of the loss; then runs with different temperatures
+# would be measured differently.
+KNN_SIGMA = 0.1
+
 
 def nce_logits(bank: MemoryBank, embeddings: torch.Tensor, indices: torch.Tensor, temperature: float) -> torch.Tensor:
     """similarity / temperature to the bank's rows `indices` (batch, columns), float32 at least: (batch, columns)."""
@@ -76,13 +80,13 @@ class InstanceDiscrimination:
     ):
         """
         Args:
-            bank: Of N clips.
+            bank: Of N clips. Its Z starts anew where it was estimated for another temperature.
             objective: `"nce"` or `"softmax"`.
             num_negatives: K.
             temperature: tau.
             exclude_positive: Whether a clip is never its own negative; the original allows it.
-            z_momentum: None keeps the first batch's Z (the original); a number keeps a running estimate instead, which
-                forgets an unlucky first batch.
+            z_momentum: None keeps the first batch's Z (the original); a number keeps a running, unbiased estimate of
+                sum_j exp(v_j . v / tau) instead, which forgets an unlucky first batch.
             seed: Of the negatives.
 
         Raises:
@@ -92,6 +96,7 @@ class InstanceDiscrimination:
             raise ValueError(f"objective must be 'nce' or 'softmax', not {objective!r}")
         if exclude_positive and len(bank) < 2:
             raise ValueError("a bank of one clip has no negatives besides the clip itself")
+        bank.set_temperature(temperature)
         self.bank = bank
         self.objective = objective
         self.num_negatives = num_negatives
@@ -135,10 +140,25 @@ class InstanceDiscrimination:
         """Whether the first global batch must estimate Z before any loss is taken."""
         return self.objective == "nce" and self.bank.Z.item() == 0
 
+    @torch.no_grad()
     def mean_exp(self, embeddings: torch.Tensor, candidates: torch.Tensor) -> torch.Tensor:
-        """mean(exp(similarity / temperature)) over each clip's candidates: (batch,), float64."""
-        with torch.no_grad():
-            return nce_logits(self.bank, embeddings, candidates, self.temperature).double().exp().mean(dim=1)
+        """Each clip's estimate of the mean of exp(similarity / temperature) over the bank's rows: (batch,), float64.
+
+        For a fixed Z lemniscate's: the mean over the candidates, in which the positive weighs 1 / (K + 1) instead of
+        1 / N. That is too much once clips resemble their own rows, so a running estimate is the unbiased one: the
+        positive counts as the one row that it is, and the negatives stand for all others.
+
+        Args:
+            embeddings: (batch, embedding_dim), unit length.
+            candidates: (batch, 1 + K), see `candidates`.
+        """
+        values = nce_logits(self.bank, embeddings, candidates, self.temperature).double().exp()
+        if self.z_momentum is None:
+            return values.mean(dim=1)
+        # A negative that happens to be the positive is counted already; the others are any row with equal chances.
+        others = values[:, 1:] * (candidates[:, 1:] != candidates[:, :1])
+        choices = len(self.bank) - self.exclude_positive
+        return (values[:, 0] + choices * others.mean(dim=1)) / len(self.bank)
 
     def loss(self, embeddings: torch.Tensor, indices: torch.Tensor, candidates: torch.Tensor | None) -> torch.Tensor:
         """Loss of each clip, (batch,).
@@ -160,7 +180,7 @@ def weighted_knn(
     labels: torch.Tensor,
     num_classes: int,
     k: int = 5,
-    sigma: float = 0.4,
+    sigma: float = KNN_SIGMA,
     chunk_size: int = 4096,
 ) -> torch.Tensor:
     """Predicts each query's class by its k nearest references, votes weighted by exp(similarity / sigma).
@@ -171,7 +191,7 @@ def weighted_knn(
         labels: (references,), int64 in 0 .. num_classes - 1.
         num_classes: Classes.
         k: Neighbours; all references vote where there are fewer.
-        sigma: The paper takes the temperature of the loss.
+        sigma: The smaller, the more the nearest outweigh the others.
         chunk_size: Queries compared at once, which bounds memory and changes no result.
 
     Returns:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 BANK_FILE = "memory_bank.safetensors"
+TEMPERATURE = "temperature"  # in the file's metadata
 KEY_BYTES = 16
 # Rows that are read or sent at a time: a bank never needs much more memory than its rows.
 BLOCK = 65536
@@ -63,6 +64,7 @@ class MemoryBank(nn.Module):
         vectors: (rows held, embedding_dim), float32, unit length.
         Z: The constant that turns exp(similarity / temperature) into a probability; 0 until it is estimated. float64,
             since exp(1 / temperature) overflows float32 for temperatures below 0.0113.
+        temperature: For which Z is estimated; None where that is unknown. See `set_temperature`.
         keys: (rows held, 16), uint8, see `ClipIdentities.digests`; all zero where clips have no identity.
         momentum: Share of the old vector that an update keeps.
 
@@ -101,6 +103,7 @@ class MemoryBank(nn.Module):
             raise ValueError(f"expected keys of shape {(num_clips, KEY_BYTES)}, not {tuple(keys.shape)}")
         self.num_clips = num_clips
         self.momentum = momentum
+        self.temperature: float | None = None
         self.first, last = self.share(num_clips)
         self.register_buffer("vectors", torch.empty(last - self.first, embedding_dim))
         self.register_buffer("Z", torch.zeros((), dtype=torch.float64))
@@ -162,12 +165,18 @@ class MemoryBank(nn.Module):
         moved = self.momentum * self.vectors[rows] + (1 - self.momentum) * embeddings.to(self.vectors.dtype)
         self.vectors.index_copy_(0, rows, F.normalize(moved, dim=-1))
 
+    def set_temperature(self, temperature: float) -> None:
+        """Says for which temperature Z is estimated from now on: one of another, or of an unknown one, starts anew."""
+        if temperature != self.temperature:
+            self.Z.zero_()
+        self.temperature = temperature
+
     @torch.no_grad()
     def update_normaliser(self, mean_exp: torch.Tensor, momentum: float = 0.0) -> None:
         """Z <- momentum Z + (1 - momentum) mean(exp(similarity / temperature)) N; a first estimate counts whole.
 
         Args:
-            mean_exp: Mean over a global batch and its negatives, float64 scalar.
+            mean_exp: Mean over a global batch, see `InstanceDiscrimination.mean_exp`; float64 scalar.
             momentum: Share of the old estimate that is kept.
         """
         estimate = mean_exp.to(self.Z) * len(self)
@@ -181,7 +190,9 @@ class MemoryBank(nn.Module):
         return self.vectors.sum(dim=0, dtype=torch.float64)
 
     def take_over(self, path: str | Path) -> int:
-        """Takes the rows of known clips, by their keys, from a saved bank; Z grows with the number of clips.
+        """Takes the rows of known clips, by their keys, from a saved bank.
+
+        Its Z, too, which grows with the number of clips; unless it is of another temperature than this bank's.
 
         Args:
             path: What `save` wrote.
@@ -204,11 +215,14 @@ class MemoryBank(nn.Module):
                 if inside.start < inside.stop:
                     rows = vectors[start:stop][torch.from_numpy(places[inside] - start)]
                     self.vectors[torch.from_numpy(known[inside])] = rows.to(self.vectors)
-            self.Z.copy_(file.get_tensor("Z") * (len(self) / old_clips))
+            saved = saved_temperature(file)
+            if self.temperature in (None, saved):
+                self.temperature = saved
+                self.Z.copy_(file.get_tensor("Z") * (len(self) / old_clips))
         return len(known)
 
     def save(self, path: str | Path | None) -> None:
-        """Writes vectors, Z and keys as safetensors, a block at a time.
+        """Writes vectors, Z and keys as safetensors, a block at a time; Z's temperature is in the metadata.
 
         Args:
             path: None in every process but the main one, which hand over their share where they have one.
@@ -217,7 +231,8 @@ class MemoryBank(nn.Module):
             return
         vectors, keys = ("F32", (len(self), self.vectors.shape[1])), ("U8", (len(self), KEY_BYTES))
         with Path(path).open("wb") as file:
-            file.write(safetensors_header({"Z": ("F64", ()), "vectors": vectors, "keys": keys}))
+            metadata = {TEMPERATURE: repr(self.temperature)} if self.temperature is not None else {}
+            file.write(safetensors_header({"Z": ("F64", ()), "vectors": vectors, "keys": keys}, metadata))
             file.write(self.Z.cpu().numpy().tobytes())
             for name in ("vectors", "keys"):
                 for block in self._blocks_of_all(name):
@@ -248,6 +263,7 @@ class MemoryBank(nn.Module):
             bank = cls(*vectors.get_shape(), momentum=momentum, seed=None)
             own = slice(bank.first, bank.first + len(bank.vectors))
             bank.load_state_dict({"vectors": vectors[own], "keys": keys[own], "Z": file.get_tensor("Z")})
+            bank.temperature = saved_temperature(file)
         return bank
 
 
@@ -267,12 +283,18 @@ def opened(path: str | Path) -> Iterator:
         raise ValueError(f"{path} is not a memory bank (vectors, Z and keys as safetensors): {error}") from error
 
 
-def safetensors_header(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> bytes:
-    """The header of a safetensors file whose tensors follow in this order: {name: (dtype, shape)}.
+def saved_temperature(file) -> float | None:
+    """For which temperature an opened bank's Z was estimated; None where the file does not say."""
+    text = (file.metadata() or {}).get(TEMPERATURE)
+    return None if text is None else float(text)
+
+
+def safetensors_header(tensors: dict[str, tuple[str, tuple[int, ...]]], metadata: dict[str, str]) -> bytes:
+    """The header of a safetensors file with this metadata, whose tensors follow in order: {name: (dtype, shape)}.
 
     The library writes a file from tensors that are whole in memory; a bank may be larger than that.
     """
-    offset, entries = 0, {}
+    offset, entries = 0, {"__metadata__": metadata}
     for name, (dtype, shape) in tensors.items():
         end = offset + math.prod(shape) * ITEM_BYTES[dtype]
         entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}

@@ -295,15 +295,22 @@ def power_batch(clips, channels=1, height=9, width=14):
 @pytest.mark.parametrize("size", [(9, 14), (5, 7)])
 @pytest.mark.parametrize("channels", [1, 2])
 def test_spectrogram_augmentation_against_cells(channels, size):
+    """Five clips with those mixed in: of the batch, or behind it; and the same without any."""
     augmentation = SpectrogramAugmentation(floor=0.5)  # within the range of these powers
-    power = power_batch(6, channels)
-    draws = np.random.default_rng(2).random((6, augmentation.NUM_DRAWS))
+    power, partners = power_batch(7, channels), [5, 0, 6, 1, 0]
+    draws = np.random.default_rng(2).random((7, augmentation.NUM_DRAWS))
     draws[0], draws[1] = 0, LAST
-    views = augmentation(power, torch.from_numpy(draws), size)
+    views = augmentation(power, torch.from_numpy(draws), size, torch.tensor(partners))
     stretched = [slow_picture(p, 0, d, augmentation, size)[1] for p, d in zip(power.numpy(), draws, strict=True)]
-    for i in range(6):
-        expected = slow_picture(power[i].numpy(), stretched[i - 1], draws[i], augmentation, size)[0]
+    assert len(views) == 5
+    for i, partner in enumerate(partners):
+        expected = slow_picture(power[i].numpy(), stretched[partner], draws[i], augmentation, size)[0]
         np.testing.assert_allclose(views[i].numpy(), expected, rtol=1e-9, atol=1e-12)
+    augmentation.max_mix = 0.0
+    unmixed = augmentation(power, torch.from_numpy(draws), size)
+    for i in range(7):
+        expected = slow_picture(power[i].numpy(), 0, draws[i], augmentation, size)[0]
+        np.testing.assert_allclose(unmixed[i].numpy(), expected, rtol=1e-9, atol=1e-12)
 
 
 def test_spectrogram_augmentation_stays_above_zero_and_keeps_dtype():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dls_training.closed_form import LOGIT_SCALES, PENALTIES, PENALTY_FOR_SINGLE_CLIPS, ridge_classifier
 
@@ -68,3 +69,63 @@ def test_a_class_without_clips_and_a_constant_feature():
     assert weight.shape == (4, 7) and bias.shape == (4,)
     assert torch.isfinite(weight).all() and torch.isfinite(bias).all() and not weight[:, 2].any()
     assert ((features @ weight.T + bias).argmax(1) == labels).all()
+
+
+DEGENERATE = {
+    "as usual": ({}, None),
+    "more clips than features": ({"per_class": 20}, None),
+    "as many": ({"per_class": 5, "size": 15}, None),
+    "of low rank": ({"per_class": 20, "size": 30}, 4),
+    "of low rank, few clips": ({"per_class": 5, "size": 40}, 4),
+    "one clip per class": ({"per_class": 1, "num_classes": 12}, None),
+    "one clip per class, many features": ({"per_class": 1, "num_classes": 12, "size": 40}, None),
+}
+
+
+@pytest.mark.parametrize("case", DEGENERATE)
+@pytest.mark.parametrize("more_classes", [0, 90])  # than clips
+def test_either_side_gives_the_same(case, more_classes):
+    """Features that never vary change nothing but which side is the smaller."""
+    shape, rank = DEGENERATE[case]
+    features, labels = clusters(**{"per_class": 5, "noise": 3.0, **shape})
+    if rank:
+        size, generator = features.shape[1], torch.Generator().manual_seed(1)
+        features = (
+            features @ torch.randn(size, rank, generator=generator) @ torch.randn(rank, size, generator=generator)
+        )
+    num_classes = int(labels.max()) + 1 + more_classes
+    weight, bias = ridge_classifier(features, labels, num_classes)
+    constant = torch.full((len(features), len(features)), 3.0)
+    other_weight, other_bias = ridge_classifier(torch.cat([features, constant], dim=1), labels, num_classes)
+    assert not other_weight[:, features.shape[1] :].any() and bias.isfinite().all()
+    torch.testing.assert_close(other_weight[:, : features.shape[1]], weight, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(other_bias, bias, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("clips", [1, 6])
+def test_features_that_never_vary_leave_the_share_of_each_class(clips):
+    labels = torch.tensor([0, 0, 0, 1, 1, 2])[:clips]
+    weight, bias = ridge_classifier(torch.full((clips, 5), 2.0), labels, 4)
+    assert not weight.any() and bias.isfinite().all() and bias.argmax() == 0
+    assert bias[3] == 0
+
+
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that is made."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize(("clips", "size"), [(3000, 50), (50, 3000)])
+def test_memory_is_that_of_the_smaller_side(clips, size):
+    features = torch.randn(clips, size, generator=torch.Generator().manual_seed(0))
+    with LargestTensor() as largest:
+        ridge_classifier(features, torch.arange(clips) % 5, 5)
+    assert largest.elements == clips * size

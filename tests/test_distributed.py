@@ -48,15 +48,20 @@ TEN_STEPS = [
     "--max_train_steps", "10", "--knn_interval", "9", "--mixed_precision", "no", "--learning_rate", "0.01",
     "--lr_scheduler_type", "constant", "--nce_k", "8",
 ]  # fmt: skip
+OBJECTIVES = {
+    "nce": ["--objective", "nce"],
+    "softmax": ["--objective", "softmax"],
+    "mixed": ["--objective", "softmax", "--augmentation", "spectrogram", "--keep_spectrograms"],
+}
 
 
 @pytest.fixture(scope="module")
 def one_process(sound_folder, tmp_path_factory):
     """Ten steps of batch 16 in one process, for each objective: {objective: folder}."""
     folders = {}
-    for objective in ("nce", "softmax"):
+    for objective, words in OBJECTIVES.items():
         folders[objective] = tmp_path_factory.mktemp("one") / objective
-        common = [*SMALL, "--corpus", f"audiofolder={sound_folder}", *TEN_STEPS, "--objective", objective]
+        common = [*SMALL, "--corpus", f"audiofolder={sound_folder}", *TEN_STEPS, *words]
         batch = ["--per_device_train_batch_size", "16"]
         run(1, STEPS, *common, *batch, "--output_dir", folders[objective])
     return folders
@@ -73,6 +78,8 @@ def one_process(sound_folder, tmp_path_factory):
         ("softmax", 2, ["--per_device_train_batch_size", "8"]),
         ("softmax", 2, ["--per_device_train_batch_size", "8", "--shard_bank"]),
         ("nce", 3, ["--per_device_train_batch_size", "16", "--shard_bank"]),
+        ("mixed", 2, ["--per_device_train_batch_size", "8", "--shard_bank"]),
+        ("mixed", 2, ["--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2"]),
     ],
 )
 def test_any_split_of_the_global_batch_is_the_same_update(
@@ -82,7 +89,7 @@ def test_any_split_of_the_global_batch_is_the_same_update(
 
     To rounding, which ten steps amplify: weights that differ by less than 1e-7 after two steps do by up to 2e-5 then.
     """
-    common = [*SMALL, "--corpus", f"audiofolder={sound_folder}", *TEN_STEPS, "--objective", objective, *split]
+    common = [*SMALL, "--corpus", f"audiofolder={sound_folder}", *TEN_STEPS, *OBJECTIVES[objective], *split]
     reference = one_process[objective]
     if processes == 3:  # a global batch of 48: against three batches of 16, accumulated
         reference = tmp_path / "one"

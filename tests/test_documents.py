@@ -234,7 +234,7 @@ def collect(content, numbers: set[float], words: list[str]) -> None:
         numbers.add(float(content))
 
 
-def test_card_of_a_pretraining(fine_tuned):
+def test_card_of_a_pretraining(fine_tuned, tmp_path):
     folder = fine_tuned.parent / "npid"
     results = json.loads((folder / "all_results.json").read_text())
     text = (folder / "README.md").read_text()
@@ -244,6 +244,12 @@ def test_card_of_a_pretraining(fine_tuned):
         assert f"({picture}.png)" in text and (folder / f"{picture}.png").stat().st_size > 5000
     table = "\n".join(f"| {e['epoch']} | {e['knn_accuracy']['audiofolder']:.3f} |" for e in rows)
     assert table in text
+    assert results["knn"] == {"k": 5, "sigma": 0.1}
+    assert "The 5 nearest clips vote, each with exp(similarity / 0.1)." in text
+    del results["knn"]  # as runs were before they said it
+    shutil.copytree(folder, tmp_path / "old", ignore=shutil.ignore_patterns("checkpoint-*"))
+    text = card_of(tmp_path / "old", results).text
+    assert table in text and "nearest clips vote" not in text
 
 
 def test_card_leaves_out_what_is_unknown(fine_tuned, tmp_path):

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils.data import DataLoader
 
 from datasets_scripts import AudioError
 from dls_training.arguments import UserError
@@ -63,6 +65,7 @@ def make_rows(lengths=(2500, 100, 2000, 9000, 1999, 2001, 40, 3000, 2600), label
 def options(**changes):
     settings = {"per_device_train_batch_size": 4, "seed": 3, "dataloader_num_workers": 0}
     settings |= {"keep_spectrograms": False, "keep_waveforms": False, "cache_gigabytes": 1.0}
+    settings |= {"augmentation": "waveform", "augmentation_strength": 1.0}
     return SimpleNamespace(**settings | changes)
 
 
@@ -280,6 +283,63 @@ def test_views_are_augmentation_and_spectrogram_of_each_clip(audio_channels):
             samples = item["waveform"]
             alone = augmentation(samples[None], torch.tensor([samples.shape[1]]), item["draws"][None])
             torch.testing.assert_close(view, extractor.spectrogram(alone)[0], rtol=1e-4, atol=1e-3)
+
+
+def mixed_views(rows, extractor, epoch, processes=1, **changes) -> dict[int, torch.Tensor]:
+    """Row -> its view in an epoch, of all processes' batches together."""
+    args, views = options(**{"augmentation": "spectrogram", **changes}), {}
+    loader, make_views = training_loader(rows, extractor, args), ViewMaker(extractor, args.augmentation)
+    loader.sampler.set_epoch(epoch)
+    for process in range(processes):
+        batches = BatchSamplerShard(loader.batch_sampler, processes, process)  # as Accelerate spreads them
+        for batch in DataLoader(loader.dataset, batch_sampler=batches, collate_fn=loader.collate_fn):
+            made = make_views(batch)
+            assert len(made) == len(batch["index"]) == len(batch["labels"]) and next(iter(batch)) == "index"
+            for index, view in zip(batch["index"].tolist(), made, strict=True):
+                # What fills up a ragged batch are copies.
+                torch.testing.assert_close(view, views.setdefault(index, view), rtol=0, atol=1e-6)
+    return views
+
+
+SPLITS = [
+    {"per_device_train_batch_size": 2},
+    {"per_device_train_batch_size": 3},
+    {"per_device_train_batch_size": 9},
+    {"per_device_train_batch_size": 2, "processes": 2},
+    {"per_device_train_batch_size": 4, "processes": 3},
+]
+
+
+@pytest.mark.parametrize("audio_channels", [1, 2])
+@pytest.mark.parametrize("augmentation", ["spectrogram", "both"])
+def test_a_mixed_view_depends_on_seed_epoch_and_clip_alone(augmentation, audio_channels):
+    """Neither on the size of the batch nor on the number of processes."""
+    rows, extractor = make_rows(), make_extractor(audio_channels, do_normalize=True)
+    whole = mixed_views(rows, extractor, 5, augmentation=augmentation)
+    assert len(whole) == 8  # nine clips in batches of four leave one out
+    for split in SPLITS:
+        views = mixed_views(rows, extractor, 5, **split, augmentation=augmentation)
+        for index in set(views) & set(whole):
+            torch.testing.assert_close(views[index], whole[index], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "mixes"),
+    [
+        ({"augmentation": "waveform"}, False),
+        ({"augmentation": "spectrogram", "augmentation_strength": 0.0}, False),
+        ({"augmentation": "spectrogram", "augmentation_strength": 0.1}, True),
+        ({"augmentation": "both", "dataloader_num_workers": 2}, True),
+    ],
+)
+def test_one_clip_more_is_loaded_for_a_batch_that_is_mixed(changes, mixes):
+    loader = training_loader(make_rows(), make_extractor(), options(**changes))
+    for batch in loader:
+        assert len(batch["waveform"]) == len(batch["draws"]) == len(batch["lengths"]) == 4 + mixes
+        assert len(batch["index"]) == len(batch["labels"]) == 4
+    # A batch of every clip has all partners.
+    for batch in training_loader(make_rows(), make_extractor(), options(per_device_train_batch_size=9, **changes)):
+        assert len(batch["waveform"]) == len(batch["index"]) == 9
 
 
 @pytest.mark.parametrize("num_clips", [0, 1])

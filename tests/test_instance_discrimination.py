@@ -7,17 +7,20 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
+from test_input_pipeline import make_rows
 from torch.utils.data import DataLoader
 
+from datasets_scripts import load_corpus
 from dls_training import MemoryBank
 from dls_training.health import Visits, bank_similarity, has_finite_weights
-from dls_training.input_pipeline import ShuffledClips, ViewMaker, collate_training
+from dls_training.input_pipeline import ShuffledClips, ViewMaker, collate_training, training_loader
 from dls_training.instance_discrimination import (
     InstanceDiscrimination,
     knn_accuracy_by_fold,
@@ -29,7 +32,7 @@ from dls_training.instance_discrimination import (
 from dls_training.loop import GlobalBatch, TrainingLoop
 from dls_training.record import Record
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor, ESResNetForInstanceDiscrimination
-from train_npid import PretextStep
+from train_npid import NearestNeighbourTests, PretextStep, parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -183,6 +186,58 @@ def test_load_names_a_file_that_is_no_bank(tmp_path, what):
         MemoryBank.load(path)
 
 
+def estimate(objective, embeddings):
+    """What the first global batch makes of Z: its mean over clip and negatives, times the clips, term by term."""
+    (candidates,) = objective.candidates([torch.arange(len(embeddings))], [torch.arange(len(embeddings))], 8, 0)
+    objective.bank.update_normaliser(objective.mean_exp(embeddings, candidates).mean())
+    rows = objective.bank.vectors.double()
+    pairs = [(row, j) for row, clip in enumerate(candidates.tolist()) for j in clip]
+    values = [math.exp(float(rows[j] @ embeddings[row].double()) / objective.temperature) for row, j in pairs]
+    return sum(values) / len(values) * len(rows)
+
+
+@pytest.mark.parametrize("used_for", [0.07, 0.4, 1.0])
+@pytest.mark.parametrize("earlier_says", ["its temperature", "softmax", "nothing"])
+@pytest.mark.parametrize("order", ["taken over first", "objective first"])
+def test_z_is_taken_over_for_its_own_temperature_only(tmp_path, earlier_says, used_for, order):
+    path, keys = tmp_path / "memory_bank.safetensors", torch.arange(128, dtype=torch.uint8).view(8, 16)
+    earlier = MemoryBank(6, 4, keys=keys[:6])
+    objective = InstanceDiscrimination(earlier, "softmax" if earlier_says == "softmax" else "nce", 3, 0.4)
+    if earlier_says != "softmax":
+        estimate(objective, unit(6, 4))
+    earlier.save(path)
+    if earlier_says == "nothing":  # as files were written before they said it
+        save_file(load_file(path), path)
+
+    bank = MemoryBank(8, 4, keys=keys)
+    steps = [lambda: bank.take_over(path), lambda: InstanceDiscrimination(bank, "nce", 3, used_for)]
+    outcomes = [step() for step in (steps if order == "taken over first" else steps[::-1])]
+    known, objective = outcomes if order == "taken over first" else outcomes[::-1]
+    assert known == 6 and torch.equal(bank.vectors[:6], earlier.vectors)
+    if earlier_says == "its temperature" and used_for == 0.4:
+        assert bank.Z.item() == pytest.approx(earlier.Z.item() * 8 / 6) and not objective.needs_normaliser()
+    else:
+        assert bank.Z.item() == 0 and objective.needs_normaliser()
+        expected = estimate(objective, unit(8, 4))
+        assert bank.Z.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_bank_goes_on_with_its_own_z_alone(tmp_path):
+    """Saved and loaded, for the same temperature and for another; and a file from before it said which."""
+    path, bank = tmp_path / "memory_bank.safetensors", MemoryBank(6, 4)
+    estimate(InstanceDiscrimination(bank, temperature=0.1), unit(6, 4))
+    bank.save(path)
+    for temperature, kept in ((0.1, True), (0.2, False)):
+        again = MemoryBank.load(path)
+        assert again.Z.item() == bank.Z.item() > 0
+        assert InstanceDiscrimination(again, temperature=temperature).needs_normaliser() != kept
+        assert again.Z.item() == (bank.Z.item() if kept else 0)
+    save_file(load_file(path), path)
+    old = MemoryBank.load(path)
+    assert old.Z.item() == bank.Z.item() and torch.equal(old.vectors, bank.vectors)
+    assert InstanceDiscrimination(old, temperature=0.1).needs_normaliser()
+
+
 # Health
 
 
@@ -291,6 +346,34 @@ def test_normaliser_is_the_mean_over_the_batch_and_its_candidates_times_the_clip
     for embedding, row in zip(embeddings.double(), candidates.tolist(), strict=True):
         values += [math.exp(float(bank.vectors[j].double() @ embedding) / 0.3) for j in row]
     assert bank.Z.item() == pytest.approx(sum(values) / len(values) * 25, rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.4])
+@pytest.mark.parametrize("exclude_positive", [False, True])
+def test_running_normaliser_is_unbiased(exclude_positive, temperature):
+    """Over many draws, the exact sum over all rows; with clips that resemble their own rows, as after training."""
+    clips, num_negatives = 60, 8
+    bank = MemoryBank(clips, 16, seed=1)
+    objective = InstanceDiscrimination(bank, "nce", num_negatives, temperature, exclude_positive, z_momentum=0.9)
+    indices = torch.arange(0, clips, 6)
+    embeddings = F.normalize(bank.vectors[indices] + 0.03 * unit(len(indices), 16, seed=2), dim=-1)
+    exact = []
+    for embedding in embeddings.double():
+        exact.append(sum(math.exp(float(row @ embedding) / temperature) for row in bank.vectors.double()))
+    places = torch.arange(len(indices))
+    draws = [
+        objective.mean_exp(embeddings, objective.candidates([indices], [places], len(places), step)[0])
+        for step in range(4000)
+    ]
+    per_clip = torch.stack(draws) * clips
+    error = per_clip.std(dim=0) / len(draws) ** 0.5
+    assert ((per_clip.mean(dim=0) - torch.tensor(exact, dtype=torch.float64)).abs() < 4 * error).all()
+    # And so is what the bank keeps of them, in the mean over the second half.
+    estimates = []
+    for draw in draws:
+        bank.update_normaliser(draw.mean(), objective.z_momentum)
+        estimates.append(bank.Z.item())
+    assert np.mean(estimates[2000:]) == pytest.approx(np.mean(exact), rel=0.01)
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.1, 0.4])
@@ -422,6 +505,32 @@ def test_weighted_knn_is_no_majority_vote_and_no_nearest_neighbour():
     assert weighted_knn(query, references, labels, 2, k=3, sigma=10).tolist() == [0]  # almost equal votes
 
 
+def test_runs_of_any_temperature_are_measured_alike(sound_folder, monkeypatch):
+    """The same embeddings have the same accuracy."""
+    embeddings, corpora = unit(40, 8), [("audiofolder", load_corpus("audiofolder", sound_folder))]
+    monkeypatch.setattr(NearestNeighbourTests, "embed", lambda *_: embeddings)
+    labels, folds = (torch.tensor(corpora[0][1][name][:]) for name in ("label", "fold"))
+    hits = []
+    for fold in (1, 2):
+        query = folds == fold
+        references = embeddings[~query].double().numpy()
+        predicted = torch.tensor(slow_knn(embeddings[query], references, labels[~query], 4, 15, 0.1))
+        hits.append((predicted == labels[query]).double().mean().item())
+    for temperature in ("0.001", "0.1", "10"):
+        args = parse_args(["--nce_t", temperature, "--knn_k", "15", "--dataloader_num_workers", "0"])
+        extractor = ESResNetFeatureExtractor.from_preset("tiny", max_length=4000, audio_channels=1)
+        tests = NearestNeighbourTests(args, corpora, extractor, Accelerator(cpu=True))
+        assert tests(torch.nn.Identity()) == {"audiofolder": pytest.approx(np.mean(hits))}
+
+
+def test_weighted_knn_has_one_sigma_whatever_the_temperature():
+    references, queries = unit(40, 8, seed=1), unit(23, 8, seed=2)
+    labels = torch.randint(10, (40,), generator=generator())
+    expected = slow_knn(queries, references.double().numpy(), labels, 10, 5, 0.1)
+    assert weighted_knn(queries, references, labels, 10).tolist() == expected
+    assert expected != slow_knn(queries, references.double().numpy(), labels, 10, 5, 0.4)
+
+
 @pytest.mark.parametrize("chunk_size", [1, 4096])
 def test_weighted_knn_without_queries(chunk_size):
     predicted = weighted_knn(torch.empty(0, 4), unit(5, 4), torch.arange(5), 5, chunk_size=chunk_size)
@@ -471,8 +580,11 @@ class Clips(torch.utils.data.Dataset):
         }
 
 
-def pretext(tmp_path, batch_size, accumulation, num_clips=8, training=False, **objective):
-    """A step over a tiny network, with batch norm in evaluation mode unless `training`, and its loop and bank."""
+def pretext(tmp_path, batch_size, accumulation, num_clips=8, training=False, rows=None, **objective):
+    """A step over a tiny network, with batch norm in evaluation mode unless `training`, and its loop and bank.
+
+    Of noise and its waveforms' augmentation; or of `rows`, kept spectrograms with the recommended augmentation.
+    """
     torch.manual_seed(0)
     config = ESResNetConfig.from_preset("tiny", embedding_dim=8)
     model = ESResNetForInstanceDiscrimination(config).train(training)
@@ -485,7 +597,8 @@ def pretext(tmp_path, batch_size, accumulation, num_clips=8, training=False, **o
         weight_decay=1e-4,
         lr_scheduler_type="constant",
         warmup_steps=0,
-        keep_spectrograms=False,
+        keep_spectrograms=rows is not None,
+        cache_gigabytes=1.0,
         memory_format="auto",
         clip_seconds=0.1,
         audio_channels=1,
@@ -493,18 +606,21 @@ def pretext(tmp_path, batch_size, accumulation, num_clips=8, training=False, **o
         max_train_steps=None,
         checkpointing_steps="epoch",
         checkpoints_total_limit=1,
-        augmentation="waveform",
+        augmentation="waveform" if rows is None else "spectrogram",
         augmentation_strength=1.0,
     )
-    loader = DataLoader(
-        Clips(num_clips), batch_size, sampler=ShuffledClips(num_clips, 8, 0), collate_fn=collate_training
-    )
+    extractor = ESResNetFeatureExtractor.from_preset("tiny", max_length=4000, audio_channels=1)
+    if rows is None:
+        loader = DataLoader(
+            Clips(num_clips), batch_size, sampler=ShuffledClips(num_clips, 8, 0), collate_fn=collate_training
+        )
+    else:
+        loader, num_clips = training_loader(rows, extractor, args), len(rows)
     accelerator = Accelerator(cpu=True)
     loop = TrainingLoop(args, accelerator, model, loader, lambda folder: None, tmp_path, None, Record())
     bank = MemoryBank(num_clips, 8)
-    extractor = ESResNetFeatureExtractor.from_preset("tiny", max_length=4000, audio_channels=1)
     pretext_task = InstanceDiscrimination(bank, num_negatives=4, **objective)
-    step = PretextStep(accelerator, loop, pretext_task, ViewMaker(extractor))
+    step = PretextStep(accelerator, loop, pretext_task, ViewMaker(extractor, args.augmentation))
     return step, loop, bank
 
 
@@ -545,6 +661,31 @@ def test_accumulated_batches_are_one_batch(tmp_path, objective, num_clips, count
         torch.testing.assert_close(split_bank[name], bank[name], rtol=1e-5, atol=1e-5)
     start = MemoryBank(num_clips, 8).vectors
     assert (bank["vectors"] - start).norm(dim=-1).min() > 1e-3  # every clip's row moved
+
+
+@pytest.mark.parametrize(
+    "objective", [{}, {"temperature": 0.1, "z_momentum": 0.9}, {"objective": "softmax", "temperature": 0.1}]
+)
+def test_pretraining_with_mixed_spectrograms_does_not_depend_on_the_split(tmp_path, monkeypatch, objective):
+    """Batches of 32, or 16 and 16 accumulated: two epochs of 70 clips, of which each batch's last are fewer."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    lengths = [300 + 7 * clip for clip in range(70)]
+    rows = make_rows(lengths).add_column("digest", [f"clip of {length}" for length in lengths])
+    outcomes = []
+    for batch_size, accumulation in ((32, 1), (16, 2)):
+        output_dir = tmp_path / f"{batch_size}"
+        step, loop, bank = pretext(output_dir, batch_size, accumulation, rows=rows, **objective)
+        before = {name: parameter.detach().clone() for name, parameter in loop.model.named_parameters()}
+        loop.train(step, lambda epoch, is_last: {})
+        losses = [entry["loss"] for entry in loop.progress.history]
+        assert loop.progress.step == 6 and len(losses) == 2
+        assert not any(torch.equal(parameter, before[name]) for name, parameter in loop.model.named_parameters())
+        outcomes.append((losses, loop.model.state_dict(), bank.state_dict()))
+    (losses, weights, bank), (split_losses, split_weights, split_bank) = outcomes
+    assert losses == pytest.approx(split_losses, rel=1e-5)
+    for whole, split in ((weights, split_weights), (bank, split_bank)):
+        for name, tensor in whole.items():
+            torch.testing.assert_close(split[name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_the_step_moves_the_network_along_the_mean_gradient(tmp_path):

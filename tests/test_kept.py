@@ -11,7 +11,8 @@ import pytest
 import soundfile
 import torch
 from scripts import SMALL, fail, succeed
-from test_input_pipeline import LENGTH, RATE, make_extractor, make_rows
+from test_augmentation import slow_picture
+from test_input_pipeline import LENGTH, RATE, SPLITS, make_extractor, make_rows, mixed_views
 
 from dls_training.arguments import UserError
 from dls_training.augmentation import SpectrogramAugmentation, WaveformAugmentation
@@ -40,6 +41,7 @@ def rows_with_digests(lengths=(2500, 100, 2000, 9000, 40)):
 
 def options(**changes):
     common = {"per_device_train_batch_size": 2, "seed": 3, "dataloader_num_workers": 0}
+    common |= {"augmentation": "spectrogram", "augmentation_strength": 1.0}
     return SimpleNamespace(
         **{**common, "keep_spectrograms": True, "keep_waveforms": False, "cache_gigabytes": 1.0, **changes}
     )
@@ -73,21 +75,40 @@ def test_read_takes_every_window_alike(cache):
 
 
 def test_training_views_come_from_kept_spectrograms(cache):
+    """Cell by cell: each clip with its predecessor in the order of the whole epoch, whichever batch that falls to."""
     rows, extractor = rows_with_digests(), make_extractor()
     loader = training_loader(rows, extractor, options())
     loader.sampler.set_epoch(4)
     make_views, augment = ViewMaker(extractor, "spectrogram"), SpectrogramAugmentation()
-    kept, seen = keep(rows, extractor), []
+    kept, order, seen = keep(rows, extractor), np.random.default_rng([3, 4]).permutation(5).tolist(), []
+
+    def picture(index, partner):
+        draws = draw_numbers(3, 4, index)
+        power = kept.read(np.array([index]), draws[:1])[0].double().numpy()
+        return slow_picture(power, partner, draws[1 + WaveformAugmentation.NUM_DRAWS :], augment, (8, 16))
+
     for batch in loader:
         views = make_views(batch)
         assert views.shape == (len(batch["index"]), 1, 3, 8, 16)
-        draws = np.stack([draw_numbers(3, 4, index) for index in batch["index"].tolist()])
-        power = kept.read(batch["index"].numpy(), draws[:, 0]).float()
-        numbers = torch.from_numpy(draws[:, 1 + WaveformAugmentation.NUM_DRAWS :])
-        torch.testing.assert_close(views, extractor.decibel(augment(power, numbers, (8, 16))))
+        for view, index in zip(views, batch["index"].tolist(), strict=True):
+            _, partner = picture(order[order.index(index) - 1], 0)
+            expected = torch.from_numpy(picture(index, partner)[0]).float()
+            torch.testing.assert_close(view, extractor.decibel(expected), rtol=1e-4, atol=1e-3)
         assert batch["labels"].tolist() == [index % 3 for index in batch["index"].tolist()]
         seen += batch["index"].tolist()
-    assert len(set(seen)) == 4  # one of five waits: batches of two
+    assert seen == order[:4]  # one of five waits: batches of two
+
+
+def test_mixed_views_of_kept_spectrograms_do_not_depend_on_the_split(cache):
+    rows, extractor = rows_with_digests((2500, 100, 2000, 9000, 40, 3000, 2600, 1999, 2001)), make_extractor()
+    whole = mixed_views(rows, extractor, 2, keep_spectrograms=True)
+    for split in SPLITS:
+        views = mixed_views(rows, extractor, 2, **split, keep_spectrograms=True)
+        for index in set(views) & set(whole):
+            torch.testing.assert_close(views[index], whole[index], rtol=0, atol=1e-6)
+    for strength, loaded in ((1.0, 5), (0.0, 4)):
+        args = options(per_device_train_batch_size=4, augmentation_strength=strength)
+        assert all(len(batch["power"]) == loaded for batch in training_loader(rows, extractor, args))
 
 
 def test_kept_once_for_the_same_clips_and_settings(cache, monkeypatch):

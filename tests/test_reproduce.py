@@ -184,6 +184,7 @@ def test_report_of_the_miniature(finished):
         knn = [entry["knn_accuracy"]["audiofolder"] for entry in cells[f"search.{name}.seed0"]["history"]]
         assert row["k-NN before"] == f"{knn[0]:.3f}" and row["k-NN after"].strip("*") == f"{knn[-1]:.3f}"
     assert rows[1]["change"] == "`--embedding_dim 16`"
+    assert report.count("(the 5 nearest clips vote, each with exp(similarity / 0.1))") == 2
     difference = float(rows[1]["k-NN after"].strip("*")) - float(rows[0]["k-NN after"].strip("*"))
     assert float(rows[1]["difference to the base"]) == pytest.approx(difference, abs=2e-3)
     heard = {row["arm"]: row["held-out clips heard"] for row in table(report, "Accuracy on the held-out fold")}
@@ -545,6 +546,7 @@ def test_other_tables(reported):
         assert row["accuracy"] == f"{np.mean(accuracy):.3f} ± {np.std(accuracy):.3f}"
         assert row["seconds a fold"] == f"{np.median([run['seconds_at_start'] for run in runs.values()]):.1f}"
     rows = {row["pre-training"]: row for row in table(report, "## Pre-training")}
+    assert "each with exp(similarity / the run's temperature))" in report, "cells from before there was one sigma"
     for name, row in rows.items():
         runs = [cell for cell in cells.values() if cell["kind"] == "pretrain" and cell["pretraining"] == name]
         corpus = "urbansound8k" if name == "other" else "esc10"

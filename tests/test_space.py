@@ -113,6 +113,18 @@ def test_labels_of_a_pretraining_are_votes(sound_folder, pretrained):
         assert max(found.scores, key=found.scores.get) == memory.classes[expected]
 
 
+def test_neighbours_vote_as_the_run_s_results_say(runs, sound_folder, pretrained, tmp_path):
+    """Not by its temperature."""
+    path = str(sound_folder / "08.wav")
+    hot = TrainedFolder(changed(runs / "npid", tmp_path / "hot", nce_t=100.0), [])
+    assert hot.votes == pretrained.votes == {"k": 5, "sigma": 0.1}
+    assert hot.analyse(path).scores == pretrained.analyse(path).scores
+    single = changed(runs / "npid", tmp_path / "single")
+    results = json.loads((single / "all_results.json").read_text()) | {"knn": {"k": 1, "sigma": 0.1}}
+    (single / "all_results.json").write_text(json.dumps(results))
+    assert max(TrainedFolder(single, []).analyse(path).scores.values()) == pytest.approx(1)
+
+
 def test_long_sounds(classifier, monkeypatch, tmp_path):
     """The mean over windows, as evaluation has it; the loudest is shown; only the beginning of a very long one."""
     quiet, loud = np.full(4000, 0.01), np.ones(4000)

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from scripts import MEASURED, ROOT, SMALL, fail, run_script, start, succeed
 from transformers import AutoFeatureExtractor, AutoModel, AutoModelForAudioXVector
 
@@ -237,6 +238,22 @@ def test_new_clips_join(uninterrupted, options, sound_folder, tmp_path):
     assert bank["Z"].item() == pytest.approx(old["Z"].item() * 52 / 40)
 
 
+def test_another_temperature_starts_z_anew(uninterrupted, options, tmp_path):
+    """As if the bank that is taken over had no Z; its rows are kept all the same."""
+    (tmp_path / "no-z").mkdir()
+    for path in uninterrupted[0].glob("*.*"):
+        shutil.copy(path, tmp_path / "no-z")
+    bank = load_file(uninterrupted[0] / "memory_bank.safetensors")
+    save_file(bank | {"Z": torch.zeros_like(bank["Z"])}, tmp_path / "no-z" / "memory_bank.safetensors")
+    ends = []
+    for source in (uninterrupted[0], tmp_path / "no-z"):
+        run = [*options[2:], "--max_train_steps", "1", "--nce_t", "0.07", "--model_name_or_path", source]
+        log = succeed("train_npid.py", *run, "--output_dir", tmp_path / f"from-{source.name}")
+        assert "40 of 40 clips are known" in log
+        ends.append(load_file(tmp_path / f"from-{source.name}" / "memory_bank.safetensors"))
+    assert ends[0]["Z"] == ends[1]["Z"] != bank["Z"] and torch.equal(ends[0]["vectors"], ends[1]["vectors"])
+
+
 def test_another_embedding_dim_starts_a_new_bank(uninterrupted, options, tmp_path):
     other = [*options[2:], "--model_name_or_path", uninterrupted[0], "--embedding_dim", "16", "--max_train_steps", "1"]
     log = succeed("train_npid.py", *other, "--output_dir", tmp_path / "run")
@@ -291,6 +308,7 @@ def test_every_option(sound_folder, tmp_path):
     assert results["history"][-1]["step"] == 4  # 20 clips in 3 batches, 2 batches a step
     assert results["history"][-1]["learning_rate"] == 0
     assert results["objective"] == "softmax" and results["seed"] == 7
+    assert results["knn"] == {"k": 3, "sigma": 0.1}
     bank = load_file(tmp_path / "run" / "memory_bank.safetensors")
     assert bank["vectors"].shape == (20, 16) and bank["Z"] == 0
     extractor = AutoFeatureExtractor.from_pretrained(tmp_path / "run")

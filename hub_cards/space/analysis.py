@@ -13,6 +13,7 @@ from datasets import Dataset
 from datasets_scripts import AudioError, CorpusError, load_corpus
 from dls_training.arguments import UserError
 from dls_training.input_pipeline import label_numbers, mean_over_windows
+from dls_training.instance_discrimination import KNN_SIGMA
 from dls_training.memory_bank import BANK_FILE
 from dls_training.waveforms import evaluation_windows, load_waveform, window_starts
 from modeling_dls import ESResNetFeatureExtractor, ESResNetForAudioClassification, ESResNetForInstanceDiscrimination
@@ -141,7 +142,7 @@ class TrainedFolder:
             self.network = self.embedder
             if not len(self.memory.labelled):
                 self.missing.append("Labels: none of the clips at hand that the memory bank holds has one.")
-        self.votes = {"k": runs[-1]["options"].get("knn_k", 5), "sigma": runs[-1]["options"].get("nce_t", 0.4)}
+        self.votes = runs[-1].get("knn", {"k": NEIGHBOURS, "sigma": KNN_SIGMA})
         self.examples, self.examples_from = self._examples(corpora)
 
     def _pretraining(self) -> Path | None:
