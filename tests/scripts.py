@@ -56,6 +56,7 @@ def call(module, *options) -> tuple[int, str]:
     handler, level = logging.StreamHandler(said), root.level
     root.addHandler(handler)
     root.setLevel(logging.INFO)
+    AcceleratorState._reset_state(True)  # another run may have had another precision
     try:
         with contextlib.redirect_stderr(said), mock.patch.object(sys, "argv", [f"{module.__name__}.py", *words]):
             args = module.parse_args()
@@ -66,7 +67,7 @@ def call(module, *options) -> tuple[int, str]:
     finally:
         root.removeHandler(handler)
         root.setLevel(level)
-        AcceleratorState._reset_state(True)  # the next run may have another precision
+        AcceleratorState._reset_state(True)
 
 
 def succeed(script: str, *options, **popen_options) -> str:
