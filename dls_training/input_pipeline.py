@@ -123,7 +123,9 @@ class ClipsToMix(torch.utils.data.Dataset):
     """Batches of clips with those that are mixed into them; addressed by (epoch, row).
 
     Each clip's partner is its predecessor in the epoch's order, and the first's the last, so that it depends on seed,
-    epoch and clip alone; a batch, a stretch of that order, has all but one of them.
+    epoch and clip alone; a batch, a stretch of that order, has all but one of them. What views are made from goes on
+    behind the batch with those that it has not; `partner` (batch,) tells where each clip's is; `index` and `labels`
+    are the batch's alone.
     """
 
     def __init__(self, clips: TrainingClips | KeptClips, collate: Callable[[list | dict], dict], seed: int):

@@ -142,7 +142,7 @@ class TrainedFolder:
             self.network = self.embedder
             if not len(self.memory.labelled):
                 self.missing.append("Labels: none of the clips at hand that the memory bank holds has one.")
-        self.votes = runs[-1].get("knn", {"k": NEIGHBOURS, "sigma": KNN_SIGMA})
+        self.votes = runs[-1].get("knn", {"k": 5, "sigma": KNN_SIGMA})
         self.examples, self.examples_from = self._examples(corpora)
 
     def _pretraining(self) -> Path | None:
