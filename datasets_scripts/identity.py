@@ -7,7 +7,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from hashlib import blake2b
 from itertools import starmap
-from pathlib import PurePath
 
 import datasets
 import numpy as np
@@ -89,11 +88,10 @@ class ClipIdentities:
 
     def names(self) -> list[tuple[bytes, ...]]:
         """For each clip the names that it goes by: clips with a name in common are one and the same."""
-        own = zip(self.content, self.stretch, self.published, self.is_published, strict=True)
-        return [
-            (content.tobytes() + stretch.tobytes(), *([published.tobytes()] if known else []))
-            for content, stretch, published, known in own
-        ]
+        stretch = np.ascontiguousarray(self.stretch).view(np.uint8)
+        parts = map(bytes, np.concatenate([self.content, stretch], axis=1))
+        own = zip(parts, map(bytes, self.published), self.is_published, strict=True)
+        return [(part, published) if known else (part,) for part, published, known in own]
 
     def digests(self) -> np.ndarray:
         """One name for each clip, (clips, 16) uint8; editions of a published clip share it."""
@@ -147,7 +145,7 @@ def _published(plain: datasets.Dataset, columns: set[str]) -> list[str | None]:
         return plain["clip_id"][:]
     # Flattened, so that the bytes of embedded clips are not read.
     paths = plain.select_columns("audio").flatten().select_columns("audio.path")["audio.path"][:]
-    matches = (_ESC_NAME.fullmatch(PurePath(path or "").name) for path in paths)
+    matches = (_ESC_NAME.fullmatch(os.path.basename(path or "")) for path in paths)
     named = [match and match[1] for match in matches]
     if "corpus" not in columns:
         return named
