@@ -304,6 +304,8 @@ def waveforms_of(rows: Dataset, extractor: ESResNetFeatureExtractor, args) -> De
 
 
 def make_loader(clips, collate, args, sampler: Sampler | None = None) -> DataLoader:
+    # What accelerate looks for to tell the clips of a ragged last batch from those that it is filled up with.
+    clips.total_dataset_length = len(sampler or clips)
     return DataLoader(
         clips,
         args.per_device_train_batch_size,

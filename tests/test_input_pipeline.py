@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -469,3 +470,12 @@ def test_load_corpora_hands_the_options_on(monkeypatch):
     assert load_corpora(args) == [("esc10", 1), ("synthetic", 2)]
     expected = {"allow_partial": True, "skip_unreadable": False}
     assert calls == [(("esc10", "/a"), expected), (("synthetic", None), expected)]
+
+
+@pytest.mark.parametrize("num_clips", [9, 8, 6])
+def test_gathered_for_metrics_is_every_clip_of_an_epoch(num_clips):
+    """Also where a clip waits for the next epoch: accelerate would cut the last batch as if it had that one, too."""
+    accelerator = Accelerator(cpu=True)
+    loader = training_loader(make_rows((8000,) * num_clips), make_extractor(), options())
+    gathered = [accelerator.gather_for_metrics(batch["index"]) for batch in accelerator.prepare(loader)]
+    assert len(torch.cat(gathered)) == num_clips - (num_clips % 4 == 1)
