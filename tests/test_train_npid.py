@@ -245,6 +245,7 @@ def test_another_temperature_starts_z_anew(uninterrupted, options, tmp_path):
         shutil.copy(path, tmp_path / "no-z")
     bank = load_file(uninterrupted[0] / "memory_bank.safetensors")
     save_file(bank | {"Z": torch.zeros_like(bank["Z"])}, tmp_path / "no-z" / "memory_bank.safetensors")
+    (tmp_path / "no-z" / "record.json").unlink()  # which would tell that this is another bank
     ends = []
     for source in (uninterrupted[0], tmp_path / "no-z"):
         run = [*options[2:], "--max_train_steps", "1", "--nce_t", "0.07", "--model_name_or_path", source]
