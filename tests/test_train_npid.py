@@ -278,7 +278,7 @@ def test_resume_skips_an_incomplete_checkpoint(uninterrupted, options, tmp_path)
     newest = tmp_path / "run" / "checkpoint-20"
     os.truncate(newest / "model.safetensors", 1000)
     log = succeed("train_npid.py", *options, *run, "--resume_from_checkpoint", "latest")
-    assert "checkpoint-20 is incomplete and skipped" in log and "epoch 4, step 15" in log
+    assert "checkpoint-20 is incomplete or damaged, and skipped" in log and "epoch 4, step 15" in log
     assert_same_outcome(tmp_path / "run", uninterrupted[0])
 
 
