@@ -89,6 +89,7 @@ STATES = {
     "missing": "listed files absent",
     "unlisted": "files ignored that the metadata do not list",
     "skipped": "unreadable files left out",
+    "shortened": "files used without their end, which cannot be decoded",
     "wrong_durations": "clips of an unexpected length",
     "duplicates": "files left out with the same content as another",
     "unexpected_crossings": "unofficial crossings of the folds",

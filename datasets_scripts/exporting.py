@@ -180,7 +180,9 @@ def load_export(corpus: Corpus, source: str, cache_dir: str) -> datasets.Dataset
         raise CorpusError(f"{source}: not an export of {corpus.name}: columns {', '.join(different)} lack or differ")
     if report and report["clips"] != len(dataset):
         raise CorpusError(f"{source}: {len(dataset)} of {report['clips']} clips; export or download it again")
-    dataset.info.description = describe_with_report(corpus.title, report or _counted_report(dataset, corpus))
+    # Cards of earlier versions have fewer lists.
+    report = blank_report(corpus.name, len(dataset)) | (report or _shortfalls_only(dataset, corpus))
+    dataset.info.description = describe_with_report(corpus.title, report)
     return dataset
 
 
@@ -194,8 +196,7 @@ def report_in_card(source: str | Path) -> dict | None:
         return None
 
 
-def _counted_report(dataset: datasets.Dataset, corpus: Corpus) -> dict:
+def _shortfalls_only(dataset: datasets.Dataset, corpus: Corpus) -> dict:
     plain, names = dataset.with_format(None), dataset.features["label"].names
     labels = [None if label is None else names[label] for label in plain["label"][:]]
-    short = shortfalls(plain["fold"][:], labels, corpus)
-    return blank_report(corpus.name, len(dataset)) | {"shortfalls": short}
+    return {"shortfalls": shortfalls(plain["fold"][:], labels, corpus)}
