@@ -6,10 +6,9 @@ import math
 import os
 import platform
 import re
-import struct
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -55,11 +54,15 @@ LARGEST_LOSS = 0.1
 # libsndfile shortens a cut-off file without an error, and only its log says so: "data : 88200 (should be 44078)".
 # The RIFF line is left out on purpose: many programs write it wrong in files whose sound is whole.
 _SHORTENED = re.compile(r"^\s*(?:data|SSND|riff|Riff size|Data Size)\s*: (\d+) \(should be (\d+)\)", re.MULTILINE)
+_CAREFUL_FRAMES = 576  # a granule of MP3
 _LONGEST_OGG_PAGE = 65307
-_UNKNOWN = 1 << 62  # libsndfile's number of frames where a container does not tell it is 2 ** 63 - 1
+_LONGEST_HEADER = 1 << 20
+_UNKNOWN = 1 << 40  # frames, a year of 35 kHz: libsndfile says 2 ** 63 - 1 where a container does not tell
 # These decoders need what was before: MP3 the bits that earlier frames saved (at most 511 bytes, ten frames of the
-# smallest size), Opus its filters' memory. A decoder that has been given this much is bit for bit where it should be.
-_PREROLL = {"MPEG_LAYER_I": 1 << 15, "MPEG_LAYER_II": 1 << 15, "MPEG_LAYER_III": 1 << 15, "OPUS": 1 << 15}
+# smallest size), Opus its filters' memory. Given this much, Opus is where it should be bit for bit, and MP3 but for
+# the order in which libmpg123 adds (1e-7): so a place early in an MP3 is decoded up to from the beginning.
+_PREROLL = 1 << 15
+_EARLY = 1 << 20
 
 
 class AudioFacts(NamedTuple):
@@ -96,15 +99,17 @@ class Sound:
         self.name = audio["path"] or "embedded clip"
         self.missing = 0.0
         self._audio = audio
-        self._file = self._opened()
-        try:
+        with _errors_that_name(self.name):
+            self._file = self._opened()
             self.sampling_rate, self.num_channels = self._file.samplerate, self._file.channels
             self.num_frames = self._file.frames
-            self._check_header()
-            self._promised = self._promised_frames()
-        except BaseException:
-            self.close()
-            raise
+            try:
+                self._check_header()
+                self._last_pages = self._last_ogg_pages() if self._file.format == "OGG" else []
+                self._promised = self._promised_frames()
+            except BaseException:
+                self.close()
+                raise
         self._is_fresh = True
 
     def blocks(self, start: float = WHOLE[0], end: float = WHOLE[1], frames: int = BLOCK_FRAMES) -> Iterator:
@@ -128,14 +133,20 @@ class Sound:
         first, last = (sys.maxsize if time == math.inf else round(time * self.sampling_rate) for time in (start, end))
         if not 0 <= first < last:
             raise AudioError(f"{self.name}: from {start:g} to {end:g} s is no stretch of sound")
-        position = self._go_to_or_before(first)
+        position, wanted = self._go_to_or_before(first), first
         block = np.empty((max(1, min(frames, _BLOCK_SAMPLES // self.num_channels)), self.num_channels), np.float32)
-        error, count = 0, 1
+        error, count, found = 0, 1, position
         while position < last and count and not error:
-            count, error = self._read(block[: (first if position < first else last) - position])
+            count, error = self._read(block[: (wanted if position < wanted else last) - position])
             position += count
-            if count and position > first:
+            if count and position > wanted:
                 yield self._checked(block[:count]).T.copy()
+            if error and not count and len(block) > _CAREFUL_FRAMES:
+                # Some decoders give nothing of a block in which they fail: what is before that, in small pieces.
+                block, error, count, wanted = block[:_CAREFUL_FRAMES], 0, 1, max(position, first)
+                position = self._go_to_or_before(wanted)
+        if 0 < position == found:
+            raise AudioError(f"{self.name}: nothing can be decoded after {position / self.sampling_rate:.3f} s")
         if position < last:
             self._judge_end(first, position, error)
 
@@ -144,25 +155,38 @@ class Sound:
 
     def _opened(self) -> soundfile.SoundFile:
         data, path = self._audio["bytes"], self._audio["path"]
-        try:
-            # Opened by Python first: the operating system's errors are clearer than libsndfile's.
-            with open(path, "rb") if data is None else io.BytesIO(data) as file:
-                if not file.read(1):
-                    raise AudioError(f"{self.name}: is empty (0 bytes)")
-            if data is not None:
-                source = io.BytesIO(data)
-            else:  # as bytes: the names of files need not be text
-                source = path if os.name == "nt" else os.fsencode(path)
-            with _NO_NOTES:
-                return soundfile.SoundFile(source)
-        except FileNotFoundError:
-            raise AudioError(
-                f"{self.name}: the file does not exist (moved or deleted since the corpus was loaded?)"
-            ) from None
-        except OSError as error:
-            raise AudioError(f"{self.name}: cannot be read ({error.strerror or error})") from None
-        except soundfile.LibsndfileError as error:
-            raise AudioError(f"{self.name}: truncated, damaged, or not a sound file{_reason(error)}") from None
+        # Opened by Python first: the operating system's errors are clearer than libsndfile's.
+        if not self._bytes(0, 1):
+            raise AudioError(f"{self.name}: is empty (0 bytes)")
+        # As bytes: the names of files need not be text.
+        source = io.BytesIO(data) if data is not None else path if os.name == "nt" else os.fsencode(path)
+        with _NO_NOTES:
+            sound = soundfile.SoundFile(source)
+            if beginning := self._better_beginning(sound):
+                sound.close()
+                sound = soundfile.SoundFile(_WithOtherBeginning(self._stream(), *beginning))
+        return sound
+
+    def _better_beginning(self, sound: soundfile.SoundFile) -> tuple[bytes, int] | None:
+        """What to read instead of the first bytes, and how many they are, where a length keeps sound from being read.
+
+        libsndfile decodes no further than a header says, or than it guesses from the first frame of an MP3 without a
+        table of contents, whose bit rate may be another one later.
+        """
+        if sound.format in ("WAV", "WAVEX") and sound.frames == 0:
+            return _wav_of_unknown_length(self._bytes(0, _LONGEST_HEADER))
+        if sound.format == "MP3":
+            return _mp3_of_unknown_length(lambda start: self._bytes(start, 512), sound.samplerate)
+        return None
+
+    def _stream(self) -> io.BufferedIOBase:
+        return open(self._audio["path"], "rb") if self._audio["bytes"] is None else io.BytesIO(self._audio["bytes"])
+
+    def _bytes(self, start: int, size: int) -> bytes:
+        """Of the file; a negative start counts from its end."""
+        with self._stream() as file:
+            file.seek(max(0, start + (file.seek(0, os.SEEK_END) if start < 0 else 0)))
+            return file.read(size)
 
     def _check_header(self) -> None:
         lowest, highest = SAMPLING_RATES
@@ -185,46 +209,55 @@ class Sound:
         return self.num_frames if self.num_frames < _UNKNOWN else None
 
     def _frames_of_cut_page(self) -> int:
-        """Length of a last Ogg page that is not complete, which libsndfile takes for the end of the stream.
+        """Length of a last Ogg page that is not complete, before which libsndfile takes the stream to end.
 
-        A page's 27-byte header has its last sample's number at 6 and ends in the number of segments, whose lengths
-        follow (RFC 3533, section 6). Where that number is lost, too, one frame stands for at most one page.
+        Where its own number of frames is lost, too, one frame stands for what may be a page.
         """
-        tail = self._tail(2 * _LONGEST_OGG_PAGE)
-        start = tail.rfind(b"OggS")
-        segments = tail[start + 27 : start + 27 + tail[start + 26]] if 0 <= start < len(tail) - 26 else None
-        if (
-            segments is not None
-            and len(segments) == tail[start + 26]
-            and start + 27 + len(segments) + sum(segments) <= len(tail)
-        ):
+        *earlier, (number, is_whole) = self._last_pages or [(None, True)]
+        if is_whole:
             return 0
-        before = tail.rfind(b"OggS", 0, max(start, 0))
-        if segments is None or before < 0:
+        before = [frames for frames, _ in earlier if frames is not None]
+        if number is None or not before:
             return 1
-        last, previous = (struct.unpack_from("<q", tail, place + 6)[0] for place in (start, before))
         rate = 48_000 if self._file.subtype == "OPUS" else self.sampling_rate
-        return max(1, (last - previous) * self.sampling_rate // rate) if previous >= 0 else 1
+        return max(1, (number - before[-1]) * self.sampling_rate // rate)
 
-    def _tail(self, size: int) -> bytes:
-        if self._audio["bytes"] is not None:
-            return self._audio["bytes"][-size:]
-        with open(self._audio["path"], "rb") as file:
-            file.seek(max(0, os.path.getsize(self._audio["path"]) - size))
-            return file.read()
+    def _last_ogg_pages(self) -> list[tuple[int | None, bool]]:
+        """The file's last pages, three or more: frames up to their end, as far as known, and whether they are whole.
+
+        A page's 27-byte header has the number of frames at 6, -1 where no packet ends in it, and ends in the number of
+        segments, whose lengths follow (RFC 3533, section 6).
+        """
+        tail, pages = self._bytes(-3 * _LONGEST_OGG_PAGE, 3 * _LONGEST_OGG_PAGE), []
+        for start in (found.start() for found in re.finditer(b"OggS", tail)):
+            header = tail[start : start + 27 + 255]
+            segments = header[27 : 27 + header[26]] if len(header) > 26 else b""
+            is_whole = len(header) > 26 and len(segments) == header[26]
+            is_whole = is_whole and start + 27 + len(segments) + sum(segments) <= len(tail)
+            number = int.from_bytes(header[6:14], "little", signed=True)
+            pages.append((number if len(header) >= 14 and number >= 0 else None, is_whole))
+        return pages
 
     def _go_to_or_before(self, first: int) -> int:
         """Makes decoding go on at frame `first` or somewhere before it; returns where."""
         if first >= self.num_frames:
             self._judge_end(first, self.num_frames, 0)
-        # Vorbis and some others are not exact in a file that was read before; opening MP3 anew loses its index.
-        if not self._is_fresh and self._file.subtype not in _PREROLL:
+        target = first
+        is_mpeg = self._file.subtype.startswith("MPEG")
+        if is_mpeg:
+            target = first - _PREROLL if first > _EARLY else 0
+        elif self._file.subtype == "OPUS":
+            target = max(0, first - _PREROLL)
+        elif self._file.subtype == "VORBIS":
+            # libsndfile misplaces what it seeks in the last page, which may be shortened; and an empty one may follow.
+            ends = [number for number, is_whole in self._last_pages if is_whole and number is not None]
+            target = max(0, min(first, self.num_frames - (ends[-1] - ends[-3]))) if len(ends) > 2 else 0
+        # Vorbis and some others are not exact in a file that was read before; opening MP3 anew would lose its index.
+        if not self._is_fresh and not (is_mpeg and target):
             self._open_anew()
-        elif self._is_fresh and first == 0:
-            self._is_fresh = False
-            return 0
         self._is_fresh = False
-        target = max(0, first - _PREROLL.get(self._file.subtype, 0))
+        if target == 0:
+            return 0
         try:
             with _NO_NOTES:
                 if self._file.seek(target) == target:
@@ -236,7 +269,8 @@ class Sound:
 
     def _open_anew(self) -> None:
         self._file.close()
-        self._file = self._opened()
+        with _errors_that_name(self.name):
+            self._file = self._opened()
         if (self._file.samplerate, self._file.channels) != (self.sampling_rate, self.num_channels):
             raise AudioError(f"{self.name}: was replaced by another file while it was read")
 
@@ -272,9 +306,22 @@ class Sound:
                 f"decoded{reason}"
             )
         if not decoded:
-            raise AudioError(f"{self.name}: holds no samples{reason or ' that can be decoded' * bool(promised)}")
+            what = " that can be decoded" if promised else ": its header gives a length of 0 (never written?)"
+            raise AudioError(f"{self.name}: holds no samples{reason or what}")
         if decoded <= first:
             raise AudioError(f"{self.name}: ends after {decoded / rate:.3f} s, before {first / rate:.3f} s")
+
+
+@contextmanager
+def _errors_that_name(name: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise AudioError(f"{name}: the file does not exist (moved or deleted since the corpus was loaded?)") from None
+    except OSError as error:
+        raise AudioError(f"{name}: cannot be read ({error.strerror or error})") from None
+    except soundfile.LibsndfileError as error:
+        raise AudioError(f"{name}: truncated, damaged, or not a sound file{_reason(error)}") from None
 
 
 @contextmanager
@@ -319,9 +366,15 @@ def inspect_audio(path: str | os.PathLike) -> AudioFacts:
     Raises:
         AudioError: as `decode_audio`; or the file was changed meanwhile.
     """
-    with opened_sound({"bytes": None, "path": os.fspath(path)}) as sound:
-        frames = sum(block.shape[1] for block in sound.blocks())
-        return AudioFacts(file_digest(path), sound.sampling_rate, sound.num_channels, frames, sound.missing)
+    name = os.fspath(path)
+    with _errors_that_name(name):
+        before = os.stat(path)
+        with opened_sound({"bytes": None, "path": name}) as sound:
+            frames = sum(block.shape[1] for block in sound.blocks())
+        digest, after = file_digest(path), os.stat(path)
+        if (before.st_size, before.st_mtime_ns, before.st_ino) != (after.st_size, after.st_mtime_ns, after.st_ino):
+            raise AudioError(f"{name}: was changed while it was read")
+        return AudioFacts(digest, sound.sampling_rate, sound.num_channels, frames, sound.missing)
 
 
 def _reason(error: soundfile.LibsndfileError) -> str:
@@ -333,6 +386,66 @@ def _reason(error: soundfile.LibsndfileError) -> str:
 def _says_unknown(size: int) -> bool:
     """Whether programs that write to a pipe put this in the place of a length: the largest number, or a bit less."""
     return 0x7FFFF000 <= size <= 0x7FFFFFFF or 0xFFFFF000 <= size <= 0xFFFFFFFF or size >= _UNKNOWN
+
+
+class _WithOtherBeginning(io.RawIOBase):
+    """A file whose first bytes are replaced: `skipped` of them by `head`."""
+
+    def __init__(self, file: io.BufferedIOBase, head: bytes, skipped: int):
+        self._file, self._head, self._moved, self._position = file, head, len(head) - skipped, 0
+
+    def readinto(self, buffer) -> int:
+        part = self._head[self._position : self._position + len(buffer)]
+        if len(part) < len(buffer):  # libsndfile takes less than it asked for as the end
+            self._file.seek(self._position + len(part) - self._moved)
+            part += self._file.read(len(buffer) - len(part))
+        buffer[: len(part)] = part
+        self._position += len(part)
+        return len(part)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        end = self._file.seek(0, os.SEEK_END) + self._moved
+        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: end}[whence]
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _wav_of_unknown_length(start: bytes) -> tuple[bytes, int] | None:
+    """A WAV's header with its length given as unknown, where it is 0 before sound: it was never written."""
+    place = 12
+    while place + 8 <= len(start) and start[place : place + 4] != b"data":
+        place += 8 + int.from_bytes(start[place + 4 : place + 8], "little") + 1 & ~1
+    behind = start[place + 8 : place + 16]
+    if start[place : place + 8] != b"data\0\0\0\0" or not behind or behind[:4] in (b"LIST", b"id3 ", b"bext", b"cue "):
+        return None
+    return start[: place + 4] + b"\xff" * 4, place + 8
+
+
+def _mp3_of_unknown_length(read: Callable[[int], bytes], rate: int) -> tuple[bytes, int] | None:
+    """A frame that counts more frames than any file has, for an MP3 of layer III without such a frame."""
+    place = 0
+    while (start := read(place))[:3] == b"ID3":
+        place += 10 + sum((byte & 127) << shift for byte, shift in zip(start[6:10], (21, 14, 7, 0), strict=False))
+    if (
+        len(start) < 4
+        or start[0] != 0xFF
+        or start[1] & 0xE6 != 0xE2
+        or any(mark in start[:200] for mark in (b"Xing", b"Info", b"VBRI"))
+    ):
+        return None
+    mpeg1, mono = start[1] & 0x18 == 0x18, start[3] >> 6 == 3
+    # Without a checksum, at 128 (MPEG-1) or 80 kbit/s: long enough for what goes into it behind the side information.
+    header = bytes([0xFF, start[1] | 1, 0x90 | start[2] & 0x0C, start[3]])
+    side = (17 if mono else 32) if mpeg1 else (9 if mono else 17)
+    size = 144 * 128_000 // rate if mpeg1 else 72 * 80_000 // rate
+    frame = header + bytes(side) + b"Xing" + (1).to_bytes(4, "big") + b"\x7f\xff\xff\xff"
+    return frame.ljust(size, b"\0"), place  # without the tags
 
 
 class _NoNotes:
@@ -369,8 +482,9 @@ class _NoNotes:
             self.variable.value = self.dropped if self.inside else self.shown
 
     def _begin_again(self) -> None:
-        # A child has only the thread that forked: whatever others were doing is over.
+        # A child has only the thread that forked: whatever others were doing is over, and their locks stay locked.
         self.inside, self.lock = 0, threading.Lock()
+        soundfile.SoundFile._sf_error_lock = threading.Lock()
         self._exchange()
 
 

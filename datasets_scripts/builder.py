@@ -150,9 +150,9 @@ def corpus_report(dataset: datasets.Dataset) -> dict:
         `corpus` and `clips` (at load time), and lists that are empty for a complete corpus:
         `shortfalls` (deviations from the official counts, in words), `missing` (listed but absent),
         `unlisted` (present but not listed), `skipped` (unreadable: name and reason), `shortened` (used, though some of
-        their length cannot be decoded: name, and how much can), `wrong_durations`, `duplicates` (left out because another file has the same content), `unexpected_crossings` (recordings in
-        several folds that the official split does not have there). `crossings` maps each `source_id` that is in more
-        than one fold to its folds.
+        their length cannot be decoded: name, and how much can), `wrong_durations`, `duplicates` (left out because
+        another file has the same content), `unexpected_crossings` (recordings in several folds that the official split
+        does not have there). `crossings` maps each `source_id` that is in more than one fold to its folds.
     """
     _, mark, report = dataset.info.description.partition(_REPORT_MARK)
     if not mark:

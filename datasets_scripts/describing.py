@@ -96,6 +96,9 @@ STATES = {
 }
 
 
+_DRAWN_SECONDS = 30.0  # of long recordings
+
+
 def draw_classes(dataset: datasets.Dataset, path: Path) -> None:
     """Write a picture with one three-band spectrogram per class (the first clip of each), as in the paper's figure 3.
 
@@ -137,7 +140,7 @@ def _picture(audio: dict) -> np.ndarray:
 
     from modeling_dls import three_band_spectrogram
 
-    samples, _ = decode_audio(audio)
+    samples, _ = decode_audio(audio, end=_DRAWN_SECONDS)
     mono = torch.from_numpy(samples).mean(0)
     shortest = 4096  # a few windows: the shortest clips are 50 ms
     bands = three_band_spectrogram(torch.nn.functional.pad(mono, (0, max(0, shortest - len(mono)))))

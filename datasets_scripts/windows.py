@@ -1,4 +1,4 @@
-"""Long recordings as many clips: windows of a fixed length, each a row of its own that refers to a stretch of a file."""
+"""Long recordings as many clips: windows of a fixed length, each a row that refers to a stretch of its file."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
