@@ -105,7 +105,10 @@ class Sound:
             self.num_frames = self._file.frames
             try:
                 self._check_header()
-                self._last_pages = self._last_ogg_pages() if self._file.format == "OGG" else []
+                is_ogg = self._file.format == "OGG"
+                self._last_pages = (
+                    _ogg_pages(self._bytes(-3 * _LONGEST_OGG_PAGE, 3 * _LONGEST_OGG_PAGE)) if is_ogg else []
+                )
                 self._promised = self._promised_frames()
             except BaseException:
                 self.close()
@@ -162,25 +165,31 @@ class Sound:
         source = io.BytesIO(data) if data is not None else path if os.name == "nt" else os.fsencode(path)
         with _NO_NOTES:
             sound = soundfile.SoundFile(source)
-            if beginning := self._better_beginning(sound):
+            if patch := self._repair(sound):
                 sound.close()
-                sound = soundfile.SoundFile(_WithOtherBeginning(self._stream(), *beginning))
+                sound = soundfile.SoundFile(_Patched(self._stream(), patch))
         return sound
 
-    def _better_beginning(self, sound: soundfile.SoundFile) -> tuple[bytes, int] | None:
-        """What to read instead of the first bytes, and how many they are, where a length keeps sound from being read.
+    def _repair(self, sound: soundfile.SoundFile) -> "_Patch | None":
+        """What to read instead of a few bytes of the file, where they keep sound from being decoded.
 
         libsndfile decodes no further than a header says, or than it guesses from the first frame of an MP3 without a
-        table of contents, whose bit rate may be another one later.
+        table of contents, whose bit rate may be another one later; and nothing of an Ogg page that is not complete.
         """
         if sound.format in ("WAV", "WAVEX") and sound.frames == 0:
             return _wav_of_unknown_length(self._bytes(0, _LONGEST_HEADER))
         if sound.format == "MP3":
             return _mp3_of_unknown_length(lambda start: self._bytes(start, 512), sound.samplerate)
+        if sound.format == "OGG":
+            return _ogg_with_complete_page(self._bytes(-_LONGEST_OGG_PAGE, _LONGEST_OGG_PAGE), self._size())
         return None
 
     def _stream(self) -> io.BufferedIOBase:
         return open(self._audio["path"], "rb") if self._audio["bytes"] is None else io.BytesIO(self._audio["bytes"])
+
+    def _size(self) -> int:
+        with self._stream() as file:
+            return file.seek(0, os.SEEK_END)
 
     def _bytes(self, start: int, size: int) -> bytes:
         """Of the file; a negative start counts from its end."""
@@ -201,42 +210,17 @@ class Sound:
     def _promised_frames(self) -> int | None:
         """How long the file says it is; None if it does not."""
         if self._file.format == "OGG":
-            return self.num_frames + self._frames_of_cut_page()
+            frames = [page.frames for page in self._last_pages if page.frames != 0]  # 0: before the sound
+            if frames and frames[-1] is None:
+                return self.num_frames + 1  # of a page without a complete header nothing is known
+            # In a first page libsndfile takes missing frames for a beginning at a later time.
+            is_only_page = len(frames) == 1 and self._file.subtype == "VORBIS" and not self._last_pages[-1].is_whole
+            return max(self.num_frames, frames[0]) if is_only_page else self.num_frames
         if found := _SHORTENED.search(self._file.extra_info):
             declared, present = int(found[1]), int(found[2])
             if 0 < present < declared and not _says_unknown(declared):
                 return self.num_frames + (declared - present) * self.num_frames // present
         return self.num_frames if self.num_frames < _UNKNOWN else None
-
-    def _frames_of_cut_page(self) -> int:
-        """Length of a last Ogg page that is not complete, before which libsndfile takes the stream to end.
-
-        Where its own number of frames is lost, too, one frame stands for what may be a page.
-        """
-        *earlier, (number, is_whole) = self._last_pages or [(None, True)]
-        if is_whole:
-            return 0
-        before = [frames for frames, _ in earlier if frames is not None]
-        if number is None or not before:
-            return 1
-        rate = 48_000 if self._file.subtype == "OPUS" else self.sampling_rate
-        return max(1, (number - before[-1]) * self.sampling_rate // rate)
-
-    def _last_ogg_pages(self) -> list[tuple[int | None, bool]]:
-        """The file's last pages, three or more: frames up to their end, as far as known, and whether they are whole.
-
-        A page's 27-byte header has the number of frames at 6, -1 where no packet ends in it, and ends in the number of
-        segments, whose lengths follow (RFC 3533, section 6).
-        """
-        tail, pages = self._bytes(-3 * _LONGEST_OGG_PAGE, 3 * _LONGEST_OGG_PAGE), []
-        for start in (found.start() for found in re.finditer(b"OggS", tail)):
-            header = tail[start : start + 27 + 255]
-            segments = header[27 : 27 + header[26]] if len(header) > 26 else b""
-            is_whole = len(header) > 26 and len(segments) == header[26]
-            is_whole = is_whole and start + 27 + len(segments) + sum(segments) <= len(tail)
-            number = int.from_bytes(header[6:14], "little", signed=True)
-            pages.append((number if len(header) >= 14 and number >= 0 else None, is_whole))
-        return pages
 
     def _go_to_or_before(self, first: int) -> int:
         """Makes decoding go on at frame `first` or somewhere before it; returns where."""
@@ -250,7 +234,7 @@ class Sound:
             target = max(0, first - _PREROLL)
         elif self._file.subtype == "VORBIS":
             # libsndfile misplaces what it seeks in the last page, which may be shortened; and an empty one may follow.
-            ends = [number for number, is_whole in self._last_pages if is_whole and number is not None]
+            ends = [page.frames for page in self._last_pages if (page.frames or -1) >= 0]
             target = max(0, min(first, self.num_frames - (ends[-1] - ends[-3]))) if len(ends) > 2 else 0
         # Vorbis and some others are not exact in a file that was read before; opening MP3 anew would lose its index.
         if not self._is_fresh and not (is_mpeg and target):
@@ -306,8 +290,10 @@ class Sound:
                 f"decoded{reason}"
             )
         if not decoded:
-            what = " that can be decoded" if promised else ": its header gives a length of 0 (never written?)"
-            raise AudioError(f"{self.name}: holds no samples{reason or what}")
+            nothing = "holds no samples: its header gives a length of 0 (never written?)"
+            was_cut = promised or self._file.format == "OGG"
+            what = "is truncated or damaged: nothing can be decoded" if was_cut else nothing
+            raise AudioError(f"{self.name}: {what}{reason}")
         if decoded <= first:
             raise AudioError(f"{self.name}: ends after {decoded / rate:.3f} s, before {first / rate:.3f} s")
 
@@ -388,24 +374,45 @@ def _says_unknown(size: int) -> bool:
     return 0x7FFFF000 <= size <= 0x7FFFFFFF or 0xFFFFF000 <= size <= 0xFFFFFFFF or size >= _UNKNOWN
 
 
-class _WithOtherBeginning(io.RawIOBase):
-    """A file whose first bytes are replaced: `skipped` of them by `head`."""
+class _Patch(NamedTuple):
+    """Bytes to read instead of the first `skipped` ones of a file, and instead of those from `end` on."""
 
-    def __init__(self, file: io.BufferedIOBase, head: bytes, skipped: int):
-        self._file, self._head, self._moved, self._position = file, head, len(head) - skipped, 0
+    head: bytes = b""
+    skipped: int = 0
+    tail: bytes = b""
+    end: int | None = None
+
+
+class _Patched(io.RawIOBase):
+    """A file with other bytes at its beginning or end."""
+
+    def __init__(self, file: io.BufferedIOBase, patch: _Patch):
+        self._file, self._patch, self._position = file, patch, 0
+        self._moved = len(patch.head) - patch.skipped
+
+    @property
+    def _end(self) -> int:
+        """Where the tail begins."""
+        return (self._file.seek(0, os.SEEK_END) if self._patch.end is None else self._patch.end) + self._moved
 
     def readinto(self, buffer) -> int:
-        part = self._head[self._position : self._position + len(buffer)]
-        if len(part) < len(buffer):  # libsndfile takes less than it asked for as the end
-            self._file.seek(self._position + len(part) - self._moved)
-            part += self._file.read(len(buffer) - len(part))
+        # Whole: libsndfile takes less than it asked for as the end.
+        wanted, end = len(buffer), self._end
+        part = self._patch.head[self._position : self._position + wanted]
+        place = self._position + len(part)
+        if (count := min(wanted - len(part), end - place)) > 0:
+            self._file.seek(place - self._moved)
+            part += self._file.read(count)
+            place = self._position + len(part)
+        if place >= end:
+            part += self._patch.tail[place - end :][: wanted - len(part)]
         buffer[: len(part)] = part
         self._position += len(part)
         return len(part)
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        end = self._file.seek(0, os.SEEK_END) + self._moved
-        self._position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: end}[whence]
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._end + len(self._patch.tail)}
+        self._position = offset + base[whence]
         return self._position
 
     def tell(self) -> int:
@@ -416,7 +423,63 @@ class _WithOtherBeginning(io.RawIOBase):
         super().close()
 
 
-def _wav_of_unknown_length(start: bytes) -> tuple[bytes, int] | None:
+class _OggPage(NamedTuple):
+    """A page as its header describes it (RFC 3533, section 6).
+
+    Attributes:
+        start: where it begins.
+        frames: how many there are up to its end, -1 where no packet ends in it; None where its header is not complete.
+        segments: their lengths; those of a packet are all 255 but the last.
+        is_whole: whether all of it is there.
+    """
+
+    start: int
+    frames: int | None
+    segments: bytes
+    is_whole: bool
+
+
+def _ogg_pages(data: bytes) -> list[_OggPage]:
+    pages = []
+    for start in (found.start() for found in re.finditer(b"OggS", data)):
+        header = data[start : start + 27 + 255]
+        segments = header[27 : 27 + header[26]] if len(header) > 26 else b""
+        is_complete = len(header) > 26 and len(segments) == header[26]
+        frames = int.from_bytes(header[6:14], "little", signed=True) if is_complete else None
+        is_whole = is_complete and start + 27 + len(segments) + sum(segments) <= len(data)
+        pages.append(_OggPage(start, frames, segments, is_whole))
+    return pages
+
+
+def _ogg_with_complete_page(tail: bytes, size: int) -> _Patch | None:
+    """For a file of `size` bytes that ends within a page: that page with the packets that are whole, as the last."""
+    *_, page = _ogg_pages(tail) or [None]
+    if page is None or page.is_whole or page.frames is None or page.frames < 0:
+        return None
+    body = tail[page.start + 27 + len(page.segments) :]
+    count = length = whole = 0
+    for number, segment in enumerate(page.segments, 1):
+        length += segment
+        if segment < 255 and length <= len(body):
+            count, whole = number, length
+    last = 4  # among a page's flags
+    header = bytearray(tail[page.start : page.start + 27] + page.segments[:count])
+    header[5] |= last
+    header[22:26], header[26] = bytes(4), count
+    header[22:26] = _ogg_checksum(header + body[:whole]).to_bytes(4, "little")
+    return _Patch(tail=bytes(header) + body[:whole], end=size - len(tail) + page.start)
+
+
+def _ogg_checksum(page: bytes) -> int:
+    checksum = 0
+    for byte in page:
+        checksum ^= byte << 24
+        for _ in range(8):
+            checksum = checksum << 1 ^ (0x104C11DB7 if checksum & 0x80000000 else 0)
+    return checksum
+
+
+def _wav_of_unknown_length(start: bytes) -> _Patch | None:
     """A WAV's header with its length given as unknown, where it is 0 before sound: it was never written."""
     place = 12
     while place + 8 <= len(start) and start[place : place + 4] != b"data":
@@ -424,10 +487,10 @@ def _wav_of_unknown_length(start: bytes) -> tuple[bytes, int] | None:
     behind = start[place + 8 : place + 16]
     if start[place : place + 8] != b"data\0\0\0\0" or not behind or behind[:4] in (b"LIST", b"id3 ", b"bext", b"cue "):
         return None
-    return start[: place + 4] + b"\xff" * 4, place + 8
+    return _Patch(start[: place + 4] + b"\xff" * 4, place + 8)
 
 
-def _mp3_of_unknown_length(read: Callable[[int], bytes], rate: int) -> tuple[bytes, int] | None:
+def _mp3_of_unknown_length(read: Callable[[int], bytes], rate: int) -> _Patch | None:
     """A frame that counts more frames than any file has, for an MP3 of layer III without such a frame."""
     place = 0
     while (start := read(place))[:3] == b"ID3":
@@ -445,7 +508,7 @@ def _mp3_of_unknown_length(read: Callable[[int], bytes], rate: int) -> tuple[byt
     side = (17 if mono else 32) if mpeg1 else (9 if mono else 17)
     size = 144 * 128_000 // rate if mpeg1 else 72 * 80_000 // rate
     frame = header + bytes(side) + b"Xing" + (1).to_bytes(4, "big") + b"\x7f\xff\xff\xff"
-    return frame.ljust(size, b"\0"), place  # without the tags
+    return _Patch(frame.ljust(size, b"\0"), place)  # without the tags
 
 
 class _NoNotes:

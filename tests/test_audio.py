@@ -305,6 +305,18 @@ def test_what_decodes_is_used_and_what_is_missing_is_said(make, most_lost, tmp_p
     assert line in caplog.text, "said once only"
 
 
+@pytest.mark.parametrize(("subtype", "rate"), [("VORBIS", RATE), ("OPUS", 48_000)])
+@pytest.mark.parametrize("lost", [1, 700, 2000])
+def test_packets_of_an_ogg_page_that_was_cut_are_used(subtype, rate, lost):
+    content = encoded("OGG", subtype, sweep(6.0, rate), rate)
+    whole, cut = decode_audio(cell(content))[0], cell(content[:-lost])
+    found, _ = decode_audio(cut)
+    assert np.array_equal(found, whole[:, : found.shape[1]])
+    bytes_per_second = len(content) / 6
+    assert whole.shape[1] - found.shape[1] < rate * (lost / bytes_per_second + 0.1)
+    assert np.array_equal(decode_audio(cut, 5.0, 5.5)[0], whole[:, 5 * rate : round(5.5 * rate)])
+
+
 def test_sound_before_the_damage_is_to_be_had():
     content = cell(wav_file(pcm()[: len(pcm()) // 2], len(pcm())))
     assert decode_audio(content, 0.1, 0.4)[0].shape == (1, round(0.3 * RATE))
