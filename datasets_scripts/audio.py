@@ -133,8 +133,12 @@ class Sound:
                 NaN, infinite or beyond `LARGEST_SAMPLE`; or if it turns out, at its end, that a share of
                 `LARGEST_LOSS` or more of its promised length is missing.
         """
-        first, last = (sys.maxsize if time == math.inf else round(time * self.sampling_rate) for time in (start, end))
-        if not 0 <= first < last:
+        is_stretch = 0 <= start < end  # not so with NaN
+        first, last = (
+            round(time * self.sampling_rate) if is_stretch and time < math.inf else sys.maxsize
+            for time in (start, end)
+        )
+        if first >= last:
             raise AudioError(f"{self.name}: from {start:g} to {end:g} s is no stretch of sound")
         position, wanted = self._go_to_or_before(first), first
         block = np.empty((max(1, min(frames, _BLOCK_SAMPLES // self.num_channels)), self.num_channels), np.float32)
@@ -210,12 +214,12 @@ class Sound:
     def _promised_frames(self) -> int | None:
         """How long the file says it is; None if it does not."""
         if self._file.format == "OGG":
-            frames = [page.frames for page in self._last_pages if page.frames != 0]  # 0: before the sound
-            if frames and frames[-1] is None:
-                return self.num_frames + 1  # of a page without a complete header nothing is known
+            cut = next((page for page in self._last_pages[-1:] if not page.is_whole), None)
+            if cut and (cut.frames is None or cut.frames < 0):
+                return self.num_frames + 1  # at least; it is not known how long the page would be
             # In a first page libsndfile takes missing frames for a beginning at a later time.
-            is_only_page = len(frames) == 1 and self._file.subtype == "VORBIS" and not self._last_pages[-1].is_whole
-            return max(self.num_frames, frames[0]) if is_only_page else self.num_frames
+            is_first = all(page.frames == 0 for page in self._last_pages[:-1]) and self._file.subtype == "VORBIS"
+            return max(self.num_frames, cut.frames) if cut and is_first else self.num_frames
         if found := _SHORTENED.search(self._file.extra_info):
             declared, present = int(found[1]), int(found[2])
             if 0 < present < declared and not _says_unknown(declared):

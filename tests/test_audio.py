@@ -117,7 +117,12 @@ def test_consecutive_stretches_leave_no_gap():
 def test_stretch_that_is_not_there():
     content = cell(encoded("WAV"))
     assert decode_audio(content, 2.9, 5.0)[0].shape == (2, round(0.1 * RATE))
-    for start, end, words in [(3.0, 4.0, "ends after 3.000 s"), (2.0, 2.0, "no stretch"), (-1.0, 2.0, "no stretch")]:
+    for start, end, words in [
+        (3.0, 4.0, "ends after 3.000 s"),
+        (2.0, 2.0, "no stretch"),
+        (-1.0, 2.0, "no stretch"),
+        (np.nan, 2.0, "no stretch"),
+    ]:
         with pytest.raises(AudioError, match=rf"memo\.wav: .*{words}"):
             decode_audio(content, start, end)
 
