@@ -7,13 +7,14 @@ Example:
     >>> samples, sampling_rate = decode_audio(test[0]["audio"])  # float32, (channels, samples)
 """
 
-from .audio import decode_audio
+from .audio import decode_audio, opened_sound
 from .builder import corpus_report
 from .combining import combine_corpora, train_test_folds
 from .corpus import sound_files
 from .errors import AudioError, CorpusError
 from .identity import ClipIdentities, file_digest
 from .loading import CORPUS_NAMES, corpus_facts, load_corpus
+from .windows import cut_into_windows
 
 __all__ = [
     "CORPUS_NAMES",
@@ -23,9 +24,11 @@ __all__ = [
     "combine_corpora",
     "corpus_facts",
     "corpus_report",
+    "cut_into_windows",
     "decode_audio",
     "file_digest",
     "load_corpus",
+    "opened_sound",
     "sound_files",
     "train_test_folds",
 ]

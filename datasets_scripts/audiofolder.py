@@ -17,6 +17,7 @@ class AudioFolder(FolderCorpus):
         "optionally with metadata.csv: file_name,label,fold,source_id"
     )
     unique_content = True
+    whole_files = False
 
     def find_root(self, folder: Path) -> Path | None:
         return folder

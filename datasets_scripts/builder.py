@@ -17,7 +17,7 @@ from .audio import AudioFacts, inspect_audio
 from .corpus import Clip, Corpus, FolderCorpus, common_features, walk_files
 from .errors import AudioError, CorpusError
 
-SCHEMA_VERSION = "1.2.0"  # in every cache key: raise it when the columns or the checks change
+SCHEMA_VERSION = "1.3.0"  # in every cache key: raise it when the columns or the checks change
 _SHOWN = 5
 _REPORT_MARK = "\n\nCorpus report: "
 _REPAIR = "Repair the files, or leave them out with skip_unreadable=True (--skip_unreadable)."
@@ -82,7 +82,7 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
         if not self.config.allow_partial:
             lists = {"listed but absent": listing.missing, "present but not listed": listing.unlisted, "": short}
             self._refuse(lists, _COMPLETE)
-        facts = _inspect_all([clip.path for clip in listing.clips], self.root)
+        facts = _inspect_all([clip.path for clip in listing.clips], self.root, self.corpus.whole_files)
         # Relative names: the report goes into published cards, where a user's own paths have no business.
         unreadable = [str(fact).removeprefix(f"{self.root}{os.sep}") for fact in facts if isinstance(fact, AudioError)]
         if not self.config.skip_unreadable:
@@ -94,12 +94,16 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
         read, duplicates = _without_repeats(read, self.root) if self.corpus.unique_content else (read, [])
         if not read:
             raise CorpusError(f"{self.root}: none of the {len(facts)} sound files can be read; {unreadable[:1]}")
+        shortened = [
+            f"{clip.path.relative_to(self.root).as_posix()}: {_how_much(fact)}" for clip, fact in read if fact.missing
+        ]
         crossings = _crossings(read)
         report = blank_report(self.corpus.name, len(read)) | {
             "shortfalls": short,
             "missing": listing.missing,
             "unlisted": listing.unlisted,
             "skipped": unreadable,
+            "shortened": shortened,
             "wrong_durations": wrong,
             "duplicates": duplicates,
             "crossings": crossings,
@@ -126,7 +130,8 @@ def _summary(kind: str, names: list[str]) -> str:
 
 def blank_report(corpus: str, clips: int) -> dict:
     """The report on a corpus that nothing is wrong with; see `corpus_report`."""
-    lists = ["shortfalls", "missing", "unlisted", "skipped", "wrong_durations", "duplicates", "unexpected_crossings"]
+    lists = ["shortfalls", "missing", "unlisted", "skipped", "shortened", "wrong_durations", "duplicates"]
+    lists += ["unexpected_crossings"]
     return {"corpus": corpus, "clips": clips, **{key: [] for key in lists}, "crossings": {}}
 
 
@@ -144,10 +149,10 @@ def corpus_report(dataset: datasets.Dataset) -> dict:
     Returns:
         `corpus` and `clips` (at load time), and lists that are empty for a complete corpus:
         `shortfalls` (deviations from the official counts, in words), `missing` (listed but absent),
-        `unlisted` (present but not listed), `skipped` (unreadable: name and reason), `wrong_durations`,
-        `duplicates` (left out because another file has the same content), `unexpected_crossings` (recordings in
-        several folds that the official split does not have there). `crossings` maps each `source_id` that is in more
-        than one fold to its folds.
+        `unlisted` (present but not listed), `skipped` (unreadable: name and reason), `shortened` (used, though some of
+        their length cannot be decoded: name, and how much can), `wrong_durations`, `duplicates` (left out because
+        another file has the same content), `unexpected_crossings` (recordings in several folds that the official split
+        does not have there). `crossings` maps each `source_id` that is in more than one fold to its folds.
     """
     _, mark, report = dataset.info.description.partition(_REPORT_MARK)
     if not mark:
@@ -163,11 +168,12 @@ def _fingerprint(name: str, root: Path, options: dict) -> str:
     return digest.hexdigest()[:32]
 
 
-def _inspect_all(paths: list[Path], root: Path) -> list[AudioFacts | AudioError]:
+def _inspect_all(paths: list[Path], root: Path, whole_files: bool) -> list[AudioFacts | AudioError]:
     def inspect(path: Path) -> AudioFacts | AudioError:
         try:
             os.fspath(path).encode()
-            return inspect_audio(path)
+            fact = inspect_audio(path)
+            return AudioError(f"{path}: is truncated: {_how_much(fact)}") if whole_files and fact.missing else fact
         except UnicodeEncodeError:
             return AudioError(f"{os.fsencode(path)!r}: the file's name is not UTF-8; rename it")
         except AudioError as error:
@@ -176,6 +182,11 @@ def _inspect_all(paths: list[Path], root: Path) -> list[AudioFacts | AudioError]
     # libsndfile and xxhash work outside Python's lock, so threads are enough to use every core.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(tqdm(pool.map(inspect, paths), total=len(paths), desc=f"Checking {root.name}", unit=" clips"))
+
+
+def _how_much(fact: AudioFacts) -> str:
+    seconds = fact.num_frames / fact.sampling_rate
+    return f"{seconds:.3f} of {seconds / (1 - fact.missing):.3f} s decode"
 
 
 def shortfalls(clip_folds: list[int], clip_labels: list[str | None], corpus: Corpus) -> list[str]:
@@ -251,7 +262,7 @@ def _table(read: Read, features: datasets.Features) -> pa.Table:
             "clip_id": clip.clip_id or fact.digest,
             "source_id": clip.source_id,
             **clip.extra,
-            **fact._asdict(),
+            **{column: value for column, value in fact._asdict().items() if column in features},
         }
         for clip, fact in read
     ]

@@ -96,11 +96,13 @@ class FolderCorpus(Corpus, ABC):
         archives: official archives; empty where there is nothing to download.
         layout: what its folder looks like, for messages.
         unique_content: whether byte-identical files are one clip.
+        whole_files: whether every file was published whole, so that one which lost anything is not the publisher's.
     """
 
     archives: ClassVar[tuple[Archive, ...]] = ()
     layout: ClassVar[str]
     unique_content: ClassVar[bool] = False
+    whole_files: ClassVar[bool] = True
 
     @abstractmethod
     def find_root(self, folder: Path) -> Path | None:

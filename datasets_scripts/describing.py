@@ -89,10 +89,14 @@ STATES = {
     "missing": "listed files absent",
     "unlisted": "files ignored that the metadata do not list",
     "skipped": "unreadable files left out",
+    "shortened": "files used without their end, which cannot be decoded",
     "wrong_durations": "clips of an unexpected length",
     "duplicates": "files left out with the same content as another",
     "unexpected_crossings": "unofficial crossings of the folds",
 }
+
+
+_DRAWN_SECONDS = 30.0  # of long recordings
 
 
 def draw_classes(dataset: datasets.Dataset, path: Path) -> None:
@@ -136,7 +140,7 @@ def _picture(audio: dict) -> np.ndarray:
 
     from modeling_dls import three_band_spectrogram
 
-    samples, _ = decode_audio(audio)
+    samples, _ = decode_audio(audio, end=_DRAWN_SECONDS)
     mono = torch.from_numpy(samples).mean(0)
     shortest = 4096  # a few windows: the shortest clips are 50 ms
     bands = three_band_spectrogram(torch.nn.functional.pad(mono, (0, max(0, shortest - len(mono)))))

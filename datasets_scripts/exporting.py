@@ -18,6 +18,7 @@ from .describing import class_table, measures, state, summarise
 from .errors import CorpusError
 
 _SHARD_BYTES = 400_000_000
+_BATCH_BYTES = 64_000_000
 _CARD_KEY = "dls_corpus"  # the corpus report, in the card's header
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -53,16 +54,17 @@ def export_corpus(dataset: datasets.Dataset, corpus: Corpus, output_dir: str | P
 
 
 def _write_shards(dataset: datasets.Dataset, folder: Path) -> None:
-    # Flat in memory: a batch of sounds at a time is put into the table and written.
-    total = sum(_size_of(audio) for audio in dataset.with_format(None)["audio"])
-    shards = max(1, -(-total // _SHARD_BYTES))
+    # Flat in memory: a batch of sounds at a time, of long recordings a single one, is put into the table and written.
+    sizes = [_size_of(audio) for audio in dataset.with_format(None)["audio"]]
+    shards = max(1, -(-sum(sizes) // _SHARD_BYTES))
+    batch_size = max(1, min(32, _BATCH_BYTES // max(sizes)))
     for index in range(shards):
         shard = dataset.shard(shards, index, contiguous=True)
         path = folder / f"train-{index:05d}-of-{shards:05d}.parquet"
         with datasets.arrow_writer.ParquetWriter(
             path=os.fspath(path), features=dataset.features, embed_local_files=True
         ) as writer:
-            for batch in shard.with_format("arrow").iter(batch_size=32):
+            for batch in shard.with_format("arrow").iter(batch_size=batch_size):
                 writer.write_table(batch)
             writer.finalize()
 
@@ -180,7 +182,9 @@ def load_export(corpus: Corpus, source: str, cache_dir: str) -> datasets.Dataset
         raise CorpusError(f"{source}: not an export of {corpus.name}: columns {', '.join(different)} lack or differ")
     if report and report["clips"] != len(dataset):
         raise CorpusError(f"{source}: {len(dataset)} of {report['clips']} clips; export or download it again")
-    dataset.info.description = describe_with_report(corpus.title, report or _counted_report(dataset, corpus))
+    # Cards of earlier versions have fewer lists.
+    report = blank_report(corpus.name, len(dataset)) | (report or _shortfalls_only(dataset, corpus))
+    dataset.info.description = describe_with_report(corpus.title, report)
     return dataset
 
 
@@ -194,8 +198,7 @@ def report_in_card(source: str | Path) -> dict | None:
         return None
 
 
-def _counted_report(dataset: datasets.Dataset, corpus: Corpus) -> dict:
+def _shortfalls_only(dataset: datasets.Dataset, corpus: Corpus) -> dict:
     plain, names = dataset.with_format(None), dataset.features["label"].names
     labels = [None if label is None else names[label] for label in plain["label"][:]]
-    short = shortfalls(plain["fold"][:], labels, corpus)
-    return blank_report(corpus.name, len(dataset)) | {"shortfalls": short}
+    return {"shortfalls": shortfalls(plain["fold"][:], labels, corpus)}

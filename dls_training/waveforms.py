@@ -66,7 +66,7 @@ def load_waveforms(
 
     def load(cell: dict) -> torch.Tensor | AudioError:
         try:
-            samples, rate = decode_audio(cell, max_seconds)
+            samples, rate = decode_audio(cell, end=math.inf if max_seconds is None else max_seconds)
             waveform = extractor.fit_channels(torch.from_numpy(samples))
         except AudioError as error:
             return error

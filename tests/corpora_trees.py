@@ -60,7 +60,7 @@ def make_esc10(root: Path) -> Path:
 
 
 def make_urbansound8k(root: Path) -> Path:
-    sounds, rows = [wav(0.05, 1000), wav(4, 60, 2), wav(1, 100, subtype="PCM_16")], []
+    sounds, rows = [wav(0.05, 1000), wav(4, 100, 2), wav(1, 100, subtype="PCM_16")], []
     labels = [label for label, size in enumerate(UrbanSound8K.class_sizes.values()) for _ in range(size)]
     folds = [fold for fold, size in UrbanSound8K.fold_sizes.items() for _ in range(size)]
     labels = np.random.default_rng(0).permutation(labels).tolist()
@@ -78,7 +78,7 @@ def make_urbansound8k(root: Path) -> Path:
 
 
 def make_dcase2013(root: Path) -> Path:
-    sound = wav(30, 20, 2)
+    sound = wav(30, 100, 2)
     for part in ("scenes_stereo", "scenes_stereo_testset"):
         (root / part).mkdir(parents=True)
         for index, label in enumerate(DCASE2013.class_sizes):

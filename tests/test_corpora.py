@@ -191,6 +191,7 @@ def write(content):
         (lambda root: replace(root / "meta/esc50.csv", ""), ["esc50.csv", "no column"]),
         (write(b""), ["1 unreadable", "1-10000-A-0.wav", "0 bytes", "skip_unreadable"]),
         (write(wav(5)[:300]), ["1 unreadable", "1-10000-A-0.wav", "truncated"]),
+        (write(wav(5)[:-1]), ["1 unreadable", "1-10000-A-0.wav: is truncated: 4.990 of 5.000 s decode"]),
         (write(b"this is text, not sound" * 40), ["1 unreadable", "1-10000-A-0.wav", "not a sound file"]),
         (write(wav(4.5)), ["1 wrong duration", "1-10000-A-0.wav (4.500 s, expected 4.95 to 5.05 s)"]),
     ],
@@ -228,7 +229,7 @@ def test_defects_in_the_other_corpora(trees, tmp_path, cache):
         load_corpus("esc10", esc10, cache_dir=cache)
 
     dcase = linked_copy(trees("dcase2013"), tmp_path / "dcase")
-    (dcase / "scenes_stereo" / "bus01.flac").write_bytes(wav(30, 20))
+    (dcase / "scenes_stereo" / "bus01.flac").write_bytes(wav(30, 100))
     with pytest.raises(CorpusError, match="both clip development/bus01"):
         load_corpus("dcase2013", dcase, cache_dir=cache)
     (dcase / "scenes_stereo" / "bus01.flac").unlink()
@@ -412,11 +413,8 @@ SPOILED = {
     "text": (b"text " * 100, "not a sound file"),
     "no samples": (wav(0), "holds no samples"),
     **{
-        f"{kind} without its last {n}": (spoiled(kind)[:-n], "trunc")
-        for kind in ("WAV", "OGG", "AIFF", "MP3")
-        for n in (50, 10_000)
+        f"{kind} without its last 10000": (spoiled(kind)[:-10_000], "trunc") for kind in ("WAV", "AIFF", "MP3", "FLAC")
     },
-    "FLAC without its last 5000": (spoiled("FLAC")[:-5000], "trunc"),
     "OGG's first 5000": (spoiled("OGG")[:5000], "trunc"),
     "nan": (spoiled("nan"), "NaN or infinite"),
     "inf": (spoiled("inf"), "NaN or infinite"),

@@ -53,7 +53,7 @@ print(dataset.features["label"].int2str(row["label"]))
     environment |= {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", program, str(exported / "out")]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    expected = ["['train'] 200 evaluation/quietstreet01 2 (600, 2) 20", "quietstreet"]
+    expected = ["['train'] 200 evaluation/quietstreet01 2 (3000, 2) 100", "quietstreet"]
     assert result.stdout.splitlines() == expected, result.stderr
 
 
@@ -79,7 +79,7 @@ def test_card(exported):
         "| all | 100 | 100 | 200 |",
         "giannoulis2013",
         "30.000 to 30.000",
-        "20 (200",
+        "100 (200",
     ):
         assert part in text
     assert str(exported) not in text, "the card gives away a path of this machine"

@@ -130,7 +130,7 @@ class Page:
         """
         path = self.sounds / name
         if not path.exists():
-            samples, rate = decode_audio(audio, PLAYED_SECONDS)
+            samples, rate = decode_audio(audio, end=PLAYED_SECONDS)
             path.parent.mkdir(exist_ok=True)
             soundfile.write(path, samples.T, rate)
         return path
