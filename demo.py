@@ -49,7 +49,7 @@ def draw(output_dir: Path, arms: dict[str, dict]) -> None:
     from datasets_scripts import load_corpus
     from dls_training.memory_bank import BANK_FILE, MemoryBank
     from dls_training.report import draw_overview
-    from dls_training.waveforms import load_waveform
+    from dls_training.waveforms import read_waveform
     from modeling_dls import ESResNetFeatureExtractor
 
     corpus = load_corpus("synthetic")
@@ -58,7 +58,7 @@ def draw(output_dir: Path, arms: dict[str, dict]) -> None:
     extractor = ESResNetFeatureExtractor(audio_channels=1)
     shown = [int(np.flatnonzero(labels == label)[0]) for label in range(4)]
     spectrograms = {
-        names[labels[row]]: extractor.spectrogram(load_waveform(corpus[row]["audio"], extractor)[0]).to(torch.float32)
+        names[labels[row]]: extractor.spectrogram(read_waveform(corpus[row]["audio"], extractor)[0]).to(torch.float32)
         for row in shown
     }
     bank = MemoryBank.load(output_dir / "pretrained" / BANK_FILE)

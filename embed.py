@@ -2,9 +2,9 @@
 
     python embed.py recordings --model runs/npid --output embeddings.parquet
 
-One row a file: `file` (path below the folder), `seconds`, `embedding`. With --windows one row per window of
-`--clip_seconds`, with its `start`. Files that cannot be read are listed beside it, in
-embeddings.unreadable.csv.
+One row a file: `file` (path below the folder), `start` and `end` (in s), `embedding`; with --windows one row per
+window of `--clip_seconds`. Memory does not depend on how long files are. Files that cannot be read are listed beside
+it, in embeddings.unreadable.csv.
 """
 # ruff: noqa: E402
 
@@ -54,7 +54,7 @@ from dls_training.arguments import UserError
 from dls_training.checkpoints import files_moved_into_place
 from dls_training.networks import set_length
 from dls_training.runtime import choose_device_and_precision, decoding_processes, run_script, start_logging
-from dls_training.waveforms import evaluation_windows, load_waveforms, window_starts
+from dls_training.waveforms import in_order, stream_windows
 from modeling_dls import ESResNetFeatureExtractor, ESResNetForInstanceDiscrimination, ESResNetModel
 
 logger = logging.getLogger("dls")
@@ -68,14 +68,13 @@ class Window(NamedTuple):
 
     Attributes:
         file: Path below the folder.
-        seconds: Length of the file.
-        start: Where the window begins, in s.
+        start, end: In s.
         waveform: (audio_channels, samples).
     """
 
     file: str
-    seconds: float
     start: float
+    end: float
     waveform: torch.Tensor
 
 
@@ -125,9 +124,8 @@ class Embedder:
         vectors = outputs.embeddings if self.layer == "projection" else outputs.pooler_output
         return vectors.float().cpu()
 
-    def mean(self, vectors: list[torch.Tensor]) -> torch.Tensor:
-        """A file's vector from those of its windows."""
-        mean = torch.stack(vectors).mean(dim=0)
+    def finished(self, mean: torch.Tensor) -> torch.Tensor:
+        """A file's vector from the mean of its windows'."""
         return F.normalize(mean, dim=0) if self.layer == "projection" else mean
 
 
@@ -138,34 +136,40 @@ def batched(items: Iterable, size: int) -> Iterator[list]:
 
 
 class Recordings(IterableDataset):
-    """The sound files of a folder, decoded, some at a time: lists of (path below the folder, waveform or error)."""
+    """The windows of a folder's sound files, in order, some at a time: (path below the folder, places, windows).
+
+    Whatever follows in the place of windows that cannot be had is the AudioError.
+    """
 
     def __init__(self, folder: Path, extractor: ESResNetFeatureExtractor, at_a_time: int):
         self.folder, self.extractor, self.at_a_time = folder, extractor, at_a_time
 
-    def __iter__(self) -> Iterator[list[tuple[str, torch.Tensor | AudioError]]]:
-        groups = batched(sound_files(self.folder), self.at_a_time)
-        if process := get_worker_info():  # the loader asks its processes in turn, so the files stay in order
-            groups = islice(groups, process.id, None, process.num_workers)
-        for paths in groups:
-            waveforms = load_waveforms([{"bytes": None, "path": str(path)} for path in paths], self.extractor)
-            names = [path.relative_to(self.folder).as_posix() for path in paths]
-            yield list(zip(names, waveforms, strict=True))
+    def __iter__(self) -> Iterator[tuple[str, list[tuple[int, int]], torch.Tensor] | tuple[str, AudioError]]:
+        paths, at_a_time = sound_files(self.folder), self.at_a_time
+        if process := get_worker_info():  # the loader asks its processes in turn, a file each
+            paths, at_a_time = islice(paths, process.id, None, process.num_workers), 1
+        return in_order(self.windows, paths, at_a_time)
+
+    def windows(self, path: Path):
+        name = path.relative_to(self.folder).as_posix()
+        try:
+            for places, windows in stream_windows({"bytes": None, "path": str(path)}, self.extractor):
+                yield name, places, windows
+        except AudioError as error:
+            yield name, error
 
 
 def windows_of(recordings: Iterable, embedder: Embedder, unreadable: dict[str, str], bar: tqdm) -> Iterator[Window]:
     """Every file's windows, in order. What cannot be read goes to `unreadable`: {file: reason}."""
-    rate, length = embedder.extractor.sampling_rate, embedder.extractor.max_length
-    for group in recordings:
-        for name, waveform in group:
-            bar.update()
-            if isinstance(waveform, AudioError):
-                unreadable[name] = str(waveform)
-                continue
-            samples = waveform.shape[1]
-            windows = evaluation_windows(waveform, length)
-            for start, window in zip(window_starts(samples, length), windows, strict=True):
-                yield Window(name, samples / rate, start / rate, window)
+    rate, last = embedder.extractor.sampling_rate, None
+    for name, *found in recordings:
+        bar.update(name != last)
+        last = name
+        if isinstance(found[0], AudioError):
+            unreadable[name] = str(found[0])
+            continue
+        for (start, end), window in zip(*found, strict=True):
+            yield Window(name, start / rate, end / rate, window)
 
 
 def embedded(windows: Iterable[Window], embedder: Embedder, batch_size: int) -> Iterator[tuple[Window, torch.Tensor]]:
@@ -176,20 +180,21 @@ def embedded(windows: Iterable[Window], embedder: Embedder, batch_size: int) -> 
 
 
 def rows(found: Iterable[tuple[Window, torch.Tensor]], embedder: Embedder, per_window: bool) -> Iterator[dict]:
+    """A row per window; or per file, whose vectors are averaged as they come."""
     if per_window:
         for window, vector in found:
-            yield {"file": window.file, "seconds": window.seconds, "start": window.start, "embedding": vector.numpy()}
+            yield window._asdict() | {"embedding": vector.numpy()}
         return
     for name, group in groupby(found, key=lambda pair: pair[0].file):
-        group = list(group)
-        vector = embedder.mean([vector for _, vector in group])
-        yield {"file": name, "seconds": group[0][0].seconds, "embedding": vector.numpy()}
+        total, count = 0, 0
+        for window, vector in group:
+            total, count, end = total + vector, count + 1, window.end
+        yield {"file": name, "start": 0.0, "end": end, "embedding": embedder.finished(total / count).numpy()}
 
 
-def write_rows(path: Path, lines: Iterable[dict], dim: int, per_window: bool) -> int:
+def write_rows(path: Path, lines: Iterable[dict], dim: int) -> int:
     """Writes Parquet as the rows come. Returns their number."""
-    fields = [("file", pa.string()), ("seconds", pa.float64())]
-    fields += [("start", pa.float64())] if per_window else []
+    fields = [("file", pa.string()), ("start", pa.float64()), ("end", pa.float64())]
     schema = pa.schema([*fields, ("embedding", pa.list_(pa.float32(), dim))])
     count = 0
     with pq.ParquetWriter(path, schema) as writer:
@@ -219,7 +224,6 @@ def main() -> None:
         f"{total} files, {embedder.layer} vectors of {embedder.dim} numbers, on {embedder.device}, precision "
         f"{'fp32' if embedder.precision == 'no' else embedder.precision}"
     )
-    # As many files as cores: a file may be an hour long.
     recordings = Recordings(args.folder, embedder.extractor, at_a_time=torch.get_num_threads())
     loader = DataLoader(recordings, batch_size=None, num_workers=decoding_processes(embedder.device))
     listed = args.output.with_name(f"{args.output.stem}.unreadable.csv")
@@ -230,7 +234,7 @@ def main() -> None:
     ):
         windows = windows_of(loader, embedder, unreadable, bar)
         found = rows(embedded(windows, embedder, args.batch_size), embedder, args.windows)
-        count = write_rows(unfinished / args.output.name, found, embedder.dim, args.windows)
+        count = write_rows(unfinished / args.output.name, found, embedder.dim)
         if not count:
             raise UserError(f"none of the {total} files can be read; the first: {next(iter(unreadable.values()))}")
         if unreadable:

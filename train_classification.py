@@ -105,6 +105,7 @@ from torch.nn.modules.batchnorm import _BatchNorm  # of one process, or synchron
 
 from datasets_scripts import ClipIdentities, corpus_report, train_test_folds
 from dls_training.checkpoints import PREFIX, claim_output_dir, files_moved_into_place, write_json
+from dls_training.clips import ClipStore
 from dls_training.closed_form import ridge_classifier
 from dls_training.input_pipeline import (
     ViewMaker,
@@ -120,7 +121,7 @@ from dls_training.record import RECORD_FILE, Record, begun, parent_of, to_go_on_
 from dls_training.runtime import environment, make_accelerator, run_script, start_tracking
 from hub_cards import final_accuracy, write_card
 from hub_cards.publishing import claim_repository, publish
-from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor, ESResNetForAudioClassification
+from modeling_dls import ESResNetConfig, ESResNetForAudioClassification
 
 logger = logging.getLogger("dls")
 
@@ -170,21 +171,23 @@ RIDGE_VIEWS = 4  # of each clip, whose features are averaged
 class FoldRun:
     """Fine-tuning with one fold held out, in a folder of its own that can be resumed and is recognised when done."""
 
-    def __init__(self, args, accelerator: Accelerator, extractor: ESResNetFeatureExtractor, config: ESResNetConfig,
-                 train: Dataset, test: Dataset, output_dir: Path, checkpoint: Path | None, record: Record,
+    def __init__(self, args, accelerator: Accelerator, store: ClipStore, config: ESResNetConfig, train: Dataset,
+                 test: Dataset, output_dir: Path, checkpoint: Path | None, record: Record,
                  log_prefix: str):  # fmt: skip
-        self.args, self.accelerator, self.extractor = args, accelerator, extractor
-        self.make_views = ViewMaker(extractor, args.augmentation, args.augmentation_strength)
+        self.args, self.accelerator, self.extractor = args, accelerator, store.extractor
+        self.make_views = ViewMaker(
+            store.extractor, args.augmentation, args.augmentation_strength, store.keeps_spectrograms
+        )
         pretrained = args.model_name_or_path if args.init == "pretrained" else None
         model = make_model(ESResNetForAudioClassification, checkpoint or pretrained, config, args.seed)
         if args.freeze_backbone:
             model.esresnet.requires_grad_(False)
         self.bare_model = model
         self.loop = TrainingLoop(
-            args, accelerator, model, training_loader(train, extractor, args), self.save_model, output_dir, checkpoint,
+            args, accelerator, model, training_loader(store, train, args), self.save_model, output_dir, checkpoint,
             record, log_prefix,
         )  # fmt: skip
-        self.test_loader = accelerator.prepare(evaluation_loader(test, extractor, args))
+        self.test_loader = accelerator.prepare(evaluation_loader(store, test, args))
         self.outcome: dict[str, torch.Tensor] | None = None  # of the newest evaluation
 
     def save_model(self, folder: Path | None) -> None:
@@ -256,24 +259,18 @@ class FoldRun:
         The prediction is the class of the largest mean probability.
         """
 
-        def probabilities_and_features(input_values):
+        def probabilities_and_features(batch):
             with self.accelerator.autocast():
-                features = self.bare_model.esresnet(input_values).pooler_output
+                features = self.bare_model.esresnet(self.make_views.unchanged(batch)).pooler_output
                 return torch.cat([self.bare_model.classifier(features).float().softmax(-1), features.float()], dim=1)
 
         self.bare_model.eval()
-        parts = []
-        for batch in self.test_loader:
-            means = mean_over_windows(
-                batch, self.extractor, probabilities_and_features, self.args.per_device_train_batch_size
-            )
-            rows = batch["index"], batch["labels"], means
-            parts.append([row.cpu() for row in self.accelerator.gather_for_metrics(rows)])
+        means = mean_over_windows(self.accelerator, self.test_loader, probabilities_and_features)
         self.bare_model.train()
-        index, labels, means = (torch.cat(column) for column in zip(*parts, strict=True))
-        order, classes = index.argsort(), self.bare_model.config.num_labels
-        probabilities, features = means[order].split([classes, means.shape[1] - classes], dim=1)
-        return {"labels": labels[order], "predictions": probabilities.argmax(-1), "features": features}
+        classes = self.bare_model.config.num_labels
+        probabilities, features = means.split([classes, means.shape[1] - classes], dim=1)
+        labels = self.test_loader.dataset.labels
+        return {"labels": labels, "predictions": probabilities.argmax(-1), "features": features}
 
     def evaluate(self, epoch: int, is_last: bool) -> dict[str, float]:
         """Accuracy on the held-out fold."""
@@ -393,7 +390,7 @@ def prepare_fold(args, number: int, corpus: str, dataset: Dataset, parent: Recor
     return Fold(number, train, test, record, heard | {"run": record.own.identity_digest}, output_dir)
 
 
-def run_fold(args, accelerator: Accelerator, extractor: ESResNetFeatureExtractor, config, fold: Fold) -> dict:
+def run_fold(args, accelerator: Accelerator, store: ClipStore, config: ESResNetConfig, fold: Fold) -> dict:
     """Trains with one fold held out, or finds that this was done before. Returns the fold's results."""
     checkpoint, record = to_go_on_from(fold.record, args.resume_from_checkpoint, fold.output_dir)
     if fold.is_finished():
@@ -401,7 +398,7 @@ def run_fold(args, accelerator: Accelerator, extractor: ESResNetFeatureExtractor
     else:
         logger.info(f"fold {fold.number}: {len(fold.train)} clips to train on, {len(fold.test)} held out")
         run = FoldRun(
-            args, accelerator, extractor, config, fold.train, fold.test, fold.output_dir, checkpoint, record,
+            args, accelerator, store, config, fold.train, fold.test, fold.output_dir, checkpoint, record,
             f"fold {fold.number}/",
         )  # fmt: skip
         results = fold.facts | run.train()
@@ -481,7 +478,8 @@ def main() -> None:
             )
         )  # fmt: skip
     check_layout(args)
-    found = {str(fold.number): run_fold(args, accelerator, extractor, config, fold) for fold in folds}
+    store = ClipStore([dataset], extractor, args)
+    found = {str(fold.number): run_fold(args, accelerator, store, config, fold) for fold in folds}
     if accelerator.is_main_process:
         results = {"corpus": corpus, "arm": arm_of(args, config, parent), "folds": found}
         results |= {"skipped_files": corpus_report(dataset)["skipped"], **over_folds(found, names)}

@@ -83,6 +83,7 @@ from datasets import Dataset
 from datasets_scripts import ClipIdentities, combine_corpora, corpus_report
 from dls_training.arguments import UserError
 from dls_training.checkpoints import claim_output_dir, files_moved_into_place, write_json
+from dls_training.clips import ClipStore
 from dls_training.health import Visits, bank_similarity
 from dls_training.input_pipeline import (
     ViewMaker,
@@ -164,10 +165,9 @@ class NearestNeighbourTests:
     Excluded folds are held out; where none is, each official fold in turn; without folds, every fifth clip.
     """
 
-    def __init__(self, args, corpora, extractor, accelerator):
-        self.accelerator, self.extractor = accelerator, extractor
+    def __init__(self, args, corpora, store: ClipStore, make_views: ViewMaker, accelerator):
+        self.accelerator, self.make_views = accelerator, make_views
         self.k, self.sigma = args.knn_k, KNN_SIGMA
-        self.batch_size = args.per_device_train_batch_size
         self.tests, times = {}, Counter()
         self.names: dict[str, list[str]] = {}
         self.embeddings: dict[str, torch.Tensor] = {}  # the newest
@@ -179,7 +179,7 @@ class NearestNeighbourTests:
                 folds = torch.arange(len(labels)) % 5 + 1
             existing = folds.unique().tolist()
             held_out = sorted(excluded_folds(args, name).intersection(existing)) or existing
-            loader = evaluation_loader(corpus, extractor, args)
+            loader = evaluation_loader(store, corpus, args)
             times[name] += 1
             shown_as = name if times[name] == 1 else f"{name}-{times[name]}"  # a second folder of one's own
             self.names[shown_as] = corpus.features["label"].names
@@ -212,12 +212,11 @@ class NearestNeighbourTests:
 
     def embed(self, model, loader) -> torch.Tensor:
         """Every clip of a corpus, in order: (clips, embedding_dim), the mean over a clip's windows at unit length."""
-        parts = []
-        for batch in loader:
-            mean = mean_over_windows(batch, self.extractor, lambda x: model(x).embeddings, self.batch_size)
-            parts.append(self.accelerator.gather_for_metrics((batch["index"], mean)))
-        index, embeddings = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-        return F.normalize(embeddings[index.argsort()], dim=-1)
+
+        def score(batch):
+            return model(self.make_views.unchanged(batch)).embeddings
+
+        return F.normalize(mean_over_windows(self.accelerator, loader, score), dim=-1)
 
 
 class PretextStep:
@@ -290,7 +289,8 @@ def main() -> None:
         clips=data_report["clips"], excluded_folds=data_report["excluded_folds"], environment=environment(accelerator),
     )  # fmt: skip
     checkpoint, record = to_go_on_from(record, args.resume_from_checkpoint, args.output_dir)
-    loader = training_loader(clips, extractor, args)
+    store = ClipStore([corpus for _, corpus in corpora], extractor, args)
+    loader = training_loader(store, clips, args)
     model = make_model(ESResNetForInstanceDiscrimination, checkpoint or args.model_name_or_path, config, args.seed)
     keys = torch.from_numpy(identities.digests())
     bank, known = make_bank(args, checkpoint, keys, config.embedding_dim)
@@ -306,11 +306,9 @@ def main() -> None:
             extractor.save_pretrained(folder)
 
     loop = TrainingLoop(args, accelerator, model, loader, save_model, args.output_dir, checkpoint, record)
-    nearest_neighbours = NearestNeighbourTests(args, corpora, extractor, accelerator)
-
-    step = PretextStep(
-        accelerator, loop, objective, ViewMaker(extractor, args.augmentation, args.augmentation_strength)
-    )
+    make_views = ViewMaker(extractor, args.augmentation, args.augmentation_strength, store.keeps_spectrograms)
+    nearest_neighbours = NearestNeighbourTests(args, corpora, store, make_views, accelerator)
+    step = PretextStep(accelerator, loop, objective, make_views)
 
     def evaluate(epoch, is_last):
         if loop.at_end_of_epoch:

@@ -18,7 +18,7 @@ from measuring import REPOSITORY
 from datasets_scripts import load_corpus
 from dls_training.augmentation import SpectrogramAugmentation, WaveformAugmentation
 from dls_training.report import draw_spectrogram
-from dls_training.waveforms import DecodedWaveforms
+from dls_training.waveforms import read_waveform
 from modeling_dls import ESResNetFeatureExtractor
 
 NOTHING = {
@@ -42,7 +42,7 @@ def pictures(seed: int, preset: str) -> dict[str, torch.Tensor]:
     rows = load_corpus("synthetic").select([seed, seed + 1])
     extractor = ESResNetFeatureExtractor.from_preset(preset, audio_channels=1)
     clips = torch.nn.utils.rnn.pad_sequence(
-        [waveform[0] for waveform in DecodedWaveforms(rows, extractor).read([0, 1])], batch_first=True
+        [read_waveform(row["audio"], extractor)[0] for row in rows], batch_first=True
     )[:, None]
     size, partner = (extractor.spec_height, extractor.spec_width), torch.tensor([1, 0])
     generator = torch.Generator().manual_seed(seed)

@@ -29,7 +29,7 @@ def cells(line: dict) -> list[str]:
     measured = f"**{with_spread(line, 'ratio')}**" if "ratio" in line else ""
     if "seconds" in line:
         measured = f"{with_spread(line, 'seconds')} s"
-    rate = f"{number(line['rate'])} {line['unit']}" if "rate" in line else ""
+    rate = f"{number(line['rate'])} {line.get('unit', '')}".rstrip() if "rate" in line else ""
     if "share_of_ceiling" in line:
         rate += f", {number(line['share_of_ceiling'])} of {line['ceiling']}"
     return [line["what"], measured, rate, line.get("reach", "")]

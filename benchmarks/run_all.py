@@ -39,6 +39,7 @@ def main() -> None:
             ["embedding", recordings],
             ["pretraining", "--corpus", corpus],
             ["memory"],
+            ["long_recordings"],
             ["precision", "--corpus", corpus],
             ["report"],
         ):

@@ -85,6 +85,17 @@ def make_parser(description: str, recipes: dict[str, dict], reasons: str) -> arg
         help="esc10, esc50, urbansound8k, dcase2013, audiofolder or synthetic, and where it is (default: synthetic)",
     )  # fmt: skip
     data.add_argument(
+        "--windows", type=at_least(0.05, float), nargs="?", const=0.0, metavar="SECONDS",
+        help="cut recordings up: each window of this length (default: of --clip_seconds) is a clip of its own",
+    )  # fmt: skip
+    data.add_argument(
+        "--overlap", type=fraction, default=0.0, metavar="SHARE", help="of a window with the next (default: 0)"
+    )
+    data.add_argument(
+        "--silence_db", type=float, metavar="DB",
+        help="with --windows: leave out windows below this level, in dB below full scale, such as -60",
+    )  # fmt: skip
+    data.add_argument(
         "--clip_seconds", type=at_least(0.05, float), help="length of a view (default: the checkpoint's, or 5)"
     )
     data.add_argument(
@@ -218,6 +229,8 @@ def finish_parsing(
         args.preset = args.preset or preset
     if not args.num_train_epochs and getattr(args, "classifier_init", None) != "ridge":
         parser.error("--num_train_epochs 0 trains nothing; train_classification.py can, with --classifier_init ridge")
+    if args.windows is None and (args.overlap or args.silence_db is not None):
+        parser.error("--overlap and --silence_db say how --windows cuts recordings up: add that")
     if args.keep_spectrograms and args.augmentation != "spectrogram":
         parser.error(
             "--keep_spectrograms needs --augmentation spectrogram, because waveforms are augmented before that: add "

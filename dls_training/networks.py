@@ -43,7 +43,7 @@ def check_agreement(args, options: dict, found) -> None:
 def make_extractor(args) -> ESResNetFeatureExtractor:
     """The checkpoint's extractor, or the preset's, set to the length and channels of this run.
 
-    Where --clip_seconds or --audio_channels is not given, it is filled in with what holds.
+    Where --clip_seconds, --audio_channels or the length of --windows is not given, it is filled in with what holds.
 
     Raises:
         UserError: if the checkpoint has none, or others than options say, the settings do not go together, or a view
@@ -78,6 +78,8 @@ def make_extractor(args) -> ESResNetFeatureExtractor:
             )
     extractor.audio_channels = args.audio_channels
     set_length(extractor, args.clip_seconds)
+    if args.windows == 0:  # given without a length
+        args.windows = args.clip_seconds
     return extractor
 
 

@@ -91,11 +91,12 @@ def slow_vectors(model, extractor, path):
 
 def test_a_row_per_file(recordings, pretrained, tmp_path):
     log, table = run(recordings, pretrained, tmp_path / "out.parquet", "--batch_size", "4")
-    assert table.column_names == ["file", "seconds", "embedding"]
+    assert table.column_names == ["file", "start", "end", "embedding"]
     files = table["file"].to_pylist()
     assert files == ["a.wav", "b/c.flac", "b/d.wav", "e.ogg", "f.wav", "g.wav"]
     seconds = [*(samples / RATE for samples in LENGTHS.values()), 0.5]
-    np.testing.assert_allclose(table["seconds"].to_pylist(), seconds)
+    np.testing.assert_allclose(table["end"].to_pylist(), seconds)
+    assert set(table["start"].to_pylist()) == {0.0}
     model = ESResNetForInstanceDiscrimination.from_pretrained(pretrained).eval()
     extractor = ESResNetFeatureExtractor.from_pretrained(pretrained)
     vectors = dict(zip(files, table["embedding"].to_pylist(), strict=True))
@@ -113,13 +114,15 @@ def test_a_row_per_file(recordings, pretrained, tmp_path):
 def test_a_row_per_window(recordings, classifier, tmp_path):
     """And of a classifier, the features before its head."""
     _, table = run(recordings, classifier, tmp_path / "out.parquet", "--windows", "--batch_size", "3")
-    assert table.column_names == ["file", "seconds", "start", "embedding"]
+    assert table.column_names == ["file", "start", "end", "embedding"]
     model, extractor = ESResNetModel.from_pretrained(classifier), ESResNetFeatureExtractor.from_pretrained(classifier)
     rows = table.to_pylist()
     for name in LENGTHS:
         own = [row for row in rows if row["file"] == name]
         expected = slow_vectors(model.eval(), extractor, recordings / name)
         assert [row["start"] for row in own] == [start for start, _ in expected]
+        ends = [*(start + 0.5 for start, _ in expected[:-1]), LENGTHS[name] / RATE]
+        np.testing.assert_allclose([row["end"] for row in own], ends)
         for row, (_, vector) in zip(own, expected, strict=True):
             np.testing.assert_allclose(row["embedding"], vector.numpy(), rtol=1e-4, atol=1e-4)
 
@@ -136,15 +139,17 @@ def test_options(recordings, pretrained, tmp_path):
 
 
 def test_decoding_processes_change_nothing(recordings, pretrained):
-    """As on a GPU: several processes, each with every n-th group of files, still in order."""
+    """As on a GPU: several processes, each with every n-th file, still in order; nor do threads."""
     extractor = ESResNetFeatureExtractor.from_pretrained(pretrained)
-    groups = embed.Recordings(recordings, extractor, at_a_time=2)
-    alone = [item for group in groups for item in group]
-    loader = torch.utils.data.DataLoader(groups, batch_size=None, num_workers=3)
-    together = [item for group in loader for item in group]
-    assert [name for name, _ in alone] == [name for name, _ in together] and len(alone) == 8
-    for (_, one), (_, other) in zip(alone, together, strict=True):
-        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else str(one) == str(other)
+    found = []
+    for at_a_time, num_workers in ((1, 0), (3, 0), (2, 3)):
+        groups = embed.Recordings(recordings, extractor, at_a_time)
+        found.append(list(torch.utils.data.DataLoader(groups, batch_size=None, num_workers=num_workers)))
+    assert len(found[0]) == 8
+    for one, *others in zip(*found, strict=True):
+        for other in others:
+            assert one[0] == other[0] and str(one[1]) == str(other[1])
+            assert all(map(torch.equal, one[2:], other[2:]))
 
 
 def test_bad_input_leaves_what_was_there(recordings, classifier, pretrained, tmp_path):
@@ -167,6 +172,22 @@ def test_bad_input_leaves_what_was_there(recordings, classifier, pretrained, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out.parquet"]
 
 
+def peak(folder, model) -> float:
+    """MB of embed.py at its largest, over the files of a folder."""
+    measure = (
+        "import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "finally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    command = [sys.executable, "-c", measure, ROOT / "embed.py", folder, "--model", model]
+    ended = subprocess.run(
+        [*map(str, command), "--output", f"{folder}.parquet"], capture_output=True, text=True, check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )  # fmt: skip
+    assert pq.read_table(f"{folder}.parquet").num_rows == len(list(folder.iterdir())), ended.stderr
+    return int(ended.stdout.split()[-1]) / 1024
+
+
 def test_memory_does_not_grow_with_the_folder(pretrained, tmp_path):
     """Forty times as many files: less than 40 MB more, of which their samples alone would be 150 MB."""
     few, many = tmp_path / "few", tmp_path / "many"
@@ -175,19 +196,13 @@ def test_memory_does_not_grow_with_the_folder(pretrained, tmp_path):
         random = np.random.default_rng(0)
         for number in range(count):
             soundfile.write(folder / f"{number}.wav", 0.1 * random.standard_normal(4 * RATE), RATE)
+    assert peak(many, pretrained) < peak(few, pretrained) + 40
 
-    def peak(folder):
-        measure = (
-            "import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
-            "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-            "finally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-        )
-        command = [sys.executable, "-c", measure, ROOT / "embed.py", folder, "--model", pretrained]
-        ended = subprocess.run(
-            [*map(str, command), "--output", f"{folder}.parquet"], capture_output=True, text=True, check=False,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-        assert pq.read_table(f"{folder}.parquet").num_rows == len(list(folder.iterdir())), ended.stderr
-        return int(ended.stdout.split()[-1]) / 1024
 
-    assert peak(many) < peak(few) + 40
+def test_memory_does_not_grow_with_a_file(pretrained, tmp_path):
+    """An hour less than 40 MB more than a minute, of which its samples alone would be 115 MB."""
+    for name, minutes in (("short", 1), ("long", 60)):
+        (tmp_path / name).mkdir()
+        sound = 0.1 * np.random.default_rng(0).standard_normal(minutes * 60 * RATE)
+        soundfile.write(tmp_path / name / "a.flac", sound, RATE)
+    assert peak(tmp_path / "long", pretrained) < peak(tmp_path / "short", pretrained) + 40

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import xxhash
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard
 from datasets import Dataset
@@ -15,23 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.data import DataLoader
 
 from datasets_scripts import AudioError
+from dls_training import input_pipeline
 from dls_training.arguments import UserError
 from dls_training.augmentation import NUM_DRAWS, WaveformAugmentation
-from dls_training.input_pipeline import (
-    MAX_VIEWS_PER_CLIP,
-    EvaluationClips,
-    ShuffledClips,
-    TrainingClips,
-    ViewMaker,
-    collate_evaluation,
-    collate_training,
-    evaluation_loader,
-    load_corpora,
-    mean_over_windows,
-    training_loader,
-)
+from dls_training.clips import MAX_VIEWS_PER_CLIP, ClipStore
+from dls_training.input_pipeline import ClipBatches, Key, ShuffledClips, ViewMaker, load_corpora, mean_over_windows
 from dls_training.runtime import run_script
-from dls_training.waveforms import evaluation_windows, load_waveform, load_waveforms
+from dls_training.waveforms import evaluation_windows, read_waveform
 from modeling_dls import ESResNetFeatureExtractor
 from modeling_dls.feature_extraction_esresnet import fit_length
 
@@ -56,18 +47,32 @@ def noise(samples, channels=1, seed=0):
     return (np.random.default_rng(seed).normal(size=(channels, samples)) * 0.1).astype(np.float32)
 
 
+def rows_of(cells, rate=RATE, **columns):
+    """What `load_corpus` says of some clips, as far as it matters here."""
+    frames = [soundfile.info(io.BytesIO(cell["bytes"])).frames for cell in cells]
+    digests = [xxhash.xxh3_128_hexdigest(cell["bytes"]) for cell in cells]
+    facts = {"digest": digests, "num_frames": frames, "sampling_rate": [rate] * len(cells)}
+    return Dataset.from_dict({"audio": cells, **facts, **columns})
+
+
 def make_rows(lengths=(2500, 100, 2000, 9000, 1999, 2001, 40, 3000, 2600), labels=True):
-    columns = {"audio": [encoded(noise(n, seed=i)) for i, n in enumerate(lengths)]}
-    if labels:
-        columns["label"] = [i % 3 for i in range(len(lengths))]
-    return Dataset.from_dict(columns)
+    columns = {"label": [i % 3 for i in range(len(lengths))]} if labels else {}
+    return rows_of([encoded(noise(n, seed=i)) for i, n in enumerate(lengths)], **columns)
 
 
 def options(**changes):
     settings = {"per_device_train_batch_size": 4, "seed": 3, "dataloader_num_workers": 0}
     settings |= {"keep_spectrograms": False, "keep_waveforms": False, "cache_gigabytes": 1.0}
-    settings |= {"augmentation": "waveform", "augmentation_strength": 1.0}
+    settings |= {"augmentation": "waveform", "augmentation_strength": 1.0, "windows": None}
     return SimpleNamespace(**settings | changes)
+
+
+def training_loader(rows, extractor, args):
+    return input_pipeline.training_loader(ClipStore([rows], extractor, args), rows, args)
+
+
+def evaluation_loader(rows, extractor, args):
+    return input_pipeline.evaluation_loader(ClipStore([rows], extractor, args), rows, args)
 
 
 # One clip
@@ -75,7 +80,7 @@ def options(**changes):
 
 def test_a_clip_at_the_right_rate_is_not_touched():
     samples = noise(777)
-    waveform = load_waveform(encoded(samples), make_extractor())
+    waveform = read_waveform(encoded(samples), make_extractor())
     assert waveform.dtype == torch.float32
     np.testing.assert_array_equal(waveform.numpy(), samples)
 
@@ -84,7 +89,7 @@ def test_a_clip_at_the_right_rate_is_not_touched():
 def test_resampling_keeps_length_and_pitch(source, target):
     seconds, frequency = 0.5, 1234.0
     sine = 0.5 * np.sin(2 * np.pi * frequency * np.arange(int(seconds * source)) / source)
-    waveform = load_waveform(encoded(sine[None], source), ESResNetFeatureExtractor(target, audio_channels=1))
+    waveform = read_waveform(encoded(sine[None], source), ESResNetFeatureExtractor(target, audio_channels=1))
     assert waveform.shape == (1, int(seconds * target))
     # Phase and loudness as well; the filter has no past at the edges.
     expected = 0.5 * np.sin(2 * np.pi * frequency * np.arange(waveform.shape[1]) / target)
@@ -94,33 +99,33 @@ def test_resampling_keeps_length_and_pitch(source, target):
 
 def test_resampling_down_does_not_alias():
     sine = 0.5 * np.sin(2 * np.pi * 3000 * np.arange(8000) / 8000)
-    waveform = load_waveform(encoded(sine[None], 8000), make_extractor())  # 3000 Hz are beyond 4000 / 2
+    waveform = read_waveform(encoded(sine[None], 8000), make_extractor())  # 3000 Hz are beyond 4000 / 2
     assert waveform.shape == (1, 4000) and waveform[:, 200:-200].abs().max() < 0.02
 
 
 def test_channels():
     stereo = noise(500, channels=2)
-    mono = load_waveform(encoded(stereo), make_extractor(1))
+    mono = read_waveform(encoded(stereo), make_extractor(1))
     np.testing.assert_allclose(mono.numpy(), stereo.mean(axis=0, keepdims=True), atol=1e-7)
-    np.testing.assert_array_equal(load_waveform(encoded(stereo), make_extractor(2)).numpy(), stereo)
-    doubled = load_waveform(encoded(stereo[:1]), make_extractor(2))
+    np.testing.assert_array_equal(read_waveform(encoded(stereo), make_extractor(2)).numpy(), stereo)
+    doubled = read_waveform(encoded(stereo[:1]), make_extractor(2))
     np.testing.assert_array_equal(doubled.numpy(), stereo[[0, 0]])
-    six = load_waveform(encoded(noise(500, channels=6)), make_extractor(1))
+    six = read_waveform(encoded(noise(500, channels=6)), make_extractor(1))
     assert six.shape == (1, 500)
 
 
 def test_many_clips_at_once_are_each_as_alone():
-    """Rates, lengths and channels mixed; what cannot be used takes its own place."""
-    extractor = make_extractor(audio_channels=1)
-    rates = [RATE, 8000, 3000, 8000, RATE, 3000, 8000]
-    cells = [encoded(noise(200 + 37 * i, 1 + i % 2, seed=i), rate) for i, rate in enumerate(rates)]
-    cells.insert(3, {"bytes": b"no sound", "path": "broken.wav"})
-    found = load_waveforms(cells, extractor)
-    assert isinstance(found[3], AudioError) and "broken.wav" in str(found[3])
-    for number in (0, 1, 2, 4, 5, 6, 7):
-        expected = load_waveform(cells[number], extractor)
-        assert torch.equal(found[number], expected)
-    assert load_waveforms([], extractor) == []
+    """Rates, lengths and channels mixed; parts as well as whole clips."""
+    extractor, parts = make_extractor(audio_channels=1), []
+    for i, rate in enumerate([RATE, 8000, 3000, 8000, RATE, 3000, 8000]):
+        parts.append(rows_of([encoded(noise(200 + 37 * i, 1 + i % 2, seed=i), rate)], rate))
+    store = ClipStore(parts, extractor, options())
+    whole = [read_waveform(part[0]["audio"], extractor) for part in parts]
+    assert store.lengths.tolist() == [waveform.shape[1] for waveform in whole]
+    for row, waveform in enumerate(store.read([(row, 0, 10_000) for row in range(7)])):
+        assert torch.equal(waveform, whole[row])
+    for row, waveform in enumerate(store.read([(row, 20, 31) for row in range(7)])):
+        torch.testing.assert_close(waveform, whole[row][:, 20:31], rtol=0, atol=1e-6)
 
 
 UNUSABLE = {
@@ -136,7 +141,9 @@ UNUSABLE = {
 def test_a_file_that_cannot_be_used_is_named(tmp_path, make_loader, what, num_workers):
     path = tmp_path / "broken.wav"
     path.write_bytes(UNUSABLE[what])
-    rows = Dataset.from_dict({"audio": [encoded(noise(500)), {"bytes": None, "path": str(path)}]})
+    rows = rows_of([encoded(noise(500)), encoded(noise(500, seed=1))])
+    cells = [rows[0]["audio"], {"bytes": None, "path": str(path)}]  # as if it had been replaced since it was checked
+    rows = rows.remove_columns("audio").add_column("audio", cells)
     loader = make_loader(rows, make_extractor(audio_channels=2), options(dataloader_num_workers=num_workers))
     with pytest.raises(AudioError, match=r"broken\.wav"):
         list(loader)
@@ -145,12 +152,13 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path, make_loader, what, num_wo
 def test_a_resampler_made_while_torch_traces_is_not_kept():
     cell, extractor = encoded(noise(500), rate=4567), make_extractor()
     with FakeTensorMode(allow_non_fake_inputs=True):
-        assert isinstance(load_waveform(cell, extractor), FakeTensor)
-    assert type(load_waveform(cell, extractor)) is torch.Tensor
+        assert isinstance(read_waveform(cell, extractor), FakeTensor)
+    assert type(read_waveform(cell, extractor)) is torch.Tensor
 
 
 def test_a_user_reads_one_line_about_a_file_that_a_worker_could_not_use(tmp_path, capsys):
-    rows = Dataset.from_dict({"audio": [{"bytes": None, "path": str(tmp_path / "missing.wav")}] * 2})
+    rows = make_rows((500, 600)).remove_columns("audio")
+    rows = rows.add_column("audio", [{"bytes": None, "path": str(tmp_path / "missing.wav")}] * 2)
     loader = training_loader(rows, make_extractor(), options(dataloader_num_workers=1))
     assert run_script(lambda: list(loader)) == 2
     message = capsys.readouterr().err
@@ -165,10 +173,10 @@ def by_index(loader, epoch):
     loader.sampler.set_epoch(epoch)
     clips = {}
     for batch in loader:
-        views = WaveformAugmentation(LENGTH)(batch["waveform"], batch["lengths"], batch["draws"])
+        views = WaveformAugmentation(LENGTH)(batch["signal"], batch["lengths"], batch["draws"])
         for row, index in enumerate(batch["index"].tolist()):
             assert index not in clips
-            samples = batch["waveform"][row, :, : batch["lengths"][row]]
+            samples = batch["signal"][row, :, : batch["lengths"][row]]
             clips[index] = (batch["labels"][row], batch["draws"][row], samples, views[row])
     return clips
 
@@ -201,29 +209,37 @@ def test_a_view_depends_on_seed_epoch_and_clip_alone(audio_channels):
         assert not any(torch.equal(clips[i][1], reference[i][1]) for i in set(clips) & set(reference))
 
 
+def batch_of(rows, extractor, *keys, seed=1, **changes):
+    return ClipBatches(ClipStore([rows], extractor, options(**changes)), rows, seed).__getitems__(list(keys))
+
+
 def test_training_clip():
     rows, extractor = make_rows(), make_extractor()
-    clips = TrainingClips(rows, extractor, seed=1)
-    assert len(clips) == len(rows)
-    item = clips[4, 2]
-    assert item["index"] == 2 and item["label"] == 2
-    np.testing.assert_array_equal(item["waveform"].numpy(), noise(2000, seed=2))
-    assert item["draws"].shape == (NUM_DRAWS,) and item["draws"].dtype == torch.float64
-    assert ((item["draws"] >= 0) & (item["draws"] < 1)).all()
+    batch = batch_of(rows, extractor, Key(2, 4))
+    assert batch["index"].tolist() == [2] and batch["labels"].tolist() == [2] and batch["lengths"].tolist() == [2000]
+    np.testing.assert_array_equal(batch["signal"][0].numpy(), noise(2000, seed=2))
+    assert batch["draws"].shape == (1, NUM_DRAWS) and batch["draws"].dtype == torch.float64
+    assert ((batch["draws"] >= 0) & (batch["draws"] < 1)).all()
     # Every clip, epoch and seed has numbers of its own.
-    draws = [
-        TrainingClips(rows, extractor, seed)[epoch, i]["draws"] for seed in (1, 2) for epoch in (1, 2) for i in (1, 2)
-    ]
-    assert len({tuple(draw.tolist()) for draw in draws}) == 8
+    keys = [Key(clip, epoch) for epoch in (1, 2) for clip in (1, 2)]
+    draws = torch.cat([batch_of(rows, extractor, *keys, seed=seed)["draws"] for seed in (1, 2)])
+    assert len({tuple(draw) for draw in draws.tolist()}) == 8
+
+
+def test_clips_are_filled_up_to_the_longest():
+    rows, extractor = make_rows(), make_extractor(2)
+    batch = batch_of(rows, extractor, Key(1, 0), Key(4, 0), Key(6, 0))
+    assert batch["lengths"].tolist() == [100, 1999, 40] and batch["lengths"].dtype == torch.int64
+    assert batch["signal"].shape == (3, 2, 1999) and batch["signal"].is_contiguous()
+    for clip, length, signal in zip((1, 4, 6), (100, 1999, 40), batch["signal"], strict=True):
+        np.testing.assert_array_equal(signal[:, :length].numpy(), noise(length, seed=clip)[[0, 0]])
 
 
 def test_a_long_recording_is_cut_to_a_random_stretch():
     longest = MAX_VIEWS_PER_CLIP * LENGTH
     ramp = np.arange(1.0, 3 * longest + 1)[None]
-    clips = TrainingClips(Dataset.from_dict({"audio": [encoded(ramp)]}), make_extractor(), seed=0)
-    starts = []
-    for epoch in range(60):
-        waveform = clips[epoch, 0]["waveform"][0]
+    rows, starts = rows_of([encoded(ramp)]), []
+    for waveform in batch_of(rows, make_extractor(), *(Key(0, epoch) for epoch in range(60)))["signal"][:, 0]:
         starts.append(int(waveform[0]) - 1)
         np.testing.assert_array_equal(waveform.numpy(), ramp[0, starts[-1] : starts[-1] + longest])
     assert min(starts) < longest / 4 and max(starts) > 1.75 * longest and len(set(starts)) > 50
@@ -232,11 +248,9 @@ def test_a_long_recording_is_cut_to_a_random_stretch():
 @pytest.mark.parametrize("surplus", [-1, 0, 1])
 def test_a_recording_just_as_long_as_is_kept(surplus):
     longest = MAX_VIEWS_PER_CLIP * LENGTH
-    samples = noise(longest + surplus)
-    clips = TrainingClips(Dataset.from_dict({"audio": [encoded(samples)]}), make_extractor(), seed=0)
-    starts = set()
-    for epoch in range(20):
-        waveform = clips[epoch, 0]["waveform"].numpy()
+    samples, starts = noise(longest + surplus), set()
+    keys = [Key(0, epoch) for epoch in range(20)]
+    for waveform in batch_of(rows_of([encoded(samples)]), make_extractor(), *keys)["signal"].numpy():
         assert waveform.shape == (1, min(longest, longest + surplus))
         (start,) = [s for s in (0, 1) if np.array_equal(waveform, samples[:, s : s + longest])]
         starts.add(start)
@@ -256,40 +270,25 @@ def test_clips_without_a_label_get_minus_one(rows):
         assert len(labels) >= 8 and labels == expected
 
 
-def test_collate_training():
-    lengths = [3, 10, 1]
-    items = [
-        {"index": 7 + i, "label": i - 1, "waveform": torch.randn(2, n), "draws": torch.rand(3, dtype=torch.float64)}
-        for i, n in enumerate(lengths)
-    ]
-    batch = collate_training(items)
-    assert batch["index"].tolist() == [7, 8, 9] and batch["labels"].tolist() == [-1, 0, 1]
-    assert batch["lengths"].tolist() == lengths and batch["lengths"].dtype == torch.int64
-    assert batch["waveform"].shape == (3, 2, 10) and batch["waveform"].is_contiguous()
-    assert batch["draws"].dtype == torch.float64
-    for row, item in enumerate(items):
-        assert torch.equal(batch["waveform"][row, :, : lengths[row]], item["waveform"])
-        assert torch.equal(batch["draws"][row], item["draws"])
-
-
 @pytest.mark.parametrize("audio_channels", [1, 2])
 def test_views_are_augmentation_and_spectrogram_of_each_clip(audio_channels):
     extractor, augmentation = make_extractor(audio_channels), WaveformAugmentation(LENGTH)
-    clips = TrainingClips(make_rows(), extractor, seed=1)
     for indices in ([0, 1, 2, 3, 4], [5], [3, 6]):
-        items = [clips[0, i] for i in indices]
-        views = ViewMaker(extractor)(collate_training(items))
+        batch = batch_of(make_rows(), extractor, *(Key(index, 0) for index in indices))
+        views = ViewMaker(extractor)(batch)
         assert views.shape == (len(indices), audio_channels, 3, 8, 16) and views.dtype == torch.float32
-        for view, item in zip(views, items, strict=True):
-            samples = item["waveform"]
-            alone = augmentation(samples[None], torch.tensor([samples.shape[1]]), item["draws"][None])
+        for view, samples, length, draws in zip(
+            views, *(batch[n] for n in ("signal", "lengths", "draws")), strict=True
+        ):
+            alone = augmentation(samples[None, :, :length], length[None], draws[None])
             torch.testing.assert_close(view, extractor.spectrogram(alone)[0], rtol=1e-4, atol=1e-3)
 
 
 def mixed_views(rows, extractor, epoch, processes=1, **changes) -> dict[int, torch.Tensor]:
     """Row -> its view in an epoch, of all processes' batches together."""
     args, views = options(**{"augmentation": "spectrogram", **changes}), {}
-    loader, make_views = training_loader(rows, extractor, args), ViewMaker(extractor, args.augmentation)
+    loader = training_loader(rows, extractor, args)
+    make_views = ViewMaker(extractor, args.augmentation, from_spectrograms=args.keep_spectrograms)
     loader.sampler.set_epoch(epoch)
     for process in range(processes):
         batches = BatchSamplerShard(loader.batch_sampler, processes, process)  # as Accelerate spreads them
@@ -336,11 +335,11 @@ def test_a_mixed_view_depends_on_seed_epoch_and_clip_alone(augmentation, audio_c
 def test_one_clip_more_is_loaded_for_a_batch_that_is_mixed(changes, mixes):
     loader = training_loader(make_rows(), make_extractor(), options(**changes))
     for batch in loader:
-        assert len(batch["waveform"]) == len(batch["draws"]) == len(batch["lengths"]) == 4 + mixes
+        assert len(batch["signal"]) == len(batch["draws"]) == len(batch["lengths"]) == 4 + mixes
         assert len(batch["index"]) == len(batch["labels"]) == 4
     # A batch of every clip has all partners.
     for batch in training_loader(make_rows(), make_extractor(), options(per_device_train_batch_size=9, **changes)):
-        assert len(batch["waveform"]) == len(batch["index"]) == 9
+        assert len(batch["signal"]) == len(batch["index"]) == 9
 
 
 @pytest.mark.parametrize("num_clips", [0, 1])
@@ -361,10 +360,10 @@ def test_order_is_a_permutation_of_seed_and_epoch(num_clips, batch_size):
             sampler.set_epoch(epoch)
             order = list(sampler)
             assert len(order) == len(sampler) == num_clips
-            assert {e for e, _ in order} == {epoch}
-            assert sorted(i for _, i in order) == list(range(num_clips))
+            assert {key.epoch for key in order} == {epoch}
+            assert sorted(key.clip for key in order) == list(range(num_clips))
             assert list(sampler) == order  # asked again, the same
-            orders[seed, epoch] = tuple(i for _, i in order)
+            orders[seed, epoch] = tuple(key.clip for key in order)
     if num_clips > 5:
         assert len(set(orders.values())) == 6 and tuple(range(num_clips)) not in orders.values()
 
@@ -375,7 +374,7 @@ def test_a_last_batch_of_one_waits_and_it_is_not_always_the_same_clip(num_clips,
     left_out = []
     for epoch in range(40):
         sampler.set_epoch(epoch)
-        used = [index for _, index in sampler]
+        used = [key.clip for key in sampler]
         assert len(used) == len(set(used)) == len(sampler) == num_clips - 1
         (missing,) = set(range(num_clips)) - set(used)
         left_out.append(missing)
@@ -419,45 +418,32 @@ def test_number_of_windows_at_full_rate(seconds, expected):
 
 def test_evaluation_clips_come_in_order_with_all_their_windows():
     rows, extractor = make_rows(), make_extractor()
+    expected = [evaluation_windows(read_waveform(row["audio"], extractor), LENGTH) for row in rows]
+    clip_of_window = [clip for clip, windows in enumerate(expected) for _ in windows]
     for changes in ({}, {"dataloader_num_workers": 2}, {"per_device_train_batch_size": 2}):
         batches = list(evaluation_loader(rows, extractor, options(**changes)))
-        assert torch.cat([batch["index"] for batch in batches]).tolist() == list(range(len(rows)))
-        assert torch.cat([batch["labels"] for batch in batches]).tolist() == rows["label"][:]
-        windows = [part for batch in batches for part in batch["windows"].split(batch["counts"].tolist())]
-        for found, row in zip(windows, rows, strict=True):
-            assert torch.equal(found, evaluation_windows(load_waveform(row["audio"], extractor), LENGTH))
-    clips = EvaluationClips(rows, extractor)
-    batch = collate_evaluation([clips[3], clips[1]])
-    assert batch["index"].tolist() == [3, 1] and batch["counts"].tolist() == [5, 1]
-    assert batch["windows"].shape == (6, 1, LENGTH)
+        assert torch.cat([batch["index"] for batch in batches]).tolist() == clip_of_window
+        assert torch.cat([batch["labels"] for batch in batches]).tolist() == [i % 3 for i in clip_of_window]
+        assert torch.equal(torch.cat([batch["signal"] for batch in batches]), torch.cat(expected))
+        assert max(len(batch["signal"]) for batch in batches) == options(**changes).per_device_train_batch_size
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
 def test_mean_over_windows(batch_size):
-    extractor = make_extractor()
-    counts = [3, 1, 4, 2]
-    windows = torch.from_numpy(noise(10 * LENGTH).reshape(10, 1, LENGTH))
-    calls = []
+    rows, extractor, accelerator = make_rows((5500, 1000, 8000, 3000)), make_extractor(), Accelerator(cpu=True)
+    make_views, weight = ViewMaker(extractor), torch.nn.Parameter(torch.ones(()))
 
-    def score(input_values):
-        calls.append(len(input_values))
-        flat = input_values.flatten(1)
-        return torch.stack([flat.mean(1), flat.amax(1), flat[:, 0]], dim=1).to(torch.float64)
+    def score(batch):
+        flat = make_views.unchanged(batch).flatten(1)
+        return torch.stack([flat.mean(1), flat.amax(1), flat[:, 0]], dim=1).to(torch.float64) * weight
 
-    batch = {"windows": windows, "counts": torch.tensor(counts)}
-    means = mean_over_windows(batch, extractor, score, batch_size)
-    assert means.dtype == torch.float32 and max(calls) <= batch_size and sum(calls) == 10
-    first = 0
-    for mean, count in zip(means, counts, strict=True):
-        scores = [score(extractor.spectrogram(windows[i : i + 1]))[0] for i in range(first, first + count)]
-        torch.testing.assert_close(mean.double(), sum(scores) / count, rtol=1e-5, atol=1e-5)
-        first += count
-
-
-def test_mean_over_windows_keeps_no_gradient():
-    weight = torch.nn.Parameter(torch.ones(()))
-    batch = {"windows": torch.from_numpy(noise(LENGTH))[None], "counts": torch.tensor([1])}
-    assert not mean_over_windows(batch, make_extractor(), lambda x: x.flatten(1) * weight, 4).requires_grad
+    loader = evaluation_loader(rows, extractor, options(per_device_train_batch_size=batch_size))
+    means = mean_over_windows(accelerator, accelerator.prepare(loader), score)
+    assert means.dtype == torch.float32 and not means.requires_grad
+    for mean, row in zip(means, rows, strict=True):
+        windows = evaluation_windows(read_waveform(row["audio"], extractor), LENGTH)
+        scores = [score({"signal": window[None]})[0] for window in windows]
+        torch.testing.assert_close(mean.double(), sum(scores).detach() / len(windows), rtol=1e-5, atol=1e-5)
 
 
 # Corpora
@@ -467,6 +453,7 @@ def test_load_corpora_hands_the_options_on(monkeypatch):
     calls = []
     monkeypatch.setattr("dls_training.input_pipeline.load_corpus", lambda *a, **o: calls.append((a, o)) or len(calls))
     args = SimpleNamespace(corpus=[("esc10", "/a"), ("synthetic", None)], allow_partial=True, skip_unreadable=False)
+    args.windows = None
     assert load_corpora(args) == [("esc10", 1), ("synthetic", 2)]
     expected = {"allow_partial": True, "skip_unreadable": False}
     assert calls == [(("esc10", "/a"), expected), (("synthetic", None), expected)]

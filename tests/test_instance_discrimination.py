@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from test_input_pipeline import make_rows
-from torch.utils.data import DataLoader
+from test_input_pipeline import encoded, make_rows, noise, rows_of
 
 from datasets_scripts import load_corpus
 from dls_training import MemoryBank
+from dls_training.clips import ClipStore
 from dls_training.health import Visits, bank_similarity, has_finite_weights
-from dls_training.input_pipeline import ShuffledClips, ViewMaker, collate_training, training_loader
+from dls_training.input_pipeline import ViewMaker, training_loader
 from dls_training.instance_discrimination import (
     InstanceDiscrimination,
     knn_accuracy_by_fold,
@@ -519,7 +519,8 @@ def test_runs_of_any_temperature_are_measured_alike(sound_folder, monkeypatch):
     for temperature in ("0.001", "0.1", "10"):
         args = parse_args(["--nce_t", temperature, "--knn_k", "15", "--dataloader_num_workers", "0"])
         extractor = ESResNetFeatureExtractor.from_preset("tiny", max_length=4000, audio_channels=1)
-        tests = NearestNeighbourTests(args, corpora, extractor, Accelerator(cpu=True))
+        store = ClipStore([clips for _, clips in corpora], extractor, args)
+        tests = NearestNeighbourTests(args, corpora, store, ViewMaker(extractor), Accelerator(cpu=True))
         assert tests(torch.nn.Identity()) == {"audiofolder": pytest.approx(np.mean(hits))}
 
 
@@ -560,24 +561,9 @@ def test_knn_accuracy_with_a_class_that_is_in_the_held_out_fold_alone():
 # One optimizer step, however it is split
 
 
-class Clips(torch.utils.data.Dataset):
-    """Noise of different lengths, as TrainingClips gives it."""
-
-    def __init__(self, num_clips):
-        self.num_clips = num_clips
-
-    def __len__(self):
-        return self.num_clips
-
-    def __getitem__(self, key):
-        epoch, index = key
-        noise = generator(index)
-        return {
-            "index": index,
-            "label": -1,
-            "waveform": torch.randn(1, 3000 + 200 * index, generator=noise) / 10,
-            "draws": torch.rand(3, generator=generator(1000 * epoch + index), dtype=torch.float64),
-        }
+def noises(num_clips):
+    """Noise of different lengths, as a corpus."""
+    return rows_of([encoded(noise(3000 + 200 * i, seed=i), 44100) for i in range(num_clips)], 44100)
 
 
 def pretext(tmp_path, batch_size, accumulation, num_clips=8, training=False, rows=None, **objective):
@@ -598,7 +584,9 @@ def pretext(tmp_path, batch_size, accumulation, num_clips=8, training=False, row
         lr_scheduler_type="constant",
         warmup_steps=0,
         keep_spectrograms=rows is not None,
+        keep_waveforms=False,
         cache_gigabytes=1.0,
+        dataloader_num_workers=0,
         memory_format="auto",
         clip_seconds=0.1,
         audio_channels=1,
@@ -610,17 +598,15 @@ def pretext(tmp_path, batch_size, accumulation, num_clips=8, training=False, row
         augmentation_strength=1.0,
     )
     extractor = ESResNetFeatureExtractor.from_preset("tiny", max_length=4000, audio_channels=1)
-    if rows is None:
-        loader = DataLoader(
-            Clips(num_clips), batch_size, sampler=ShuffledClips(num_clips, 8, 0), collate_fn=collate_training
-        )
-    else:
-        loader, num_clips = training_loader(rows, extractor, args), len(rows)
+    clips = noises(num_clips) if rows is None else rows
+    store = ClipStore([clips], extractor, args)
+    loader = training_loader(store, clips, args)
     accelerator = Accelerator(cpu=True)
     loop = TrainingLoop(args, accelerator, model, loader, lambda folder: None, tmp_path, None, Record())
-    bank = MemoryBank(num_clips, 8)
+    bank = MemoryBank(len(clips), 8)
     pretext_task = InstanceDiscrimination(bank, num_negatives=4, **objective)
-    step = PretextStep(accelerator, loop, pretext_task, ViewMaker(extractor, args.augmentation))
+    make_views = ViewMaker(extractor, args.augmentation, from_spectrograms=store.keeps_spectrograms)
+    step = PretextStep(accelerator, loop, pretext_task, make_views)
     return step, loop, bank
 
 
@@ -670,7 +656,7 @@ def test_pretraining_with_mixed_spectrograms_does_not_depend_on_the_split(tmp_pa
     """Batches of 32, or 16 and 16 accumulated: two epochs of 70 clips, of which each batch's last are fewer."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     lengths = [300 + 7 * clip for clip in range(70)]
-    rows = make_rows(lengths).add_column("digest", [f"clip of {length}" for length in lengths])
+    rows = make_rows(lengths)
     outcomes = []
     for batch_size, accumulation in ((32, 1), (16, 2)):
         output_dir = tmp_path / f"{batch_size}"

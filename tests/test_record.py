@@ -317,7 +317,8 @@ OTHER_VALUES = {
     "preset": "tiny", "pooling": "statistics", "frequency_scale": "mel", "spec_height": "8", "spec_width": "8",
     "per_device_train_batch_size": "7", "gradient_accumulation_steps": "2", "optimizer": "adamw",
     "learning_rate": "0.5", "weight_decay": "0.5", "lr_scheduler_type": "esresnet", "seed": "1",
-    "mixed_precision": "bf16", "memory_format": "contiguous", "num_train_epochs": "3", "max_train_steps": "3",
+    "windows": "3", "mixed_precision": "bf16", "memory_format": "contiguous", "num_train_epochs": "3",
+    "max_train_steps": "3",
 }  # fmt: skip
 OF_NPID = {
     "objective": "softmax", "nce_k": "3", "nce_t": "0.2", "nce_exclude_positive": None, "nce_z_momentum": "0.5",
@@ -328,7 +329,14 @@ OF_CLASSIFICATION = {
     "init": "scratch", "labels_per_class": "2", "freeze_backbone": None, "freeze_batch_norm": None,
     "classifier_init": "ridge", "allow_label_leakage": None, "fold": "1",
 }  # fmt: skip
-COMPARED_ITSELF = {"corpus", "model_name_or_path", "keep_spectrograms", "warmup_steps"}  # tested elsewhere
+COMPARED_ITSELF = {
+    "corpus",
+    "model_name_or_path",
+    "keep_spectrograms",
+    "warmup_steps",
+    "overlap",
+    "silence_db",
+}  # tested elsewhere
 
 
 @pytest.mark.parametrize(
@@ -347,7 +355,9 @@ def test_every_option_is_part_of_what_a_run_is(module, others):
         changed = parsed(module, *common, f"--{name}", *([] if value is None else [value]))
         (difference,) = stage_of(changed).differences(stage_of(plain))
         assert difference == f"--{name} is {changed[name]!r} but was {plain[name]!r}"
-    for words, name in ((["--warmup_steps", "5"], "warmup_steps"), (KEEP, "keep_spectrograms")):
+    together = {"warmup_steps": ["--warmup_steps", "5"], "keep_spectrograms": KEEP}
+    together |= {name: ["--windows", f"--{name}", "0.5"] for name in ("overlap", "silence_db")}
+    for name, words in together.items():
         changed = parsed(module, *common, *words)
         differences = stage_of(changed).differences(stage_of(plain))
         assert any(difference.startswith(f"--{name} ") for difference in differences)

@@ -12,10 +12,10 @@ from datasets import Dataset
 
 from datasets_scripts import AudioError, CorpusError, load_corpus
 from dls_training.arguments import UserError
-from dls_training.input_pipeline import label_numbers, mean_over_windows
+from dls_training.input_pipeline import label_numbers
 from dls_training.instance_discrimination import KNN_SIGMA
 from dls_training.memory_bank import BANK_FILE
-from dls_training.waveforms import evaluation_windows, load_waveform, window_starts
+from dls_training.waveforms import evaluation_windows, read_waveform, window_starts
 from modeling_dls import ESResNetFeatureExtractor, ESResNetForAudioClassification, ESResNetForInstanceDiscrimination
 
 from .memory import Memory, Neighbour
@@ -93,16 +93,17 @@ class Network:
         Raises:
             AudioError: if the file cannot be read as a sound.
         """
-        return load_waveform({"bytes": None, "path": path}, self.extractor, MAX_SECONDS)
+        longest = round(MAX_SECONDS * self.extractor.sampling_rate)
+        return read_waveform({"bytes": None, "path": path}, self.extractor, last=longest)
 
     def per_window(self, waveform: torch.Tensor) -> torch.Tensor:
         """(windows, classes) probabilities of a classifier; (windows, embedding_dim) of instance discrimination."""
-        windows = evaluation_windows(waveform, self.extractor.max_length).to(self.device)
-        each = {"windows": windows, "counts": torch.ones(len(windows), dtype=torch.int64, device=self.device)}
-        return mean_over_windows(each, self.extractor, self._answer, WINDOWS_AT_A_TIME).cpu()
+        windows = evaluation_windows(waveform, self.extractor.max_length).split(WINDOWS_AT_A_TIME)
+        return torch.cat([self._answer(part.to(self.device)).float().cpu() for part in windows])
 
-    def _answer(self, input_values: torch.Tensor) -> torch.Tensor:
-        outputs = self.model(input_values)
+    @torch.no_grad()
+    def _answer(self, waveforms: torch.Tensor) -> torch.Tensor:
+        outputs = self.model(self.extractor.spectrogram(waveforms))
         return outputs.logits.softmax(-1) if "logits" in outputs else outputs.embeddings
 
 
