@@ -151,7 +151,8 @@ class Recordings(IterableDataset):
         return in_order(self.windows, paths, at_a_time)
 
     def windows(self, path: Path):
-        name = path.relative_to(self.folder).as_posix()
+        # Names need not be text: what is none is written as \\udcff, so that no table is lost for it.
+        name = path.relative_to(self.folder).as_posix().encode("utf-8", "backslashreplace").decode()
         try:
             for places, windows in stream_windows({"bytes": None, "path": str(path)}, self.extractor):
                 yield name, places, windows
@@ -205,7 +206,7 @@ def write_rows(path: Path, lines: Iterable[dict], dim: int) -> int:
 
 
 def write_unreadable(path: Path, unreadable: dict[str, str]) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.writer(file)
         writer.writerow(["file", "reason"])
         writer.writerows(unreadable.items())

@@ -104,7 +104,7 @@ from datasets import Dataset
 from torch.nn.modules.batchnorm import _BatchNorm  # of one process, or synchronised over several
 
 from datasets_scripts import ClipIdentities, corpus_report, train_test_folds
-from dls_training.checkpoints import PREFIX, claim_output_dir, files_moved_into_place, write_json
+from dls_training.checkpoints import PREFIX, claim_output_dir, files_moved_into_place, read_object, write_json
 from dls_training.clips import ClipStore
 from dls_training.closed_form import ridge_classifier
 from dls_training.input_pipeline import (
@@ -347,7 +347,8 @@ class Fold:
 
     def is_finished(self) -> bool:
         """Whether there are results of this very run; a shorter one goes on instead."""
-        finished = Record.read(self.output_dir) if self.results_file.is_file() else None
+        measured = read_object(self.results_file) or {}
+        finished = Record.read(self.output_dir) if "confusion_matrix" in measured else None
         return finished is not None and finished.own.same_length(self.record.own)
 
 
@@ -415,7 +416,7 @@ def run_fold(args, accelerator: Accelerator, store: ClipStore, config: ESResNetC
 
 def check_layout(args) -> None:
     """Raises UserError if a run with --fold all would go on as one with --fold N, or the other way round."""
-    folds = sorted(args.output_dir.glob("fold-*/"))
+    folds = sorted(path for path in args.output_dir.glob("fold-*") if path.is_dir())
     single = [*args.output_dir.glob(f"{PREFIX}*"), *args.output_dir.glob("fold_results.json")]
     if (folds and args.fold != "all") or (single and args.fold == "all"):
         found = (folds or single)[0].name

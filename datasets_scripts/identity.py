@@ -20,7 +20,11 @@ STRETCH_COLUMNS = ("clip_start", "clip_end")
 _BLOCK = 1 << 20
 _ESC = ("esc10", "esc50")
 _ESC_COLUMNS = {"esc10", "take"}
-_ESC_NAME = re.compile(r"([1-5]-\d+-[A-Z]+)(-\d+)?\.\w+", re.IGNORECASE)
+# Names of ESC-50's files, and of the older ESC-10's with their folders, wherever they lie: a file of anybody's own
+# may be called 1-2-A.wav.
+_ESC_PATH = re.compile(
+    r"(?:.*/)?(?:([1-5]-\d{3,}-[A-Z])-[0-4]?\d|0(?:0[1-9]|10) - [A-Z][a-z ]+/([1-5]-\d{3,}-[A-Z]))\.\w+"
+)
 
 
 def file_digest(path: str | os.PathLike) -> str:
@@ -145,8 +149,8 @@ def _published(plain: datasets.Dataset, columns: set[str]) -> list[str | None]:
         return plain["clip_id"][:]
     # Flattened, so that the bytes of embedded clips are not read.
     paths = plain.select_columns("audio").flatten().select_columns("audio.path")["audio.path"][:]
-    matches = (_ESC_NAME.fullmatch(os.path.basename(path or "")) for path in paths)
-    named = [match and match[1] for match in matches]
+    matches = (_ESC_PATH.fullmatch((path or "").replace(os.sep, "/")) for path in paths)
+    named = [match and (match[1] or match[2]) for match in matches]
     if "corpus" not in columns:
         return named
     of_corpus = zip(plain["corpus"][:], plain["clip_id"][:], named, strict=True)

@@ -75,7 +75,8 @@ class CachedFolder:
 
     def _is_whole(self) -> bool:
         """Whether the folder is there with all that was written."""
-        written = (read_object(self.path / INDEX_FILE) or {}).get("files")
+        content = read_object(self.path / INDEX_FILE) or {}
+        written = content.get("files") if "index" in content else None
         sizes = {path.name: path.stat().st_size for path in self.path.glob("*") if path.name != INDEX_FILE}
         return sizes == written
 
@@ -88,6 +89,9 @@ class CachedFolder:
             with folder_moved_into_place(self.path) as unfinished:
                 index = write(unfinished)
                 files = {path.name: path.stat().st_size for path in unfinished.iterdir()}
+                for name in files:  # on the disk before the folder has its name: power may fail
+                    with (unfinished / name).open("rb") as file:
+                        os.fsync(file.fileno())
                 write_json(unfinished / INDEX_FILE, {"index": index, "files": files})
 
     def _make_room(self, max_gigabytes: float) -> None:

@@ -132,7 +132,8 @@ def claim_output_dir(accelerator: Accelerator, output_dir: Path, resuming: bool)
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file: expected a folder, or a name that is free")
     if not resuming and output_dir.is_dir():
-        earlier = [*output_dir.glob(f"{PREFIX}*"), *output_dir.glob("all_results.json"), *output_dir.glob("fold-*")]
+        patterns = (f"{PREFIX}*", "all_results.json", "fold-*", "*.safetensors")
+        earlier = [path for pattern in patterns for path in output_dir.glob(pattern)]
         if earlier:
             raise UserError(
                 f"--output_dir {output_dir} holds an earlier run ({earlier[0].name}): choose another folder, or go on "
@@ -179,7 +180,7 @@ def save_checkpoint(output_dir: Path, progress: Progress, save_model, tensors: d
         files = {path.name: file_digest(path) for path in folder.iterdir()}
         state = {"progress": asdict(progress), "files": files}
         write_json(folder / STATE_FILE, state | {"digest": json_digest(state)})
-    numbered = [path for path in output_dir.glob(f"{PREFIX}*") if checkpoint_number(path) >= 0]
+    numbered = [path for path in output_dir.glob(f"{PREFIX}*") if path.is_dir() and checkpoint_number(path) >= 0]
     # A run that went on from an earlier checkpoint than the last, or past a damaged one, leaves higher numbers behind:
     # they go first, so that what was just written stays.
     numbered.sort(key=lambda path: (checkpoint_number(path) <= progress.step, checkpoint_number(path)))

@@ -20,11 +20,11 @@ from datasets_scripts.identity import WHOLE
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor
 
 from .arguments import UserError, plain_options
-from .checkpoints import find_checkpoint, json_digest, read_object, write_json
+from .checkpoints import PREFIX, find_checkpoint, json_digest, read_object, write_json
 
 RECORD_FILE, HEARD_FILE = "record.json", "heard_clips.safetensors"
 WEIGHTS, BANK = "model.safetensors", "memory_bank.safetensors"
-RESULTS = ("all_results.json", "fold_results.json")
+RESULTS = ("all_results.json", "fold_results.json", "model.safetensors")
 LAYOUT = 1  # of the two files: raise it when they change
 ADVICE = (
     f"take the folder from where it came from once more; or, without {RECORD_FILE} in it, what these weights have "
@@ -152,9 +152,11 @@ class Record:
 
     def labels_seen(self, clips: ClipIdentities) -> dict[str, int]:
         """{stage: how many of the clips it was trained on with their labels}, of the stages that saw any."""
-        known = (stage for stage in self.stages if stage.is_known and stage.facts["with_labels"])
-        seen = {stage.name: int(clips.shared_with(stage.heard).sum()) for stage in known}
-        return {name: count for name, count in seen.items() if count}
+        seen = {}
+        for stage in (stage for stage in self.stages if stage.is_known and stage.facts["with_labels"]):
+            if count := int(clips.shared_with(stage.heard).sum()):
+                seen[stage.name] = max(count, seen.get(stage.name, 0))  # folders are moved, and names come back
+        return seen
 
     def continues(self, earlier: "Record") -> "Record":
         """This record, as that of a run that `earlier` began: where it began counts, and where it went on is added."""
@@ -185,11 +187,12 @@ class Record:
         write_json(folder / RECORD_FILE, content | {"digest": json_digest(content)})
 
     @classmethod
-    def read(cls, source: str | Path) -> "Record | None":
+    def read(cls, source: str | Path, needs_weights: bool = True) -> "Record | None":
         """The record of a checkpoint.
 
         Args:
             source: A folder, or a Hub id.
+            needs_weights: Whether the weights must be there: what is read goes for those, and for no others.
 
         Returns:
             None where there is none.
@@ -213,8 +216,9 @@ class Record:
             raise UserError(f"{path} is damaged or was changed by hand: {ADVICE}")
         for name, written in content["files"].items():
             file = _find(source, name)
-            if file is not None and file_digest(file) != written:
-                raise UserError(f"{source}: {name} is not the file that {RECORD_FILE} belongs to: {ADVICE}")
+            if (file is None and name == WEIGHTS and needs_weights) or (file and file_digest(file) != written):
+                problem = "is not the file" if file else "is missing,"
+                raise UserError(f"{source}: {name} {problem} that {RECORD_FILE} belongs to: {ADVICE}")
         return cls(tuple(_stages(content["stages"], path.with_name(HEARD_FILE))))
 
     @classmethod
@@ -351,7 +355,14 @@ def to_go_on_from(record: Record, choice: str | None, output_dir: Path) -> tuple
     # Without a checkpoint or a record, results are an earlier version's; with a checkpoint, a run was killed while it
     # put them into place.
     places = [output_dir] if RECORD_FILE in finished or (finished and checkpoint is None) else []
+    if choice != "latest":  # what is there, this run would join, or delete
+        places += [path for path in output_dir.glob(f"{PREFIX}*") if (path / RECORD_FILE).is_file()]
     continued = [check_same_run(record, place) for place in [*places, *([checkpoint] if checkpoint else [])]]
+    if continued and checkpoint is None and not record.own.same_length(Record.read(output_dir).own):
+        raise UserError(
+            f"{output_dir} holds a finished run of another length, whose checkpoints are gone: it cannot become "
+            "longer or shorter. Repeat its options, or start anew in another --output_dir"
+        )
     return checkpoint, continued[-1] if continued else record
 
 

@@ -33,7 +33,7 @@ def write_card(folder: Path) -> None:
         json.loads((folder / name).read_text(encoding="utf-8"))
         for name in ("all_results.json", "config.json", "preprocessor_config.json")
     )
-    record = Record.read(folder)
+    record = Record.read(folder, needs_weights=False)
     if record is None:
         raise UserError(f"{folder} has no {RECORD_FILE}: an earlier version wrote it, and its own card stands")
     draw_pictures(folder, results)

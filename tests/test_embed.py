@@ -152,6 +152,17 @@ def test_decoding_processes_change_nothing(recordings, pretrained):
             assert all(map(torch.equal, one[2:], other[2:]))
 
 
+def test_names_that_are_no_text(pretrained, recordings, tmp_path):
+    """Nothing is lost for them, neither what can be read nor what cannot."""
+    (tmp_path / "in").mkdir()
+    for name, source in ((b"\xff.wav", "a.wav"), (b"\xfe.wav", "broken.wav"), (b"a\nb, c.wav", "b/d.wav")):
+        (tmp_path / "in" / os.fsdecode(name)).write_bytes((recordings / source).read_bytes())
+    _, table = run(tmp_path / "in", pretrained, tmp_path / "out.parquet")
+    assert table["file"].to_pylist() == ["a\nb, c.wav", "\\udcff.wav"]
+    with open(tmp_path / "out.unreadable.csv", newline="", encoding="utf-8") as file:
+        assert [row["file"] for row in csv.DictReader(file)] == ["\\udcfe.wav"]
+
+
 def test_bad_input_leaves_what_was_there(recordings, classifier, pretrained, tmp_path):
     output, elsewhere = tmp_path / "out.parquet", tmp_path / "empty"
     output.write_text("earlier work")

@@ -593,3 +593,93 @@ def test_a_checkpoints_own_length_and_channels_hold(options, tmp_path):
     log = succeed("train_classification.py", *start_from, *other, "--output_dir", tmp_path / "other")
     assert signal("other") == (17640, 1)
     assert "--clip_seconds 0.4: " in log and "was trained with 0.3" in log and "--audio_channels 1: " in log
+
+
+# --- What a hostile newcomer found ---
+
+
+def test_stages_of_one_name_do_not_hide_one_another(options, pretrained, sound_folder, tmp_path):
+    """Runs that are always moved to the same place: the older one's labels count as well."""
+    others = tmp_path / "others"
+    shutil.copytree(sound_folder, others)
+    for path in others.glob("*.wav"):
+        samples, rate = soundfile.read(path)
+        soundfile.write(path, samples[::-1], rate)
+    current, source = tmp_path / "current", pretrained
+    for sounds in (sound_folder, others):
+        run = [*options[:-1], f"audiofolder={sounds}", *ONE_STEP, "--fold", "1", "--output_dir", tmp_path / "run"]
+        succeed("train_classification.py", *run, "--model_name_or_path", source)
+        shutil.rmtree(current, ignore_errors=True)
+        source = (tmp_path / "run").rename(current)
+    message = fail(
+        "train_classification.py", *options, *ONE_STEP, "--fold", "2", "--model_name_or_path", current,
+        "--output_dir", tmp_path / "leaked",
+    )  # fmt: skip
+    assert f"of 20 clips 20 by {current}" in message
+
+
+def test_another_runs_checkpoints_are_not_joined(options, tmp_path):
+    for name, seed in (("a", "0"), ("b", "9")):
+        run = [*options, "--num_train_epochs", "2", "--seed", seed, "--output_dir", tmp_path / name]
+        succeed("train_npid.py", *run)
+    for path in (tmp_path / "b").iterdir():
+        if path.is_file():
+            path.unlink()
+    before = tree(tmp_path / "b")
+    resume = ["--resume_from_checkpoint", tmp_path / "a" / "checkpoint-5", "--output_dir", tmp_path / "b"]
+    message = fail("train_npid.py", *options, "--num_train_epochs", "2", *resume)
+    assert "belongs to a different run: --seed is 0 but was 9" in message and tree(tmp_path / "b") == before
+
+
+def test_names_like_escs_are_not_escs(tmp_path):
+    """Numbers and a letter may be anybody's file names; the same ones in two folders are different sounds."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for number in range(3):
+            sound = 0.1 * np.random.default_rng([ord(folder), number]).standard_normal(800)
+            soundfile.write(tmp_path / folder / f"1-{number}-A.wav", sound, 8000)
+    corpus = load_corpus("audiofolder", tmp_path)
+    assert combine_corpora([("audiofolder", corpus)])[1]["clips"] == {"audiofolder": 6}
+    assert not ClipIdentities.of(corpus).is_published.any()
+
+
+def test_a_finished_run_without_checkpoints_keeps_its_length(options, tmp_path):
+    run = [*options, "--fold", "1", "--output_dir", tmp_path / "run", "--max_train_steps"]
+    succeed("train_classification.py", *run, "2")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    before = tree(tmp_path / "run")
+    assert "finished run of another length" in fail("train_classification.py", *run, "1", *RESUME)
+    assert tree(tmp_path / "run") == before
+    assert "fold 1 was finished before" in succeed("train_classification.py", *run, "2", *RESUME)
+
+
+def test_weights_that_a_record_is_not_of(pretrained, options, tmp_path):
+    """Of another format, or gone."""
+    folder = shutil.copytree(pretrained, tmp_path / "npid")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    start_from = ["--model_name_or_path", folder, *ONE_STEP, "--fold", "1", "--output_dir", tmp_path / "run"]
+    message = fail("train_classification.py", *options, *start_from)
+    assert "model.safetensors is missing, that record.json belongs to" in message
+
+
+def test_a_model_is_not_trained_over(pretrained, options, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(pretrained, folder, ignore=shutil.ignore_patterns(RECORD_FILE, "checkpoint-*", "all_results.json"))
+    before = tree(folder)
+    over = ["--model_name_or_path", folder, "--output_dir", folder, *ONE_STEP]
+    assert "holds an earlier run" in fail("train_npid.py", *options, *over)
+    assert "was written by an earlier version" in fail("train_npid.py", *options, *over, *RESUME)
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize("content", ['{"accuracy', "{}"])
+def test_damaged_results_of_a_fold_are_measured_again(content, options, tmp_path):
+    run = [*options, *ONE_STEP, "--output_dir", tmp_path / "run"]
+    succeed("train_classification.py", *run)
+    expected = results_of(tmp_path / "run")["folds"]
+    (tmp_path / "run" / "fold-1" / "fold_results.json").write_text(content)
+    (tmp_path / "run" / "fold-1" / "checkpoint-100").write_text("not a folder")
+    succeed("train_classification.py", *run, *RESUME)
+    found = results_of(tmp_path / "run")["folds"]
+    assert found["1"]["accuracy_per_epoch"] == expected["1"]["accuracy_per_epoch"] and found["2"] == expected["2"]
