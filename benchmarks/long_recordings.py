@@ -12,11 +12,10 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from measuring import REPOSITORY, measured_on, write_table
-from memory import memory_mib
+from memory import peak_mib
 from pretraining import finish, train
 
 SECONDS = 5.0
@@ -66,15 +65,6 @@ def classes(clips_per_recording: int):
         for fold in (1, 2):
             rows = [i for i, own in enumerate(corpus["label"]) if own == label][fold - 1 :: 2][:clips_per_recording]
             yield name, fold, [decode_audio(corpus[row]["audio"])[0][0] for row in rows]
-
-
-def peak_mib(process: subprocess.Popen) -> float:
-    peak = 0.0
-    while process.poll() is None:
-        peak = max(peak, memory_mib(process.pid))
-        time.sleep(0.05)
-    finish(process)
-    return peak
 
 
 def pretrain(folder: Path, output: Path, *options) -> subprocess.Popen:

@@ -7,6 +7,7 @@ epoch over 800 and over 8,000 generated clips of a second.
 """
 
 import argparse
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -40,10 +41,14 @@ def memory_mib(pid: int) -> float:
     return total + sum(memory_mib(int(child)) for child in children)
 
 
-def peak_mib(folder: Path, options: list, environment: dict) -> float:
-    """Of a run of one epoch over a folder of second-long clips."""
-    process = train(*options, "--corpus", f"audiofolder={folder}", "--clip_seconds", 1, "--num_train_epochs", 1,
-                    "--output_dir", tempfile.mkdtemp(dir=folder.parent), environment=environment)  # fmt: skip
+def run_once(folder: Path, options: list, environment: dict) -> subprocess.Popen:
+    """One epoch over a folder of second-long clips."""
+    return train(*options, "--corpus", f"audiofolder={folder}", "--clip_seconds", 1, "--num_train_epochs", 1,
+                 "--output_dir", tempfile.mkdtemp(dir=folder.parent), environment=environment)  # fmt: skip
+
+
+def peak_mib(process: subprocess.Popen) -> float:
+    """The most that a process has had until it ended well."""
     peak = 0.0
     while process.poll() is None:
         peak = max(peak, memory_mib(process.pid))
@@ -64,7 +69,7 @@ def main() -> None:
         make_clips(many, args.clips[1])
         for kept in ([], ["--keep_spectrograms"], ["--keep_waveforms"]):
             environment = {"HF_DATASETS_CACHE": str(Path(folder) / "cache")}
-            peaks = [peak_mib(clips, kept, environment) for clips in (few, many)]
+            peaks = [peak_mib(run_once(clips, kept, environment)) for clips in (few, many)]
             how = kept[0] if kept else "decoding in every epoch"
             for count, peak in zip(args.clips, peaks, strict=True):
                 lines.append({"what": f"peak memory, {count} clips, {how}", "rate": peak, "unit": "MiB"})

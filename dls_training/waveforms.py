@@ -18,12 +18,11 @@ from torch.utils.data import get_worker_info
 from datasets_scripts import AudioError
 from datasets_scripts.audio import Sound, opened_sound
 from datasets_scripts.identity import WHOLE
+from datasets_scripts.windows import MIN_NEW_SHARE
 from modeling_dls.feature_extraction_esresnet import ESResNetFeatureExtractor, cached_tensors, fit_length
 
 # Numbers in a resampler's filter. A rate without a common factor, such as 44101 Hz, would need gigabytes.
 LARGEST_FILTER = 2**25
-# A clip's last window is dropped where less than this share of it would be new (files a few samples over length).
-MIN_NEW_SHARE = 0.1
 AHEAD = 2
 WINDOWS_AT_A_TIME = 16  # of a recording that is read from its beginning to its end
 
