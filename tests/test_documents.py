@@ -22,6 +22,7 @@ CARDS = (ROOT / "docs" / "cards.md").read_text(encoding="utf-8")
 EXAMPLE_CARD = ROOT / "docs" / "example_card"
 FILES_OF_A_CARD = (
     "all_results.json", "config.json", "preprocessor_config.json", "record.json", "heard_clips.safetensors",
+    "model.safetensors",
 )  # fmt: skip
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
