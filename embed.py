@@ -49,11 +49,12 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from datasets_scripts import AudioError, sound_files
-from dls_training.arguments import UserError
-from dls_training.checkpoints import files_moved_into_place
+from datasets_scripts import sound_files
+from datasets_scripts.command_line import run_command
+from datasets_scripts.errors import AudioError, UserError
+from datasets_scripts.files import files_moved_into_place
 from dls_training.networks import set_length
-from dls_training.runtime import choose_device_and_precision, decoding_processes, run_script, start_logging
+from dls_training.runtime import choose_device_and_precision, decoding_processes, start_logging
 from dls_training.waveforms import in_order, stream_windows
 from modeling_dls import ESResNetFeatureExtractor, ESResNetForInstanceDiscrimination, ESResNetModel
 
@@ -249,4 +250,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(run_command(main))

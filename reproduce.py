@@ -11,8 +11,10 @@ import argparse
 import sys
 from pathlib import Path
 
+from datasets_scripts.command_line import SignalWatch, run_command
+from datasets_scripts.errors import UserError
 from dls_comparison.plan import FINE_TUNING, PRETRAINING, Cell, Plan, Planner
-from dls_training.arguments import UserError, at_least, corpus_and_source
+from dls_training.arguments import at_least, corpus_and_source
 
 
 def parse_args(argv: list[str] | None = None):
@@ -53,14 +55,14 @@ import shlex
 import time
 from fnmatch import fnmatchcase
 
+from datasets_scripts.errors import Interrupted
 from datasets_scripts.exporting import is_hub_id
+from datasets_scripts.files import files_moved_into_place
 from dls_comparison import outcomes
 from dls_comparison.cells import CellStore
 from dls_comparison.running import claimed, duration, run_cell
 from dls_comparison.tables import tables
-from dls_training.checkpoints import files_moved_into_place
 from dls_training.report import draw_comparison
-from dls_training.runtime import Interrupted, SignalWatch, run_script
 from hub_cards import write_comparison
 
 
@@ -236,4 +238,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(run_command(main))

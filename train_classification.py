@@ -9,7 +9,9 @@ epoch. No checkpoint is chosen by it; the model is the last epoch's.
 
 from argparse import BooleanOptionalAction
 
-from dls_training.arguments import UserError, at_least, finish_parsing, make_parser
+from datasets_scripts.command_line import run_command
+from datasets_scripts.errors import UserError
+from dls_training.arguments import at_least, finish_parsing, make_parser
 
 RECIPES = {
     "paper": {
@@ -104,7 +106,8 @@ from datasets import Dataset
 from torch.nn.modules.batchnorm import _BatchNorm  # of one process, or synchronised over several
 
 from datasets_scripts import ClipIdentities, corpus_report, train_test_folds
-from dls_training.checkpoints import PREFIX, claim_output_dir, files_moved_into_place, read_object, write_json
+from datasets_scripts.files import files_moved_into_place, read_object, write_json
+from dls_training.checkpoints import PREFIX, claim_output_dir
 from dls_training.clips import ClipStore
 from dls_training.closed_form import ridge_classifier
 from dls_training.input_pipeline import (
@@ -118,7 +121,7 @@ from dls_training.loop import GlobalBatch, TrainingLoop, describe
 from dls_training.metrics import Accuracy, ConfusionMatrix, per_class_accuracy
 from dls_training.networks import make_config, make_extractor, make_model
 from dls_training.record import RECORD_FILE, Record, begun, parent_of, to_go_on_from
-from dls_training.runtime import environment, make_accelerator, run_script, start_tracking
+from dls_training.runtime import ends_with_the_others, environment, make_accelerator, start_tracking
 from hub_cards import final_accuracy, write_card
 from hub_cards.publishing import claim_repository, publish
 from modeling_dls import ESResNetConfig, ESResNetForAudioClassification
@@ -454,6 +457,7 @@ def write_results(output_dir: Path, first_fold_dir: Path, results: dict) -> None
     logger.info(f"{output_dir} holds the model, all_results.json and a card")
 
 
+@ends_with_the_others()
 def main() -> None:
     args = ARGS
     accelerator = make_accelerator(args)
@@ -491,4 +495,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(run_command(main))

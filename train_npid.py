@@ -81,8 +81,10 @@ import torch.nn.functional as F
 from datasets import Dataset
 
 from datasets_scripts import ClipIdentities, combine_corpora, corpus_report
-from dls_training.arguments import UserError
-from dls_training.checkpoints import claim_output_dir, files_moved_into_place, write_json
+from datasets_scripts.command_line import run_command
+from datasets_scripts.errors import UserError
+from datasets_scripts.files import files_moved_into_place, write_json
+from dls_training.checkpoints import claim_output_dir
 from dls_training.clips import ClipStore
 from dls_training.health import Visits, bank_similarity
 from dls_training.input_pipeline import (
@@ -97,7 +99,7 @@ from dls_training.loop import GlobalBatch, TrainingLoop, describe
 from dls_training.memory_bank import BANK_FILE, MemoryBank, ShardedMemoryBank
 from dls_training.networks import make_config, make_extractor, make_model
 from dls_training.record import RECORD_FILE, begun, parent_of, to_go_on_from
-from dls_training.runtime import environment, make_accelerator, run_script, start_tracking
+from dls_training.runtime import ends_with_the_others, environment, make_accelerator, start_tracking
 from hub_cards import write_card
 from hub_cards.publishing import claim_repository, publish
 from modeling_dls import ESResNetForInstanceDiscrimination
@@ -270,6 +272,7 @@ class PretextStep:
         self.objective.bank.update_normaliser(mean, self.objective.z_momentum or 0.0)
 
 
+@ends_with_the_others()
 def main() -> None:
     args = ARGS
     accelerator = make_accelerator(args)
@@ -351,4 +354,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_script(main))
+    sys.exit(run_command(main))

@@ -7,28 +7,28 @@ Example:
     >>> samples, sampling_rate = decode_audio(test[0]["audio"])  # float32, (channels, samples)
 """
 
-from .audio import decode_audio, opened_sound
-from .builder import corpus_report
-from .combining import combine_corpora, train_test_folds
-from .corpus import sound_files
-from .errors import AudioError, CorpusError
-from .identity import ClipIdentities, file_digest
-from .loading import CORPUS_NAMES, corpus_facts, load_corpus
-from .windows import cut_into_windows
+from importlib import import_module
 
-__all__ = [
-    "CORPUS_NAMES",
-    "AudioError",
-    "ClipIdentities",
-    "CorpusError",
-    "combine_corpora",
-    "corpus_facts",
-    "corpus_report",
-    "cut_into_windows",
-    "decode_audio",
-    "file_digest",
-    "load_corpus",
-    "opened_sound",
-    "sound_files",
-    "train_test_folds",
-]
+# Imported on demand: command lines take errors and types from this package before anything heavy is loaded.
+_HOMES = {
+    "CORPUS_NAMES": "loading",
+    "AudioError": "errors",
+    "ClipIdentities": "identity",
+    "CorpusError": "errors",
+    "combine_corpora": "combining",
+    "corpus_facts": "loading",
+    "corpus_report": "builder",
+    "cut_into_windows": "windows",
+    "decode_audio": "audio",
+    "load_corpus": "loading",
+    "opened_sound": "audio",
+    "sound_files": "corpus",
+    "train_test_folds": "combining",
+}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

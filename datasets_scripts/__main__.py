@@ -5,6 +5,9 @@ import logging
 import sys
 from pathlib import Path
 
+from .command_line import run_command
+from .errors import CorpusError
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command.
@@ -18,27 +21,20 @@ def main(argv: list[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(format="%(message)s")
 
-    # After the arguments are known to be good: `--help` should not wait for these imports.
-    from hub_upload import UploadError
+    return run_command(_run, arguments)
 
-    from . import CorpusError, load_corpus
 
-    try:
-        arguments.prepare(arguments)
-        dataset = load_corpus(
-            arguments.name,
-            arguments.data_dir,
-            allow_partial=arguments.allow_partial,
-            skip_unreadable=arguments.skip_unreadable,
-        )
-        arguments.run(dataset, arguments)
-    except (CorpusError, UploadError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; run the same again to go on", file=sys.stderr)
-        return 130
-    return 0
+def _run(arguments: argparse.Namespace) -> None:
+    from . import load_corpus  # after the arguments are known to be good: `--help` should not wait for it
+
+    arguments.prepare(arguments)
+    dataset = load_corpus(
+        arguments.name,
+        arguments.data_dir,
+        allow_partial=arguments.allow_partial,
+        skip_unreadable=arguments.skip_unreadable,
+    )
+    arguments.run(dataset, arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,7 +65,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _prepare_export(arguments: argparse.Namespace) -> None:
     """Finds out before hours of work whether the export can be published."""
-    from . import CorpusError
     from .loading import CORPORA
     from .publishing import claim_repository
 

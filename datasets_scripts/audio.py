@@ -26,7 +26,8 @@ from .containers import (
     wav_of_unknown_length,
 )
 from .errors import AudioError
-from .identity import WHOLE, file_digest
+from .files import file_digest
+from .identity import WHOLE
 
 # What libsndfile reads and people record in; matched without regard to case.
 SOUND_EXTENSIONS = frozenset(

@@ -17,7 +17,6 @@ WHOLE = (0.0, float("inf"))
 # Columns of a clip's stretch, in s; a dataset without them has whole files. (UrbanSound8K's own `start` and `end` are
 # places in recordings that it does not contain.)
 STRETCH_COLUMNS = ("clip_start", "clip_end")
-_BLOCK = 1 << 20
 _ESC = ("esc10", "esc50")
 _ESC_COLUMNS = {"esc10", "take"}
 # Names of ESC-50's files, and of the older ESC-10's with their folders, wherever they lie: a file of anybody's own
@@ -25,18 +24,6 @@ _ESC_COLUMNS = {"esc10", "take"}
 _ESC_PATH = re.compile(
     r"(?:.*/)?(?:([1-5]-\d{3,}-[A-Z])-[0-4]?\d|0(?:0[1-9]|10) - [A-Z][a-z ]+/([1-5]-\d{3,}-[A-Z]))\.\w+"
 )
-
-
-def file_digest(path: str | os.PathLike) -> str:
-    """XXH3 with 128 bits of a file's bytes, hexadecimal.
-
-    It tells files apart as surely as SHA-256 as long as nobody makes two collide on purpose, and costs a hundredth.
-    """
-    digest = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while part := file.read(_BLOCK):
-            digest.update(part)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import yaml
 
-from hub_upload import HubRepository, UploadError
+from datasets_scripts.hub import HubRepository
 
 from .corpus import Corpus
+from .errors import UploadError
 from .exporting import report_in_card
 
 

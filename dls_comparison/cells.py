@@ -8,7 +8,8 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
 
-from dls_training.checkpoints import PREFIX, files_moved_into_place, write_json
+from datasets_scripts.files import files_moved_into_place, write_json
+from dls_training.checkpoints import PREFIX
 
 from .plan import CONVERSION, FINE_TUNING, PRETRAINING, Cell, Plan
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise, product
 from pathlib import Path
 
-from dls_training.arguments import UserError
+from datasets_scripts.errors import UserError
 
 from .sections import OWN_OPTIONS, Section, read_yaml
 

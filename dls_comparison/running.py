@@ -13,8 +13,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from dls_training.arguments import UserError
-from dls_training.runtime import Interrupted, SignalWatch
+from datasets_scripts.command_line import SignalWatch
+from datasets_scripts.errors import Interrupted, UserError
 
 from .cells import CellStore, local_weights
 from .plan import Cell

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import yaml
 
-from dls_training.arguments import UserError
+from datasets_scripts.errors import UserError
 
 # They become parts of file names, between dots.
 NAME = re.compile(r"[\w+-]+", re.ASCII)

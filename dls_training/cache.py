@@ -12,8 +12,8 @@ from typing import TextIO
 import datasets
 from filelock import FileLock
 
-from .arguments import UserError
-from .checkpoints import folder_moved_into_place, read_object, write_json
+from datasets_scripts.errors import UserError
+from datasets_scripts.files import folder_moved_into_place, read_object, write_json
 
 try:
     import fcntl

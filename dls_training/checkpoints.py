@@ -1,34 +1,31 @@
 """Writing without ever leaving half a file, and reading back what a run needs to go on."""
 
-import json
 import logging
-import os
 import pickle
 import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
-import xxhash
 from accelerate import Accelerator
-from safetensors import SafetensorError
 
-from datasets_scripts import file_digest
-
-from .arguments import UserError
+from datasets_scripts.errors import UserError
+from datasets_scripts.files import (
+    REPLACED,
+    file_digest,
+    folder_moved_into_place,
+    json_digest,
+    read_object,
+    reason,
+    write_json,
+)
 
 logger = logging.getLogger("dls")
 
 PREFIX = "checkpoint-"
 STATE_FILE = "trainer_state.json"
 TENSOR_FILE = "training_state.pt"
-REPLACED = "replaced"
-
-# On a full disk safetensors raises an error of its own.
-WRITE_ERRORS = (OSError, SafetensorError)
 
 
 @dataclass
@@ -52,73 +49,6 @@ class Progress:
     clips: int = 0
     seconds: float = 0.0
     history: list[dict] = field(default_factory=list)
-
-
-@contextmanager
-def folder_moved_into_place(final: Path) -> Iterator[Path]:
-    """Gives a temporary folder beside `final`, and renames it to `final` when everything in it was written.
-
-    Raises:
-        UserError: naming the folder, if it cannot be written.
-    """
-    try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=final.parent, prefix=f".{final.name}.") as folder:
-            unfinished = Path(folder) / final.name
-            unfinished.mkdir()
-            yield unfinished
-            if final.exists():
-                final.rename(Path(folder) / REPLACED)
-            unfinished.rename(final)
-    except WRITE_ERRORS as error:
-        raise UserError(f"{final} cannot be written ({reason(error)}); what was saved before is intact") from error
-
-
-@contextmanager
-def files_moved_into_place(folder: Path, last: str | None = None) -> Iterator[Path]:
-    """Like `folder_moved_into_place`, for files that join what `folder` already holds.
-
-    Args:
-        folder: Where they go.
-        last: A file that is there only while the others belong to it: it goes first and comes last.
-
-    Raises:
-        UserError: naming the folder, if it cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished.") as temporary:
-            yield Path(temporary)
-            if last is not None:
-                (folder / last).unlink(missing_ok=True)
-            for path in sorted(Path(temporary).iterdir(), key=lambda path: (path.name == last, path.name)):
-                os.replace(path, folder / path.name)
-    except WRITE_ERRORS as error:
-        raise UserError(f"{folder} cannot be written ({reason(error)})") from error
-
-
-def reason(error: Exception) -> str:
-    """What the system says, without the path that the message names already; or all that the error says."""
-    return getattr(error, "strerror", None) or str(error)
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Writes JSON with a newline at its end."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def json_digest(content) -> str:
-    """Of what JSON makes of it, whatever the order of keys; hexadecimal."""
-    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
-
-
-def read_object(path: Path | None) -> dict | None:
-    """A JSON object, or None if the file is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8")) if path else None
-    except (OSError, ValueError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def claim_output_dir(accelerator: Accelerator, output_dir: Path, resuming: bool) -> None:

@@ -13,13 +13,13 @@ from datasets import Dataset, concatenate_datasets
 from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
 
-from datasets_scripts import AudioError, ClipIdentities
+from datasets_scripts import ClipIdentities
+from datasets_scripts.errors import AudioError, UserError
+from datasets_scripts.files import json_digest
 from modeling_dls.feature_extraction_esresnet import ESResNetFeatureExtractor, fit_length
 
-from .arguments import UserError
 from .augmentation import SpectrogramAugmentation
 from .cache import CachedFolder, gigabytes
-from .checkpoints import json_digest
 from .waveforms import in_threads, read_waveform, resampled_length, window_counts
 
 logger = logging.getLogger("dls")

@@ -15,9 +15,9 @@ from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 
 from datasets_scripts import cut_into_windows, load_corpus
+from datasets_scripts.errors import UserError
 from modeling_dls.feature_extraction_esresnet import CPU_PART, POWER_FLOOR, ESResNetFeatureExtractor
 
-from .arguments import UserError
 from .augmentation import NUM_DRAWS, SpectrogramAugmentation, WaveformAugmentation
 from .clips import ClipStore
 

@@ -15,14 +15,19 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from .arguments import UserError
+from datasets_scripts.command_line import SignalWatch
+from datasets_scripts.errors import Interrupted, UserError
+
 from .checkpoints import TENSOR_FILE, Progress, load_checkpoint, save_checkpoint
 from .health import has_finite_weights
 from .optimization import check_optimizer_state, make_optimizer, make_scheduler
 from .record import Record
-from .runtime import MEMORY_FORMATS, Interrupted, SignalWatch
+from .runtime import MEMORY_FORMATS
 
 logger = logging.getLogger("dls")
+
+# On a GPU, to ask costs a wait for all that was queued.
+STEPS_BETWEEN_AGREEMENTS = {"cpu": 1, "cuda": 10}
 
 
 @dataclass
@@ -175,7 +180,7 @@ class TrainingLoop:
                 progress.batches += len(batch.batches)
                 progress.clips += batch.clips
                 bar.update(batch.clips)
-                received = watch.agreed(self.accelerator, progress.step)
+                received = self.agreed(watch.received)
                 steps = self.args.checkpointing_steps
                 if received or (steps != "epoch" and progress.step % steps == 0):
                     progress.loss_sum = loss_sum.item()
@@ -187,6 +192,18 @@ class TrainingLoop:
                     break
         rate = (progress.clips - clips_before) / (time.perf_counter() - started)
         self.end_epoch(loss_sum.item(), rate, evaluate)
+
+    def agreed(self, received: int) -> int:
+        """The signal that any process received: all must leave the loop at the same step.
+
+        Several processes ask one another only every so many steps, because that makes a GPU wait.
+        """
+        if self.accelerator.num_processes == 1:
+            return received
+        if self.progress.step % STEPS_BETWEEN_AGREEMENTS[self.accelerator.device.type]:
+            return 0
+        found = torch.tensor([received], device=self.accelerator.device)
+        return int(self.accelerator.gather(found).max())
 
     def end_epoch(self, loss_sum: float, rate: float, evaluate) -> None:
         """Evaluates, logs, and saves."""

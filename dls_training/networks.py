@@ -6,9 +6,8 @@ from pathlib import Path
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
 
+from datasets_scripts.errors import UserError
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor
-
-from .arguments import UserError
 
 logger = logging.getLogger("dls")
 

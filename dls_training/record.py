@@ -15,12 +15,14 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers.utils import cached_file
 
-from datasets_scripts import ClipIdentities, corpus_facts, file_digest
+from datasets_scripts import ClipIdentities, corpus_facts
+from datasets_scripts.errors import UserError
+from datasets_scripts.files import file_digest, json_digest, read_object, write_json
 from datasets_scripts.identity import WHOLE
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor
 
-from .arguments import UserError, plain_options
-from .checkpoints import PREFIX, find_checkpoint, json_digest, read_object, write_json
+from .arguments import plain_options
+from .checkpoints import PREFIX, find_checkpoint
 
 RECORD_FILE, HEARD_FILE = "record.json", "heard_clips.safetensors"
 WEIGHTS, BANK = "model.safetensors", "memory_bank.safetensors"

@@ -5,10 +5,8 @@ import ctypes
 import logging
 import os
 import platform
-import signal
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Iterator
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,10 +16,7 @@ import transformers
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
-from datasets_scripts import CorpusError
-from hub_upload import UploadError
-
-from .arguments import UserError
+from datasets_scripts.errors import LostProcess, UserError
 
 logger = logging.getLogger("dls")
 
@@ -34,55 +29,30 @@ MEMORY_FORMATS = {
 # glibc's mallopt parameters.
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
-# On a GPU, to ask costs a wait for all that was queued.
-STEPS_BETWEEN_AGREEMENTS = {"cpu": 1, "cuda": 10}
 # How torch's back ends begin to say that another process is gone or silent.
 LOST_PROCESS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "timed out", "pair closure")
 
 
-class Interrupted(Exception):
-    """SIGINT or SIGTERM was obeyed: everything is saved."""
+@contextlib.contextmanager
+def ends_with_the_others() -> Iterator[None]:
+    """Around a run of several processes, as a decorator: says in words that another is lost, and leaves them in order.
 
-    def __init__(self, signal_number: int):
-        super().__init__(signal.Signals(signal_number).name)
-        self.exit_code = 128 + signal_number
-
-
-def run_script(main: Callable[[], None]) -> int:
-    """Runs a script's main and turns what a user can cause into one message and an exit code.
-
-    Returns:
-        0; 2 for a `UserError`, `CorpusError`, `UploadError` or a file that cannot be written; 3 if another process of
-        the run is lost; 128 + signal after an interruption.
+    Raises:
+        LostProcess: if another process has died, or does not answer.
     """
     try:
-        main()
-    except Interrupted as interruption:
-        logger.info(f"{interruption}: saved; --resume_from_checkpoint latest goes on from here")
-        return interruption.exit_code
-    except KeyboardInterrupt:  # before the training loop watches for signals, or a second time
-        print("interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
-    except (UserError, CorpusError, UploadError, OSError) as error:
-        message = str(error)
-        if "Original Traceback" in message:  # from a decoding process: the error's own words are in the last line
-            message = message.strip().splitlines()[-1].partition(": ")[2]
-        print(f"error: {message}", file=sys.stderr)
-        return 2
+        yield
     except RuntimeError as error:
         if not lost_process(error):
             raise
-        print(
-            f"error: process {os.environ.get('RANK', '0')} stops: another process of this run has died or does not "
+        raise LostProcess(
+            f"process {os.environ.get('RANK', '0')} stops: another process of this run has died or does not "
             "answer (--distributed_timeout), its own message tells why. What was saved is intact: "
-            f"--resume_from_checkpoint latest goes on from there. ({str(error).splitlines()[0][:200]})",
-            file=sys.stderr,
-        )
-        return 3
+            f"--resume_from_checkpoint latest goes on from there. ({str(error).splitlines()[0][:200]})"
+        ) from error
     finally:
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    return 0
 
 
 def lost_process(error: RuntimeError) -> bool:
@@ -90,42 +60,6 @@ def lost_process(error: RuntimeError) -> bool:
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
         return False
     return isinstance(error, torch.distributed.DistError) or any(words in str(error).lower() for words in LOST_PROCESS)
-
-
-class SignalWatch(contextlib.AbstractContextManager):
-    """Notes SIGINT and SIGTERM instead of dying of them, so that the loop can save first; a second one kills at once.
-
-    Attributes:
-        received: The signal's number, or 0.
-    """
-
-    def __init__(self):
-        self.received = 0
-
-    def __enter__(self):
-        self.previous = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def _note(self, number, _):
-        self.received = number
-        for watched, handler in self.previous.items():
-            signal.signal(watched, handler)
-
-    def agreed(self, accelerator: Accelerator, step: int) -> int:
-        """The signal that any process received: all must leave the loop at the same step.
-
-        Several processes ask one another only every so many steps, because that makes a GPU wait.
-        """
-        if accelerator.num_processes == 1:
-            return self.received
-        if step % STEPS_BETWEEN_AGREEMENTS[accelerator.device.type]:
-            return 0
-        received = torch.tensor([self.received], device=accelerator.device)
-        return int(accelerator.gather(received).max())
 
 
 def use_every_core() -> None:

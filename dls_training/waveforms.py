@@ -15,8 +15,8 @@ import torch
 import torchaudio
 from torch.utils.data import get_worker_info
 
-from datasets_scripts import AudioError
 from datasets_scripts.audio import Sound, opened_sound
+from datasets_scripts.errors import AudioError
 from datasets_scripts.identity import WHOLE
 from datasets_scripts.windows import MIN_NEW_SHARE
 from modeling_dls.feature_extraction_esresnet import ESResNetFeatureExtractor, cached_tensors, fit_length

@@ -5,7 +5,9 @@ import logging
 import sys
 from pathlib import Path
 
-from dls_training.arguments import UserError, corpus_and_source
+from datasets_scripts.command_line import run_command
+from datasets_scripts.errors import UserError
+from dls_training.arguments import corpus_and_source
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -20,18 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("dls").setLevel(logging.INFO)
-
-    # After the arguments are known to be good: `--help` should not wait for this import.
-    from hub_upload import UploadError
-
-    try:
-        return arguments.run(arguments) or 0
-    except (UserError, UploadError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; run the same again to go on", file=sys.stderr)
-        return 130
+    return run_command(arguments.run, arguments)
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -65,15 +56,13 @@ def make_parser() -> argparse.ArgumentParser:
 
 def run_space(arguments: argparse.Namespace) -> int:
     """Serves the page until it is interrupted."""
-    from dls_training.runtime import run_script
-
     try:
         from .space.app import serve
     except ModuleNotFoundError as error:
         if error.name != "gradio":
             raise
         raise UserError("the page needs Gradio: pip install -e '.[space]'") from error
-    return run_script(lambda: serve(arguments.run_folder, arguments.corpus, arguments.port))
+    return serve(arguments.run_folder, arguments.corpus, arguments.port)
 
 
 def publish_run(arguments: argparse.Namespace) -> None:
@@ -88,7 +77,7 @@ def publish_run(arguments: argparse.Namespace) -> None:
 
 def print_plan(folder: Path, repo_id: str, private: bool) -> None:
     """Prints every file with its size, what it is, and what publishing would do with it."""
-    from hub_upload import HubUnreachable
+    from datasets_scripts.errors import HubUnreachable
 
     from .publishing import finished_run, open_repository, part_of
 

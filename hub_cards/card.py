@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from dls_training.arguments import UserError
+from datasets_scripts.errors import UserError
 from dls_training.record import RECORD_FILE, Record
 
 from .sources import LICENCE_OF_THE_CODE, licence, source_rows, training_data

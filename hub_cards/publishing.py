@@ -5,9 +5,9 @@ import shlex
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from dls_training.arguments import UserError
-from dls_training.checkpoints import read_object
-from hub_upload import HubRepository, UploadError
+from datasets_scripts.errors import UploadError, UserError
+from datasets_scripts.files import read_object
+from datasets_scripts.hub import HubRepository
 
 from .card import ACCURACY, CONFUSION, EMBEDDING
 

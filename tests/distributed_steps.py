@@ -11,11 +11,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 import train_npid
-from dls_training.runtime import run_script
+from datasets_scripts.command_line import run_command
 
 # Statistics of a batch depend on how it is divided over processes; everything else must not.
 torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)
 
 if __name__ == "__main__":
     train_npid.ARGS = train_npid.parse_args()
-    sys.exit(run_script(train_npid.main))
+    sys.exit(run_command(train_npid.main))

@@ -50,7 +50,7 @@ def call(module, *options) -> tuple[int, str]:
     """What a train script that was imported ends with, and what it says."""
     from accelerate.state import AcceleratorState
 
-    from dls_training.runtime import run_script as run_main
+    from datasets_scripts.command_line import run_command
 
     words, said, root = [str(option) for option in options], io.StringIO(), logging.getLogger()
     handler, level = logging.StreamHandler(said), root.level
@@ -61,7 +61,7 @@ def call(module, *options) -> tuple[int, str]:
         with contextlib.redirect_stderr(said), mock.patch.object(sys, "argv", [f"{module.__name__}.py", *words]):
             args = module.parse_args()
             with mock.patch.object(module, "ARGS", args):
-                return run_main(module.main), said.getvalue()
+                return run_command(module.main), said.getvalue()
     except SystemExit as end:
         return end.code, said.getvalue()
     finally:

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from datasets_scripts import AudioError, CorpusError, corpus_report, decode_audio, load_corpus, opened_sound
+from datasets_scripts import corpus_report, decode_audio, load_corpus, opened_sound
 from datasets_scripts.__main__ import main
+from datasets_scripts.errors import AudioError, CorpusError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RATE = 44100
@@ -365,7 +366,8 @@ def test_recording_that_still_grows_is_refused(tmp_path, monkeypatch):
 
 NOTES = """
 import sys, threading
-from datasets_scripts import AudioError, decode_audio
+from datasets_scripts import decode_audio
+from datasets_scripts.errors import AudioError
 audio = {"bytes": None, "path": sys.argv[1]}
 def decode():
     for _ in range(20):

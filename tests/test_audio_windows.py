@@ -9,15 +9,8 @@ import pytest
 import soundfile
 from corpora_trees import write_table
 
-from datasets_scripts import (
-    AudioError,
-    ClipIdentities,
-    CorpusError,
-    corpus_report,
-    cut_into_windows,
-    decode_audio,
-    load_corpus,
-)
+from datasets_scripts import ClipIdentities, corpus_report, cut_into_windows, decode_audio, load_corpus
+from datasets_scripts.errors import AudioError, CorpusError
 from datasets_scripts.windows import MIN_NEW_SHARE
 
 RATE = 8000

@@ -19,26 +19,27 @@ from accelerate import Accelerator
 from scripts import MEASURED
 from torch.utils.data import DataLoader
 
-from datasets_scripts import file_digest
-from dls_training.arguments import UserError
+from datasets_scripts.errors import Interrupted, UserError
+from datasets_scripts.files import (
+    file_digest,
+    files_moved_into_place,
+    folder_moved_into_place,
+    json_digest,
+    write_json,
+)
 from dls_training.checkpoints import (
     STATE_FILE,
     TENSOR_FILE,
     Progress,
     checkpoint_number,
     claim_output_dir,
-    files_moved_into_place,
     find_checkpoint,
-    folder_moved_into_place,
-    json_digest,
     load_checkpoint,
     save_checkpoint,
-    write_json,
 )
 from dls_training.input_pipeline import ShuffledClips
 from dls_training.loop import TrainingLoop
 from dls_training.record import RECORD_FILE, Record
-from dls_training.runtime import Interrupted
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL_FILE = "model.bin"
@@ -206,8 +207,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from dls_training.arguments import UserError
-from dls_training.checkpoints import Progress, files_moved_into_place, save_checkpoint
+from datasets_scripts.errors import UserError
+from dls_training.checkpoints import Progress, save_checkpoint
+from datasets_scripts.files import files_moved_into_place
 from dls_training.record import Record
 
 folder, large = Path(sys.argv[1]), {"tensor": torch.zeros(100_000)}

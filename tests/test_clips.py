@@ -31,8 +31,8 @@ from test_input_pipeline import (
 )
 
 from datasets_scripts import load_corpus
+from datasets_scripts.errors import UserError
 from dls_training import clips, waveforms
-from dls_training.arguments import UserError
 from dls_training.augmentation import SpectrogramAugmentation, WaveformAugmentation
 from dls_training.cache import CachedFolder, use_file
 from dls_training.clips import ClipStore

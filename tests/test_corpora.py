@@ -23,15 +23,8 @@ from corpora_trees import (
 )
 
 import datasets_scripts.builder
-from datasets_scripts import (
-    AudioError,
-    CorpusError,
-    combine_corpora,
-    corpus_report,
-    decode_audio,
-    load_corpus,
-    train_test_folds,
-)
+from datasets_scripts import combine_corpora, corpus_report, decode_audio, load_corpus, train_test_folds
+from datasets_scripts.errors import AudioError, CorpusError
 from datasets_scripts.esc import ESC10_CLASSES, ESC50_CLASSES
 
 REPOSITORY = Path(__file__).resolve().parents[1]

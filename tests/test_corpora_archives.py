@@ -14,8 +14,9 @@ import datasets
 import pytest
 from corpora_trees import make_dcase2013, make_esc50
 
-from datasets_scripts import CorpusError, archives, load_corpus
+from datasets_scripts import archives, load_corpus
 from datasets_scripts.corpus import Archive
+from datasets_scripts.errors import CorpusError
 from datasets_scripts.loading import CORPORA
 
 

@@ -13,8 +13,9 @@ import pytest
 import yaml
 from corpora_trees import make_dcase2013, wav, write_table
 
-from datasets_scripts import CorpusError, corpus_report, decode_audio, exporting, load_corpus, train_test_folds
+from datasets_scripts import corpus_report, decode_audio, exporting, load_corpus, train_test_folds
 from datasets_scripts.__main__ import main
+from datasets_scripts.errors import CorpusError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -15,13 +15,12 @@ from datasets import Dataset
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils.data import DataLoader
 
-from datasets_scripts import AudioError
+from datasets_scripts.command_line import run_command
+from datasets_scripts.errors import AudioError, UserError
 from dls_training import input_pipeline
-from dls_training.arguments import UserError
 from dls_training.augmentation import NUM_DRAWS, WaveformAugmentation
 from dls_training.clips import MAX_VIEWS_PER_CLIP, ClipStore
 from dls_training.input_pipeline import ClipBatches, Key, ShuffledClips, ViewMaker, load_corpora, mean_over_windows
-from dls_training.runtime import run_script
 from dls_training.waveforms import evaluation_windows, read_waveform
 from modeling_dls import ESResNetFeatureExtractor
 from modeling_dls.feature_extraction_esresnet import fit_length
@@ -160,7 +159,7 @@ def test_a_user_reads_one_line_about_a_file_that_a_worker_could_not_use(tmp_path
     rows = make_rows((500, 600)).remove_columns("audio")
     rows = rows.add_column("audio", [{"bytes": None, "path": str(tmp_path / "missing.wav")}] * 2)
     loader = training_loader(rows, make_extractor(), options(dataloader_num_workers=1))
-    assert run_script(lambda: list(loader)) == 2
+    assert run_command(lambda: list(loader)) == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1 and message.startswith(f"error: {tmp_path / 'missing.wav'}: the file does not")
 

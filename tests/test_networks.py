@@ -5,8 +5,8 @@ from argparse import Namespace
 
 import pytest
 
+from datasets_scripts.errors import UserError
 from dls_training import arguments
-from dls_training.arguments import UserError
 from dls_training.networks import make_config, make_model, structure
 from modeling_dls import ESResNetConfig, ESResNetModel, configuration_esresnet, feature_extraction_esresnet
 

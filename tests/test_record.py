@@ -22,13 +22,14 @@ from transformers import AutoModelForAudioClassification
 
 import train_classification
 import train_npid
-from datasets_scripts import ClipIdentities, combine_corpora, file_digest, load_corpus
+from datasets_scripts import ClipIdentities, combine_corpora, load_corpus
 from datasets_scripts.builder import FolderBuilder
 from datasets_scripts.esc import ESC10_FOLDERS, ESC50_CLASSES
 from datasets_scripts.exporting import export_corpus
+from datasets_scripts.files import file_digest, json_digest, write_json
 from datasets_scripts.loading import CORPORA
 from dls_training.arguments import plain_options
-from dls_training.checkpoints import STATE_FILE, json_digest, write_json
+from dls_training.checkpoints import STATE_FILE
 from dls_training.record import HEARD_FILE, NOT_COMPARED, RECORD_FILE, Record, Stage
 from modeling_dls import ESResNetForAudioClassification
 
@@ -192,7 +193,6 @@ def test_the_commit_is_this_projects_or_none(tmp_path):
     site_packages = tmp_path / "theirs" / ".venv" / "lib" / "site-packages"
     for package in ("dls_training", "datasets_scripts", "modeling_dls", "hub_cards"):
         shutil.copytree(ROOT / package, site_packages / package)
-    shutil.copy(ROOT / "hub_upload.py", site_packages)
     identity = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
     for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-q", "-m", "theirs"]):
         subprocess.run(["git", *command], cwd=tmp_path / "theirs", check=True)

@@ -16,8 +16,8 @@ import pytest
 from scripts import ROOT, fail, run_script, start, succeed
 from transformers import ResNetConfig, ResNetForImageClassification
 
+from datasets_scripts.errors import UserError
 from dls_comparison.plan import Planner
-from dls_training.arguments import UserError
 
 EXAMPLE = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8"), re.DOTALL)[1]
 

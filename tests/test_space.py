@@ -15,8 +15,8 @@ import torch
 from scripts import ROOT, SMALL, succeed
 from transformers import pipeline
 
-from datasets_scripts import AudioError, CorpusError, decode_audio
-from dls_training.arguments import UserError
+from datasets_scripts import decode_audio
+from datasets_scripts.errors import AudioError, CorpusError, UserError
 from dls_training.instance_discrimination import weighted_knn
 from dls_training.memory_bank import BANK_FILE, MemoryBank
 from dls_training.report import draw_map

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
-from datasets_scripts import AudioError, CorpusError, load_corpus
-from dls_training.arguments import UserError
+from datasets_scripts import load_corpus
+from datasets_scripts.errors import AudioError, CorpusError, UserError
 from dls_training.input_pipeline import label_numbers
 from dls_training.instance_discrimination import KNN_SIGMA
 from dls_training.memory_bank import BANK_FILE

@@ -13,8 +13,8 @@ import gradio as gr
 import soundfile
 import torch
 
-from datasets_scripts import AudioError, decode_audio
-from dls_training.arguments import UserError
+from datasets_scripts import decode_audio
+from datasets_scripts.errors import AudioError, UserError
 from dls_training.runtime import start_logging
 
 from .analysis import MAX_SECONDS, NEIGHBOURS, Analysis, TrainedFolder, in_words

@@ -12,6 +12,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
 from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
+from .errors import HubUnreachable, UploadError
+
 # Whatever the client raises: the Hub's refusals, a lost connection, an unreadable answer, a thread's failure.
 CLIENT_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)
 # The Hub puts this one into every new repository by itself.
@@ -21,14 +23,6 @@ ADVICE = {
     403: "the token must be allowed to write there",
     412: "somebody else changed it meanwhile",
 }
-
-
-class UploadError(Exception):
-    """Nothing was published; the message says why and what to do, and never holds the token."""
-
-
-class HubUnreachable(UploadError):
-    """The Hub was not even asked: offline, no token, no connection."""
 
 
 class Changes(NamedTuple):
