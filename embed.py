@@ -8,32 +8,40 @@ it, in embeddings.unreadable.csv.
 """
 # ruff: noqa: E402
 
-import argparse
 import sys
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
-from dls_training.arguments import PRECISIONS, at_least
+from datasets_scripts.errors import UserError
+from datasets_scripts.options import Options, flag, one_of, option, path, text, whole
+from dls_training.settings import CLIP_SECONDS, PRECISIONS
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("folder", type=Path, metavar="FOLDER", help="sound files at any depth")
-    add("--model", required=True, help="a trained folder or a Hub id")
-    add("--output", type=Path, default=Path("embeddings.parquet"), help="default: %(default)s")
-    add("--layer", choices=("projection", "pooled"),
+@dataclass(kw_only=True)
+class EmbeddingSettings(Options):
+    """Embeds every sound of a folder with a trained network, and writes the vectors as Parquet."""
+
+    SCRIPT: ClassVar[str] = "embed.py"
+
+    folder: Path = option(None, path, "sound files at any depth", positional=True, required=True)
+    model: str = option(None, text, "a trained folder or a Hub id", required=True)
+    output: Path = option("embeddings.parquet", path, "where the vectors go")
+    layer: str | None = option(
+        None, one_of("projection", "pooled"),
         help="projection: unit vectors of instance discrimination; pooled: the features before any head (default: "
-        "projection where the checkpoint has one)")  # fmt: skip
-    add("--windows", action="store_true", help="a row per window, instead of their mean per file")
-    add("--clip_seconds", type=at_least(0.05, float), help="length of a window (default: the checkpoint's, or 5)")
-    add("--batch_size", type=at_least(1), default=32, help="windows at a time (default: %(default)s)")
-    add("--mixed_precision", choices=PRECISIONS, default="auto",
-        help="auto: bf16 where the processor computes in it, else fp16 on CUDA, else no (default: auto)")  # fmt: skip
-    return parser.parse_args(argv)
+        "projection where the checkpoint has one)",
+    )  # fmt: skip
+    windows: bool = option(False, flag, "a row per window, instead of their mean per file")
+    clip_seconds: float | None = option(None, CLIP_SECONDS, "length of a window (default: the checkpoint's, or 5)")
+    batch_size: int = option(32, whole(1, 1 << 16), "windows at a time")
+    mixed_precision: str = option(
+        "auto", one_of(*PRECISIONS), "auto: bf16 where the processor computes in it, else fp16 on CUDA, else no"
+    )
 
 
-# Arguments are read before anything heavy is imported: --help answers at once.
-ARGS = parse_args() if __name__ == "__main__" else None
+# Options are read before anything heavy is imported: --help answers at once.
+SETTINGS = EmbeddingSettings.parsed() if __name__ == "__main__" else None
 
 import csv
 import logging
@@ -51,7 +59,7 @@ from transformers import AutoConfig
 
 from datasets_scripts import sound_files
 from datasets_scripts.command_line import run_command
-from datasets_scripts.errors import AudioError, UserError
+from datasets_scripts.errors import AudioError
 from datasets_scripts.files import files_moved_into_place
 from dls_training.networks import set_length
 from dls_training.runtime import choose_device_and_precision, decoding_processes, start_logging
@@ -213,30 +221,29 @@ def write_unreadable(path: Path, unreadable: dict[str, str]) -> None:
         writer.writerows(unreadable.items())
 
 
-def main() -> None:
-    args = ARGS
+def main(settings: EmbeddingSettings) -> None:
     start_logging()
-    if not args.folder.is_dir():
-        raise UserError(f"{args.folder} is not a folder: FOLDER holds the sound files to embed")
-    total = sum(1 for _ in sound_files(args.folder))
+    if not settings.folder.is_dir():
+        raise UserError(f"{settings.folder} is not a folder: FOLDER holds the sound files to embed")
+    total = sum(1 for _ in sound_files(settings.folder))
     if not total:
-        raise UserError(f"{args.folder} holds no sound files (wav, flac, ogg, mp3, aiff, …)")
-    embedder = Embedder(args.model, args.layer, args.mixed_precision, args.clip_seconds)
+        raise UserError(f"{settings.folder} holds no sound files (wav, flac, ogg, mp3, aiff, …)")
+    embedder = Embedder(settings.model, settings.layer, settings.mixed_precision, settings.clip_seconds)
     logger.info(
         f"{total} files, {embedder.layer} vectors of {embedder.dim} numbers, on {embedder.device}, precision "
         f"{'fp32' if embedder.precision == 'no' else embedder.precision}"
     )
-    recordings = Recordings(args.folder, embedder.extractor, at_a_time=torch.get_num_threads())
+    recordings = Recordings(settings.folder, embedder.extractor, at_a_time=torch.get_num_threads())
     loader = DataLoader(recordings, batch_size=None, num_workers=decoding_processes(embedder.device))
-    listed = args.output.with_name(f"{args.output.stem}.unreadable.csv")
+    listed = settings.output.with_name(f"{settings.output.stem}.unreadable.csv")
     unreadable: dict[str, str] = {}
     with (
-        files_moved_into_place(args.output.parent) as unfinished,
+        files_moved_into_place(settings.output.parent) as unfinished,
         tqdm(total=total, unit=" clips", desc="embedding") as bar,
     ):
         windows = windows_of(loader, embedder, unreadable, bar)
-        found = rows(embedded(windows, embedder, args.batch_size), embedder, args.windows)
-        count = write_rows(unfinished / args.output.name, found, embedder.dim)
+        found = rows(embedded(windows, embedder, settings.batch_size), embedder, settings.windows)
+        count = write_rows(unfinished / settings.output.name, found, embedder.dim)
         if not count:
             raise UserError(f"none of the {total} files can be read; the first: {next(iter(unreadable.values()))}")
         if unreadable:
@@ -246,8 +253,8 @@ def main() -> None:
         logger.warning(f"{len(unreadable)} of {total} files cannot be read: see {listed}")
     else:
         listed.unlink(missing_ok=True)  # of an earlier run
-    logger.info(f"{args.output}: {count} rows, {rate:.1f} clips/s")
+    logger.info(f"{settings.output}: {count} rows, {rate:.1f} clips/s")
 
 
 if __name__ == "__main__":
-    sys.exit(run_command(main))
+    sys.exit(run_command(main, SETTINGS))

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from datasets_scripts.command_line import SignalWatch, run_command
 from datasets_scripts.errors import UserError
+from datasets_scripts.options import named_source, real
 from dls_comparison.plan import FINE_TUNING, PRETRAINING, Cell, Plan, Planner
-from dls_training.arguments import at_least, corpus_and_source
 
 
 def parse_args(argv: list[str] | None = None):
@@ -25,11 +25,11 @@ def parse_args(argv: list[str] | None = None):
     )
     add = parser.add_argument
     add("file", type=Path, help="what to compare; results go into the folder of the same name beside it")
-    add("--corpus", action="append", type=corpus_and_source, default=[], metavar="NAME=DIR",
+    add("--corpus", action="append", type=named_source, default=[], metavar="NAME=DIR",
         help="where a corpus of the file is on this machine")  # fmt: skip
     add("--work_dir", type=Path, help="weights and checkpoints (default: runs/NAME of the file)")
     add("--only", metavar="GLOB", default="*", help="cells with such names, and what they start from (default: all)")
-    add("--max_minutes", type=at_least(0.0, float), default=float("inf"), metavar="M",
+    add("--max_minutes", type=real(0), default=float("inf"), metavar="M",
         help="save and end after M minutes (default: go on to the end)")  # fmt: skip
     add("--delete_weights", action="store_true", help="delete a cell's weights once no unfinished cell needs them")
     add("--dry_run", action="store_true", help="print cells and commands")
@@ -63,6 +63,7 @@ from dls_comparison.cells import CellStore
 from dls_comparison.running import claimed, duration, run_cell
 from dls_comparison.tables import tables
 from dls_training.report import draw_comparison
+from dls_training.settings import ClassificationSettings, PretrainingSettings
 from hub_cards import write_comparison
 
 
@@ -102,10 +103,7 @@ def check_commands(plan: Plan, store: CellStore, cells: list[Cell]) -> None:
             raise UserError(f"{plan.file}: corpora.{name}: there is no {source} here (see --corpus {name}=DIR)")
     if not cells:
         return
-    import train_classification
-    import train_npid
-
-    parsers = {PRETRAINING: train_npid.parse_args, FINE_TUNING: train_classification.parse_args}
+    parsers = {PRETRAINING: PretrainingSettings.parsed, FINE_TUNING: ClassificationSettings.parsed}
     for cell in (cell for cell in cells if cell.script in parsers):
         said = io.StringIO()
         try:

@@ -41,9 +41,10 @@ def measure(kind: str, all_rows: list[int], steps: int) -> dict[str, dict]:
     import torch.nn.functional as F
 
     from dls_training.instance_discrimination import InstanceDiscrimination
-    from dls_training.memory_bank import MemoryBank, ShardedMemoryBank
+    from dls_training.memory_bank import MemoryBank
     from dls_training.optimization import make_optimizer
     from dls_training.runtime import best_precision
+    from dls_training.sharded_bank import ShardedMemoryBank
     from modeling_dls import ESResNetConfig, ESResNetForInstanceDiscrimination
 
     dist.init_process_group("gloo")

@@ -55,9 +55,9 @@ def run_arm(corpus: str, epochs: int, folder: str) -> dict[str, Arm]:
 
 def number_of_clips(corpus: str) -> int:
     from datasets_scripts import load_corpus
-    from dls_training.arguments import corpus_and_source
+    from datasets_scripts.options import named_source
 
-    return len(load_corpus(*corpus_and_source(corpus), allow_partial=True))
+    return len(load_corpus(*named_source(corpus), allow_partial=True))
 
 
 def step_arm(corpus: str, epochs: int) -> dict[str, Arm]:

@@ -20,6 +20,7 @@ from modeling_dls.feature_extraction_esresnet import ESResNetFeatureExtractor, f
 
 from .augmentation import SpectrogramAugmentation
 from .cache import CachedFolder, gigabytes
+from .settings import TrainingSettings
 from .waveforms import in_threads, read_waveform, resampled_length, window_counts
 
 logger = logging.getLogger("dls")
@@ -58,18 +59,18 @@ class ClipStore:
         keeps_spectrograms: Whether power spectrograms are read, and not waveforms.
     """
 
-    def __init__(self, corpora: list[Dataset], extractor: ESResNetFeatureExtractor, args):
+    def __init__(self, corpora: list[Dataset], extractor: ESResNetFeatureExtractor, settings: TrainingSettings):
         """
         Args:
             corpora: From `load_corpus`, whole.
             extractor: With `max_length` and `audio_channels`.
-            args: Options: `keep_spectrograms`, `keep_waveforms`, `cache_gigabytes`.
+            settings: Options: `keep_spectrograms`, `keep_waveforms`, `cache_gigabytes`.
 
         Raises:
             UserError: if the cache cannot be written, or is too small.
             AudioError: naming a file that cannot be decoded.
         """
-        self.extractor, self.keeps_spectrograms = extractor, args.keep_spectrograms
+        self.extractor, self.keeps_spectrograms = extractor, settings.keep_spectrograms
         self.audio = concatenate_datasets([corpus.with_format(None).select_columns("audio") for corpus in corpora])
         identities = [ClipIdentities.of(corpus) for corpus in corpora]
         names = [name[0] for clips in identities for name in clips.names()]
@@ -86,14 +87,16 @@ class ClipStore:
         self.samples, self.pictures = [], {name: [] for name in PICTURES}
         for number, clips in enumerate(identities):
             rows = range(*self.corpora[number : number + 2])
-            if args.keep_spectrograms:
-                folder = self._kept("spectrograms", SPECTROGRAM_SETTINGS, clips, rows, self._write_pictures, args)
+            if settings.keep_spectrograms:
+                folder = self._cached(
+                    "spectrograms", SPECTROGRAM_SETTINGS, clips, rows, self._write_pictures, settings
+                )
                 count = self.windows[rows].sum()
                 for name, (_, _, stored) in PICTURES.items():
                     shape = (count, *folder.index[name])
                     self.pictures[name].append(np.memmap(folder.path / name, stored, "r", shape=shape))
-            elif args.keep_waveforms:
-                folder = self._kept("waveforms", WAVEFORM_SETTINGS, clips, rows, self._write_samples, args)
+            elif settings.keep_waveforms:
+                folder = self._cached("waveforms", WAVEFORM_SETTINGS, clips, rows, self._write_samples, settings)
                 # "c": torch wants memory that it might write to; nothing is written, and nothing would reach the file.
                 self.samples.append(np.memmap(folder.path / SAMPLES, np.float32, "c"))
 
@@ -179,12 +182,12 @@ class ClipStore:
             pictures[corpus == which] = kept[which][numbers[corpus == which] - starts[which]]
         return torch.from_numpy(pictures).view(dtype)
 
-    def _kept(
-        self, what: str, settings: tuple[str, ...], clips: ClipIdentities, rows: range, write: Callable, args
+    def _cached(
+        self, what: str, signal: tuple[str, ...], clips: ClipIdentities, rows: range, write: Callable, settings
     ) -> CachedFolder:
         """The folder with what is kept of a corpus."""
-        key = json_digest([CACHE_VERSION, [getattr(self.extractor, name) for name in settings], clips.digest_of_all()])
-        limit = args.cache_gigabytes
+        key = json_digest([CACHE_VERSION, [getattr(self.extractor, name) for name in signal], clips.digest_of_all()])
+        limit = settings.cache_gigabytes
         folder = CachedFolder(f"{what}-{key}", lambda path: write(path, rows, Room(what, limit)), limit)
         logger.info(f"{what} of {len(rows)} clips are kept in {folder.path} ({gigabytes(folder.path):.2f} GB)")
         self.folders.append(folder)

@@ -1,7 +1,16 @@
 """A classifier in closed form: ridge regression on the features of a frozen network, no epoch of training."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from torch.nn.modules.batchnorm import _BatchNorm  # of one process, or synchronised over several
+from torch.utils.data import DataLoader
+
+from modeling_dls import ESResNetForAudioClassification
+
+VIEWS = 4  # of each clip, whose features are averaged
 
 # Shares of the mean squared length of the features, between hardly any penalty and hardly anything but it.
 PENALTIES = torch.logspace(-4, 2, 25, dtype=torch.float64)
@@ -61,3 +70,69 @@ def ridge_classifier(
     # Ridge's weights, whichever side was decomposed: the features times what they leave unexplained, over the penalty.
     weight = scale * ((Y - fitted(penalty)).T @ X / penalty) / std
     return weight.float(), (scale * prior - weight @ mean).float()
+
+
+@torch.no_grad()
+def start_from_ridge(
+    model: ESResNetForAudioClassification,
+    loader: DataLoader,
+    make_views: Callable[[dict], torch.Tensor],
+    accelerator: Accelerator,
+    estimate_statistics: bool,
+) -> None:
+    """Sets a classifier to ridge regression on the features of augmented views of the training clips.
+
+    Args:
+        model: Not wrapped for several processes.
+        loader: Of the training clips, prepared.
+        make_views: A batch -> `input_values`.
+        accelerator: Of the run.
+        estimate_statistics: Whether batch norm's are taken of the same clips first: a random network's describe none.
+    """
+
+    def pooled(batch):
+        with accelerator.autocast():
+            return model.esresnet(make_views(batch)).pooler_output.float()
+
+    if estimate_statistics:
+        estimate_batch_norm_statistics(model, map(pooled, loader), accelerator)
+    clips = len(loader.dataset)
+    features = torch.zeros(clips, model.config.hidden_size, device=accelerator.device)
+    views = torch.zeros(clips, device=accelerator.device)
+    labels = torch.zeros(clips, dtype=torch.int64, device=accelerator.device)
+    model.eval()
+    for epoch in range(VIEWS):
+        loader.set_epoch(epoch)
+        for batch in loader:
+            rows = batch["index"], batch["labels"], pooled(batch)
+            index, own_labels, vectors = accelerator.gather_for_metrics(rows)
+            features.index_add_(0, index, vectors)
+            views.index_add_(0, index, torch.ones_like(index, dtype=views.dtype))
+            labels[index] = own_labels
+    seen = views > 0  # the sampler may leave a clip out of an epoch
+    mean = features[seen] / views[seen, None]
+    weight, bias = ridge_classifier(mean.cpu(), labels[seen].cpu(), model.config.num_labels)
+    model.classifier.weight.copy_(weight)
+    model.classifier.bias.copy_(bias)
+
+
+def estimate_batch_norm_statistics(model: torch.nn.Module, passes: Iterable, accelerator: Accelerator) -> None:
+    """Sets batch norm's statistics to the mean over some batches.
+
+    Args:
+        model: In whichever mode; is left in training mode.
+        passes: Runs the model on a batch each time it is asked for the next.
+        accelerator: Of the run, over whose processes statistics are averaged.
+    """
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    momentum = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean of all batches, however few they are
+    model.train()
+    for _ in passes:
+        pass
+    for norm, usual in zip(norms, momentum, strict=True):
+        norm.momentum = usual
+        for statistic in (norm.running_mean, norm.running_var):
+            statistic.copy_(accelerator.reduce(statistic, "mean"))

@@ -20,6 +20,7 @@ from modeling_dls.feature_extraction_esresnet import CPU_PART, POWER_FLOOR, ESRe
 
 from .augmentation import NUM_DRAWS, SpectrogramAugmentation, WaveformAugmentation
 from .clips import ClipStore
+from .settings import TrainingSettings
 
 logger = logging.getLogger("dls")
 
@@ -137,7 +138,7 @@ class ShuffledClips(Sampler):
         return (Key(int(clip), self.epoch) for clip in order[: self.used])
 
 
-def load_corpora(args) -> list[tuple[str, Dataset]]:
+def load_corpora(settings: TrainingSettings) -> list[tuple[str, Dataset]]:
     """Each --corpus with its name; with --windows, a row per window.
 
     Every process calls this. Locks see to it that one of them downloads and prepares while the others wait for as long
@@ -146,20 +147,20 @@ def load_corpora(args) -> list[tuple[str, Dataset]]:
     Raises:
         CorpusError: whatever is wrong with a folder or a file in it.
     """
-    options = {"allow_partial": args.allow_partial, "skip_unreadable": args.skip_unreadable}
-    corpora = [(name, load_corpus(name, source, **options)) for name, source in args.corpus]
-    return [(name, windows_of(name, clips, args)) for name, clips in corpora] if args.windows else corpora
+    options = {"allow_partial": settings.allow_partial, "skip_unreadable": settings.skip_unreadable}
+    corpora = [(name, load_corpus(name, source, **options)) for name, source in settings.corpus]
+    return [(name, windows_of(name, clips, settings)) for name, clips in corpora] if settings.windows else corpora
 
 
-def windows_of(name: str, clips: Dataset, args) -> Dataset:
+def windows_of(name: str, clips: Dataset, settings: TrainingSettings) -> Dataset:
     """A corpus cut up as --windows, --overlap and --silence_db say."""
-    windows, silent = cut_into_windows(clips, args.windows, args.overlap, args.silence_db)
-    left_out = f", {silent} below {args.silence_db:g} dB left out" if args.silence_db is not None else ""
-    logger.info(f"{name}: {len(windows)} windows of {args.windows:g} s, of {len(clips)} files{left_out}")
+    windows, silent = cut_into_windows(clips, settings.windows, settings.overlap, settings.silence_db)
+    left_out = f", {silent} below {settings.silence_db:g} dB left out" if settings.silence_db is not None else ""
+    logger.info(f"{name}: {len(windows)} windows of {settings.windows:g} s, of {len(clips)} files{left_out}")
     return windows
 
 
-def training_loader(store: ClipStore, clips: Dataset, args) -> DataLoader:
+def training_loader(store: ClipStore, clips: Dataset, settings: TrainingSettings) -> DataLoader:
     """Shuffled batches for a `ViewMaker`.
 
     Raises:
@@ -167,27 +168,29 @@ def training_loader(store: ClipStore, clips: Dataset, args) -> DataLoader:
     """
     if len(clips) < 2:
         raise UserError(f"--corpus: {len(clips)} clip(s) to train on are too few, at least 2 are needed")
-    mixes = args.augmentation != "waveform" and args.augmentation_strength > 0
-    batches = ClipBatches(store, clips, args.seed, mixes)
-    return make_loader(batches, ShuffledClips(len(clips), args.per_device_train_batch_size, args.seed), args)
+    mixes = settings.augmentation != "waveform" and settings.augmentation_strength > 0
+    batches = ClipBatches(store, clips, settings.seed, mixes)
+    return make_loader(
+        batches, ShuffledClips(len(clips), settings.per_device_train_batch_size, settings.seed), settings
+    )
 
 
-def evaluation_loader(store: ClipStore, clips: Dataset, args) -> DataLoader:
+def evaluation_loader(store: ClipStore, clips: Dataset, settings: TrainingSettings) -> DataLoader:
     """Every window of every clip, in order, for `mean_over_windows`."""
     batches = ClipBatches(store, clips)
-    return make_loader(batches, batches.windows(), args)
+    return make_loader(batches, batches.windows(), settings)
 
 
-def make_loader(batches: ClipBatches, sampler: Sampler | list[Key], args) -> DataLoader:
+def make_loader(batches: ClipBatches, sampler: Sampler | list[Key], settings: TrainingSettings) -> DataLoader:
     batches.total_dataset_length = len(
         sampler
     )  # accelerate's name for what it fills up ragged batches to, and cuts off
     return DataLoader(
         batches,
-        args.per_device_train_batch_size,
+        settings.per_device_train_batch_size,
         sampler=sampler,
         # Reading kept spectrograms is one copy out of mapped memory: decoding processes would only add another.
-        num_workers=0 if batches.store.keeps_spectrograms else args.dataloader_num_workers,
+        num_workers=0 if batches.store.keeps_spectrograms else settings.dataloader_num_workers,
         collate_fn=as_it_is,
         pin_memory=torch.cuda.is_available(),
     )
@@ -218,8 +221,8 @@ class ViewMaker:
         """
         self.extractor, self.from_spectrograms = extractor, from_spectrograms
         scale = WaveformAugmentation.MAX_SCALE**strength
-        settings = {"max_scale": 1.0, "p_inversion": 0.0} if augmentation == "spectrogram" else {"max_scale": scale}
-        self.waveform_augmentation = WaveformAugmentation(extractor.max_length, **settings)
+        ranges = {"max_scale": 1.0, "p_inversion": 0.0} if augmentation == "spectrogram" else {"max_scale": scale}
+        self.waveform_augmentation = WaveformAugmentation(extractor.max_length, **ranges)
         floor = 10 ** (extractor.min_db / 10) if extractor.do_normalize else POWER_FLOOR
         self.spectrogram_augmentation = (
             None if augmentation == "waveform" else SpectrogramAugmentation.of_strength(strength, floor)

@@ -1,21 +1,22 @@
-"""Non-parametric instance discrimination: its two objectives over a memory bank, and the k-NN that watches them.
+"""Non-parametric instance discrimination: its two objectives over a memory bank, and an optimizer step on them.
 
 Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination" (2018); Hornauer et al.,
 "Unsupervised Discriminative Learning of Sounds for Audio Event Classification" (2021).
 """
 
 import math
-from collections.abc import Iterable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from modeling_dls.modeling_esresnet import frozen_batch_norm_statistics
+
+from .health import Visits
+from .input_pipeline import ViewMaker
+from .loop import GlobalBatch, TrainingLoop
 from .memory_bank import MemoryBank
-
-# Of the votes in weighted k-NN. The original takes the temperature of the loss; then runs with different temperatures
-# would be measured differently.
-KNN_SIGMA = 0.1
 
 
 def nce_logits(bank: MemoryBank, embeddings: torch.Tensor, indices: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -60,7 +61,7 @@ def softmax_loss(
     return bank.cross_entropy(embeddings, indices, temperature)
 
 
-class InstanceDiscrimination:
+class InstanceDiscrimination(nn.Module):
     """The pretext loss over a memory bank: `"nce"` or `"softmax"`.
 
     Attributes:
@@ -96,6 +97,7 @@ class InstanceDiscrimination:
             raise ValueError(f"objective must be 'nce' or 'softmax', not {objective!r}")
         if exclude_positive and len(bank) < 2:
             raise ValueError("a bank of one clip has no negatives besides the clip itself")
+        super().__init__()
         bank.set_temperature(temperature)
         self.bank = bank
         self.objective = objective
@@ -160,7 +162,9 @@ class InstanceDiscrimination:
         choices = len(self.bank) - self.exclude_positive
         return (values[:, 0] + choices * others.mean(dim=1)) / len(self.bank)
 
-    def loss(self, embeddings: torch.Tensor, indices: torch.Tensor, candidates: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        self, embeddings: torch.Tensor, indices: torch.Tensor, candidates: torch.Tensor | None
+    ) -> torch.Tensor:
         """Loss of each clip, (batch,).
 
         Args:
@@ -174,65 +178,52 @@ class InstanceDiscrimination:
         return nce_loss(logits, self.bank.Z, len(self.bank))
 
 
-def weighted_knn(
-    queries: torch.Tensor,
-    references: torch.Tensor,
-    labels: torch.Tensor,
-    num_classes: int,
-    k: int = 5,
-    sigma: float = KNN_SIGMA,
-    chunk_size: int = 4096,
-) -> torch.Tensor:
-    """Predicts each query's class by its k nearest references, votes weighted by exp(similarity / sigma).
+class PretextStep:
+    """One optimizer step of instance discrimination, over however many processes and batches it is split."""
 
-    Args:
-        queries: (queries, dim), unit length.
-        references: (references, dim), unit length.
-        labels: (references,), int64 in 0 .. num_classes - 1.
-        num_classes: Classes.
-        k: Neighbours; all references vote where there are fewer.
-        sigma: The smaller, the more the nearest outweigh the others.
-        chunk_size: Queries compared at once, which bounds memory and changes no result.
+    def __init__(self, accelerator, loop: TrainingLoop, objective: InstanceDiscrimination, make_views: ViewMaker):
+        self.accelerator, self.loop, self.objective, self.make_views = accelerator, loop, objective, make_views
+        self.needs_normaliser = objective.needs_normaliser()
+        self.visits = Visits(len(objective.bank), accelerator.device, within_epoch=loop.progress.batches > 0)
 
-    Returns:
-        (queries,), int64.
-    """
-    predictions = [
-        knn_votes(chunk, references, labels, num_classes, k, sigma).argmax(dim=1)
-        for chunk in queries.split(chunk_size)
-    ]
-    return torch.cat(predictions) if predictions else labels.new_zeros(0)
+    def __call__(self, batch: GlobalBatch) -> torch.Tensor:
+        """Updates the network, and then, once, the bank. Returns the loss summed over the clips."""
+        views = [self.make_views(part) for part in batch.batches]
+        indices = [part["index"] for part in batch.batches]
+        candidates = self.objective.candidates(indices, batch.places, batch.slots, batch.step)
+        if self.needs_normaliser:
+            self.estimate_normaliser(batch, views, candidates)
+            self.needs_normaliser = False
+        embeddings = []
 
+        def clip_losses(number):
+            embeddings.append(self.loop.model(views[number]).embeddings)
+            return self.objective(embeddings[number], indices[number], candidates[number])
 
-def knn_votes(
-    queries: torch.Tensor, references: torch.Tensor, labels: torch.Tensor, num_classes: int, k: int, sigma: float
-) -> torch.Tensor:
-    """What each class gets of the votes behind `weighted_knn`, whose arguments these are: (queries, num_classes).
+        loss_sum = self.loop.optimize(batch, clip_losses)
+        embeddings = [embedding.detach() for embedding in embeddings]
+        if self.objective.z_momentum is not None:
+            self.update_normaliser(batch, embeddings, candidates)
+        # After the step and outside of backward, so that it happens once however many batches were accumulated.
+        self.update_bank(batch, torch.cat(indices), torch.cat(embeddings))
+        return loss_sum
 
-    A row's votes add up to 1.
-    """
-    similarity, nearest = (queries @ references.T).topk(min(k, len(references)), dim=1)
-    # softmax subtracts the largest: a small sigma cannot overflow.
-    weights = (similarity / sigma).softmax(dim=1)
-    return weights.new_zeros(len(queries), num_classes).scatter_add_(1, labels[nearest], weights)
+    def update_bank(self, batch: GlobalBatch, indices: torch.Tensor, embeddings: torch.Tensor) -> None:
+        places = torch.cat(batch.places)
+        places, indices, embeddings = self.accelerator.gather((places, indices, embeddings))
+        # Clips that fill up a ragged batch become copies of its first clip, of which only the first counts.
+        indices = torch.where(places < batch.clips, indices, indices[0])
+        self.objective.bank.update(indices, embeddings)
+        self.visits.add(indices)
 
+    @torch.no_grad()
+    def estimate_normaliser(self, batch: GlobalBatch, views, candidates) -> None:
+        """Z from the first global batch, before any loss is taken: how the batch is split must not matter."""
+        with frozen_batch_norm_statistics(self.loop.model):
+            self.update_normaliser(batch, [self.loop.model(view).embeddings for view in views], candidates)
 
-def knn_accuracy_by_fold(
-    embeddings: torch.Tensor, labels: torch.Tensor, folds: torch.Tensor, held_out: Iterable[int], k: int, sigma: float
-) -> dict[int, float]:
-    """Weighted k-NN accuracy of each held-out fold against all other folds: {fold: 0..1}.
-
-    Args:
-        embeddings: (clips, dim), unit length.
-        labels: (clips,), int64.
-        folds: (clips,), int64.
-        held_out: Folds to query, one after the other.
-        k, sigma: See `weighted_knn`.
-    """
-    num_classes = int(labels.max()) + 1
-    accuracies = {}
-    for fold in held_out:
-        query = folds == fold
-        predicted = weighted_knn(embeddings[query], embeddings[~query], labels[~query], num_classes, k, sigma)
-        accuracies[fold] = (predicted == labels[query]).double().mean().item()
-    return accuracies
+    def update_normaliser(self, batch: GlobalBatch, embeddings, candidates) -> None:
+        means = self.objective.mean_exp(torch.cat(embeddings), torch.cat(candidates))
+        own_sum = (means * (torch.cat(batch.places) < batch.clips)).sum()
+        mean = self.accelerator.reduce(own_sum) / batch.clips
+        self.objective.bank.update_normaliser(mean, self.objective.z_momentum or 0.0)

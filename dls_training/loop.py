@@ -23,6 +23,7 @@ from .health import has_finite_weights
 from .optimization import check_optimizer_state, make_optimizer, make_scheduler
 from .record import Record
 from .runtime import MEMORY_FORMATS
+from .settings import TrainingSettings
 
 logger = logging.getLogger("dls")
 
@@ -62,7 +63,7 @@ class TrainingLoop:
 
     def __init__(
         self,
-        args,
+        settings: TrainingSettings,
         accelerator: Accelerator,
         model: PreTrainedModel,
         loader: DataLoader,
@@ -74,7 +75,7 @@ class TrainingLoop:
     ):
         """
         Args:
-            args: The script's options.
+            settings: The script's settings.
             accelerator: From `make_accelerator`.
             model: In training mode; already holds the checkpoint's weights, where there is one.
             loader: From `training_loader`.
@@ -88,23 +89,28 @@ class TrainingLoop:
         Raises:
             UserError: if the checkpoint is damaged, or already beyond the end of the run.
         """
-        self.args, self.accelerator, self.output_dir, self.save_model = args, accelerator, output_dir, save_model
+        self.settings, self.accelerator, self.output_dir, self.save_model = (
+            settings,
+            accelerator,
+            output_dir,
+            save_model,
+        )
         self.log_prefix, self.clock = log_prefix, time.perf_counter()
         self.record = record
         self.progress, saved = load_checkpoint(checkpoint) if checkpoint else (Progress(), None)
         self.clips_per_epoch = len(loader.sampler)
         trained = [named for named in model.named_parameters() if named[1].requires_grad]
-        optimizer = make_optimizer(args.optimizer, trained, args.learning_rate, args.weight_decay)
+        optimizer = make_optimizer(settings.optimizer, trained, settings.learning_rate, settings.weight_decay)
         if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
             # Statistics of the global batch. No other back end has it: there, each process normalises its own part.
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        model = model.to(memory_format=MEMORY_FORMATS[args.memory_format])
+        model = model.to(memory_format=MEMORY_FORMATS[settings.memory_format])
         self.model, self.optimizer, self.loader = accelerator.prepare(model, optimizer, loader)
-        self.steps_per_epoch = math.ceil(len(self.loader) / args.gradient_accumulation_steps)
-        self.total_steps = args.max_train_steps or args.num_train_epochs * self.steps_per_epoch
+        self.steps_per_epoch = math.ceil(len(self.loader) / settings.gradient_accumulation_steps)
+        self.total_steps = settings.max_train_steps or settings.num_train_epochs * self.steps_per_epoch
         # Not prepared: Accelerate would step it once per process.
         self.scheduler = make_scheduler(
-            args.lr_scheduler_type, optimizer, self.total_steps, self.steps_per_epoch, args.warmup_steps
+            settings.lr_scheduler_type, optimizer, self.total_steps, self.steps_per_epoch, settings.warmup_steps
         )
         if saved:
             self.restore(checkpoint, saved, optimizer)
@@ -181,7 +187,7 @@ class TrainingLoop:
                 progress.clips += batch.clips
                 bar.update(batch.clips)
                 received = self.agreed(watch.received)
-                steps = self.args.checkpointing_steps
+                steps = self.settings.checkpointing_steps
                 if received or (steps != "epoch" and progress.step % steps == 0):
                     progress.loss_sum = loss_sum.item()
                     self.check_numbers(progress.loss_sum)
@@ -226,7 +232,7 @@ class TrainingLoop:
         progress.history.append(entry | {"clips_per_second": rate, "seconds": self.seconds})
         if whole:
             progress.epoch, progress.batches, progress.loss_sum, progress.clips = progress.epoch + 1, 0, 0.0, 0
-            if self.finished or self.args.checkpointing_steps == "epoch":
+            if self.finished or self.settings.checkpointing_steps == "epoch":
                 self.checkpoint()
 
     def check_numbers(self, loss: float) -> None:
@@ -253,8 +259,8 @@ class TrainingLoop:
         progress, processes = self.progress, self.accelerator.num_processes
         self.loader.set_epoch(progress.epoch)
         batches = iter(skip_first_batches(self.loader, progress.batches) if progress.batches else self.loader)
-        batch_size = self.args.per_device_train_batch_size
-        while group := list(itertools.islice(batches, self.args.gradient_accumulation_steps)):
+        batch_size = self.settings.per_device_train_batch_size
+        while group := list(itertools.islice(batches, self.settings.gradient_accumulation_steps)):
             first = self.accelerator.process_index * batch_size
             places = [
                 torch.arange(len(batch["index"]), device=batch["index"].device) + first + i * processes * batch_size
@@ -297,7 +303,7 @@ class TrainingLoop:
             tensors = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict()}
             if self.accelerator.scaler is not None:  # with fp16: its scale decides which steps are taken
                 tensors["scaler"] = self.accelerator.scaler.state_dict()
-            limit = self.args.checkpoints_total_limit
+            limit = self.settings.checkpoints_total_limit
             save_checkpoint(self.output_dir, self.progress, self.save_model, tensors, self.record, limit)
         self.accelerator.wait_for_everyone()
 

@@ -9,6 +9,8 @@ from transformers import PreTrainedModel
 from datasets_scripts.errors import UserError
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor
 
+from .settings import AS_LONG_AS_CLIPS, TrainingSettings
+
 logger = logging.getLogger("dls")
 
 USUAL = {"clip_seconds": 5.0, "audio_channels": 1}
@@ -20,12 +22,12 @@ def structure(config: ESResNetConfig) -> dict:
     return {name: getattr(config, name) for name in STRUCTURE}
 
 
-def given(args, *names: str) -> dict:
+def given(settings: TrainingSettings, *names: str) -> dict:
     """Those of the options that were given."""
-    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    return {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
 
 
-def check_agreement(args, options: dict, found) -> None:
+def check_agreement(settings: TrainingSettings, options: dict, found) -> None:
     """Options that change a preset may be said of a checkpoint, too, but change nothing there.
 
     Raises:
@@ -34,12 +36,12 @@ def check_agreement(args, options: dict, found) -> None:
     for name, value in options.items():
         if getattr(found, name) != value:
             raise UserError(
-                f"--{name} {value}: --model_name_or_path {args.model_name_or_path} has {getattr(found, name)}, which "
-                "it was trained with; leave the option out"
+                f"--{name} {value}: --model_name_or_path {settings.model_name_or_path} has {getattr(found, name)}, "
+                "which it was trained with; leave the option out"
             )
 
 
-def make_extractor(args) -> ESResNetFeatureExtractor:
+def make_extractor(settings: TrainingSettings) -> ESResNetFeatureExtractor:
     """The checkpoint's extractor, or the preset's, set to the length and channels of this run.
 
     Where --clip_seconds, --audio_channels or the length of --windows is not given, it is filled in with what holds.
@@ -48,37 +50,37 @@ def make_extractor(args) -> ESResNetFeatureExtractor:
         UserError: if the checkpoint has none, or others than options say, the settings do not go together, or a view
             is shorter than one analysis window.
     """
-    changes = given(args, "frequency_scale", "spec_height", "spec_width")
-    if args.model_name_or_path:
-        source = Path(args.model_name_or_path)
+    changes = given(settings, "frequency_scale", "spec_height", "spec_width")
+    if settings.model_name_or_path:
+        source = Path(settings.model_name_or_path)
         if not source.exists() and (source.is_absolute() or len(source.parts) > 2):
             raise UserError(
                 f"--model_name_or_path {source}: there is no such folder, and a Hub id has one slash at most"
             )
         try:
-            extractor = ESResNetFeatureExtractor.from_pretrained(args.model_name_or_path)
+            extractor = ESResNetFeatureExtractor.from_pretrained(settings.model_name_or_path)
         except (OSError, ValueError) as error:
-            raise UserError(f"--model_name_or_path {args.model_name_or_path}: {error}") from error
-        check_agreement(args, changes, extractor)
+            raise UserError(f"--model_name_or_path {settings.model_name_or_path}: {error}") from error
+        check_agreement(settings, changes, extractor)
     else:
         try:
-            extractor = ESResNetFeatureExtractor.from_preset(args.preset, **changes)
+            extractor = ESResNetFeatureExtractor.from_preset(settings.preset, **changes)
         except ValueError as error:
-            raise UserError(f"--preset {args.preset} with {', '.join(changes)} changed: {error}") from error
+            raise UserError(f"--preset {settings.preset} with {', '.join(changes)} changed: {error}") from error
     own = {"clip_seconds": extractor.max_length and extractor.max_length / extractor.sampling_rate}
     own |= {"audio_channels": extractor.audio_channels}
     for name, usual in USUAL.items():
-        if getattr(args, name) is None:
-            setattr(args, name, own[name] or usual)
-        elif own[name] not in (None, getattr(args, name)):
+        if getattr(settings, name) is None:
+            setattr(settings, name, own[name] or usual)
+        elif own[name] not in (None, getattr(settings, name)):
             logger.warning(
-                f"--{name} {getattr(args, name)}: {args.model_name_or_path} was trained with {own[name]:g}, and may "
-                "do worse with another"
+                f"--{name} {getattr(settings, name)}: {settings.model_name_or_path} was trained with {own[name]:g}, "
+                "and may do worse with another"
             )
-    extractor.audio_channels = args.audio_channels
-    set_length(extractor, args.clip_seconds)
-    if args.windows == 0:  # given without a length
-        args.windows = args.clip_seconds
+    extractor.audio_channels = settings.audio_channels
+    set_length(extractor, settings.clip_seconds)
+    if settings.windows == AS_LONG_AS_CLIPS:
+        settings.windows = settings.clip_seconds
     return extractor
 
 
@@ -94,28 +96,28 @@ def set_length(extractor: ESResNetFeatureExtractor, clip_seconds: float) -> None
         raise UserError(f"--clip_seconds {clip_seconds} is below one analysis window ({shortest:.3f} s)")
 
 
-def make_config(args, **overrides) -> ESResNetConfig:
+def make_config(settings: TrainingSettings, **overrides) -> ESResNetConfig:
     """The checkpoint's configuration, or the preset's, with `overrides`.
 
     Raises:
         UserError: if there is no such checkpoint, or it was made from another preset than --preset, or changed.
     """
-    changes = given(args, "pooling")
-    if not args.model_name_or_path:
-        return ESResNetConfig.from_preset(args.preset, **changes, **overrides)
+    changes, source = given(settings, "pooling"), settings.model_name_or_path
+    if not source:
+        return ESResNetConfig.from_preset(settings.preset, **changes, **overrides)
     try:
-        config = ESResNetConfig.from_pretrained(args.model_name_or_path, **overrides)
+        config = ESResNetConfig.from_pretrained(source, **overrides)
     except (OSError, ValueError) as error:
-        raise UserError(f"--model_name_or_path {args.model_name_or_path}: {error}") from error
+        raise UserError(f"--model_name_or_path {source}: {error}") from error
     if config.model_type != "esresnet":
-        raise UserError(f"--model_name_or_path {args.model_name_or_path} is a {config.model_type}, not an ESResNet")
-    check_agreement(args, changes, config)
-    if args.preset:
-        preset, own = structure(ESResNetConfig.from_preset(args.preset, **changes)), structure(config)
+        raise UserError(f"--model_name_or_path {source} is a {config.model_type}, not an ESResNet")
+    check_agreement(settings, changes, config)
+    if settings.preset:
+        preset, own = structure(ESResNetConfig.from_preset(settings.preset, **changes)), structure(config)
         differing = [name for name in STRUCTURE if preset[name] != own[name]]
         if differing:
             raise UserError(
-                f"--model_name_or_path {args.model_name_or_path} is from another preset than --preset {args.preset} "
+                f"--model_name_or_path {source} is from another preset than --preset {settings.preset} "
                 f"({', '.join(differing)} differ): leave --preset out"
             )
     return config

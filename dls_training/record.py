@@ -21,8 +21,8 @@ from datasets_scripts.files import file_digest, json_digest, read_object, write_
 from datasets_scripts.identity import WHOLE
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor
 
-from .arguments import plain_options
 from .checkpoints import PREFIX, find_checkpoint
+from .settings import TrainingSettings
 
 RECORD_FILE, HEARD_FILE = "record.json", "heard_clips.safetensors"
 WEIGHTS, BANK = "model.safetensors", "memory_bank.safetensors"
@@ -273,55 +273,57 @@ def check_same_run(record: Record, folder: Path) -> Record:
 
 
 def begun(
-    args,
+    settings: TrainingSettings,
     task: str,
     parent: Record,
     corpora: list[tuple[str, Dataset]],
     heard: ClipIdentities,
     config: ESResNetConfig,
     extractor: ESResNetFeatureExtractor,
+    also: dict | None = None,
     **facts,
 ) -> Record:
     """The record of a run that begins.
 
     Args:
-        args: The script's options, as they hold.
+        settings: The script's settings, as they hold.
         task: `"npid"` or `"classification"`.
         parent: Of the weights that it starts from; empty where they are random.
         corpora: What it was given, whole.
         heard: What of that it trains on.
         config, extractor: Of the network.
-        **facts: Others of `Stage.facts`, `environment` among them, and `settings` beside those that every run has.
+        also: What makes the run what it is, beside its options and what every run has.
+        **facts: Others of `Stage.facts`, `environment` among them.
     """
-    environment, settings = facts["environment"], facts.pop("settings", {})
-    settings |= {
+    environment = facts["environment"]
+    also = (also or {}) | {
         "corpus": ", ".join(described(name, clips) for name, clips in corpora),
-        "model_name_or_path": weights_digest(args.model_name_or_path) if parent.stages else None,
+        "model_name_or_path": weights_digest(settings.model_name_or_path) if parent.stages else None,
         "mixed_precision": environment["precision"],
         "number of processes": environment["processes"],
         "network": constructor_values(config),
         "feature extractor": constructor_values(extractor),
     }
     known = {
-        "name": str(args.output_dir),
+        "name": str(settings.output_dir),
         "task": task,
         "corpora": {name: corpus_facts(name) for name, _ in corpora},
-        "options": plain_options(args),
-        "seed": args.seed,
-        "command": args.command,
+        "options": settings.plain(),
+        "seed": settings.seed,
+        "command": settings.command,
     }
-    return parent.followed_by(known | facts | {"settings": settings}, heard)
+    return parent.followed_by(known | facts | {"settings": also}, heard)
 
 
-def parent_of(args, config) -> Record:
+def parent_of(settings: TrainingSettings, config: ESResNetConfig) -> Record:
     """The record of what --model_name_or_path brings; an empty one where weights are random.
 
     Raises:
         UserError: if it is damaged.
     """
-    if not args.model_name_or_path or getattr(args, "init", None) == "scratch":
+    if not settings.model_name_or_path or getattr(settings, "init", None) == "scratch":
         return Record()
-    return Record.of(args.model_name_or_path, config.initial_weights)
+    return Record.of(settings.model_name_or_path, config.initial_weights)
 
 
 def described(name: str, clips: Dataset) -> str:

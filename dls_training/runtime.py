@@ -18,6 +18,8 @@ from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
 from datasets_scripts.errors import LostProcess, UserError
 
+from .settings import TrainingSettings
+
 logger = logging.getLogger("dls")
 
 # Convolutions are fastest on channels-last tensors, on CPUs and GPUs alike.
@@ -127,33 +129,34 @@ def start_logging(level: int = logging.INFO) -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def make_accelerator(args) -> Accelerator:
+def make_accelerator(settings: TrainingSettings) -> Accelerator:
     """Sets up threads, memory, logging and Accelerate, and says in the log's first line what the run has got."""
-    device, precision = choose_device_and_precision(args.mixed_precision)
+    device, precision = choose_device_and_precision(settings.mixed_precision)
     accelerator = Accelerator(
         cpu=device.type == "cpu",
         mixed_precision=precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=str(args.output_dir),
+        log_with=None if settings.report_to == "none" else settings.report_to,
+        project_dir=str(settings.output_dir),
         dataloader_config=DataLoaderConfiguration(non_blocking=True),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=args.distributed_timeout))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(seconds=settings.distributed_timeout))],
     )
     start_logging(logging.INFO if accelerator.is_main_process else logging.ERROR)
-    if args.dataloader_num_workers is None:
-        args.dataloader_num_workers = decoding_processes(device)
-    decoding = f"in {args.dataloader_num_workers} processes" if args.dataloader_num_workers else "between steps"
+    if settings.dataloader_num_workers is None:
+        settings.dataloader_num_workers = decoding_processes(device)
+    workers = settings.dataloader_num_workers
+    decoding = f"in {workers} processes" if workers else "between steps"
     logger.info(
         f"{accelerator.num_processes} process(es) x {torch.get_num_threads()} thread(s) on {accelerator.device}, "
-        f"precision {'fp32' if precision == 'no' else precision}, {MEMORY_FORMATS[args.memory_format]} tensors, "
+        f"precision {'fp32' if precision == 'no' else precision}, {MEMORY_FORMATS[settings.memory_format]} tensors, "
         f"decoding {decoding}"
     )
     return accelerator
 
 
-def start_tracking(args, accelerator: Accelerator) -> None:
+def start_tracking(settings: TrainingSettings, accelerator: Accelerator) -> None:
     """Opens the tracker below OUTPUT_DIR/logs and tells it the options."""
-    if args.report_to != "none":
-        options = {name: value for name, value in vars(args).items() if isinstance(value, (int, float, str))}
+    if settings.report_to != "none":
+        options = {name: value for name, value in settings.plain().items() if isinstance(value, (int, float, str))}
         accelerator.init_trackers("logs", config=options)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from datasets_scripts.command_line import run_command
 from datasets_scripts.errors import UserError
-from dls_training.arguments import corpus_and_source
+from datasets_scripts.options import named_source
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     publish.set_defaults(run=publish_run)
     space = commands.add_parser("space", help="serve a page on this machine, to try a finished run")
     space.add_argument(
-        "--corpus", action="append", default=[], type=corpus_and_source, metavar="NAME=DIR",
+        "--corpus", action="append", default=[], type=named_source, metavar="NAME=DIR",
         help="where a corpus of the run is now (default: where it was)",
     )  # fmt: skip
     space.add_argument("--port", type=int, default=7860, help="of 127.0.0.1 (default: %(default)s)")

@@ -12,10 +12,10 @@ import torch
 
 import train_npid
 from datasets_scripts.command_line import run_command
+from dls_training.settings import PretrainingSettings
 
 # Statistics of a batch depend on how it is divided over processes; everything else must not.
 torch.nn.BatchNorm2d.train = lambda self, mode=True: torch.nn.Module.train(self, False)
 
 if __name__ == "__main__":
-    train_npid.ARGS = train_npid.parse_args()
-    sys.exit(run_command(train_npid.main))
+    sys.exit(run_command(train_npid.main, PretrainingSettings.parsed()))

@@ -10,7 +10,8 @@ import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
-from unittest import mock
+
+from dls_training.settings import ClassificationSettings, PretrainingSettings
 
 ROOT = Path(__file__).parents[1]
 # Enough for a tiny network and the half-second clips of `sound_folder`.
@@ -19,7 +20,7 @@ SMALL = [
     "--report_to", "none",
 ]  # fmt: skip
 
-TRAIN_SCRIPTS = ("train_npid", "train_classification")
+SETTINGS = {"train_npid": PretrainingSettings, "train_classification": ClassificationSettings}
 MEASURED = ("clips_per_second", "seconds")  # in a run's history, by a clock
 
 
@@ -39,7 +40,7 @@ def run_script(script: str, *options, launcher: list | None = None, **popen_opti
     imports take longer than what most tests train.
     """
     name = script.removesuffix(".py")
-    if name in TRAIN_SCRIPTS and not launcher and not popen_options and "--help" not in options:
+    if name in SETTINGS and not launcher and not popen_options and "--help" not in options:
         return call(import_module(name), *options)
     process = start([*(launcher or [sys.executable]), ROOT / script, *options], **popen_options)
     output = process.communicate(timeout=600)[0]
@@ -52,16 +53,15 @@ def call(module, *options) -> tuple[int, str]:
 
     from datasets_scripts.command_line import run_command
 
-    words, said, root = [str(option) for option in options], io.StringIO(), logging.getLogger()
+    said, root = io.StringIO(), logging.getLogger()
     handler, level = logging.StreamHandler(said), root.level
     root.addHandler(handler)
     root.setLevel(logging.INFO)
     AcceleratorState._reset_state(True)  # another run may have had another precision
     try:
-        with contextlib.redirect_stderr(said), mock.patch.object(sys, "argv", [f"{module.__name__}.py", *words]):
-            args = module.parse_args()
-            with mock.patch.object(module, "ARGS", args):
-                return run_command(module.main), said.getvalue()
+        with contextlib.redirect_stderr(said):
+            settings = SETTINGS[module.__name__].parsed([str(option) for option in options])
+            return run_command(module.main, settings), said.getvalue()
     except SystemExit as end:
         return end.code, said.getvalue()
     finally:

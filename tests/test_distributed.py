@@ -117,7 +117,8 @@ import sys
 import torch
 import torch.distributed as dist
 from torch.nn.functional import normalize
-from dls_training.memory_bank import MemoryBank, ShardedMemoryBank
+from dls_training.memory_bank import MemoryBank
+from dls_training.sharded_bank import ShardedMemoryBank
 
 dist.init_process_group("gloo")
 rank, world, folder = dist.get_rank(), dist.get_world_size(), sys.argv[1]

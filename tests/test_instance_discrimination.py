@@ -23,16 +23,16 @@ from dls_training.health import Visits, bank_similarity, has_finite_weights
 from dls_training.input_pipeline import ViewMaker, training_loader
 from dls_training.instance_discrimination import (
     InstanceDiscrimination,
-    knn_accuracy_by_fold,
+    PretextStep,
     nce_logits,
     nce_loss,
     softmax_loss,
-    weighted_knn,
 )
 from dls_training.loop import GlobalBatch, TrainingLoop
+from dls_training.nearest_neighbours import NearestNeighbourTests, knn_accuracy_by_fold, weighted_knn
 from dls_training.record import Record
+from dls_training.settings import PretrainingSettings
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor, ESResNetForInstanceDiscrimination
-from train_npid import NearestNeighbourTests, PretextStep, parse_args
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -49,7 +49,7 @@ def unit(rows, dim, seed=0, dtype=torch.float32):
 
 
 def test_importing_the_package_alone_does_not_load_torch():
-    code = "import sys, dls_training, dls_training.arguments; sys.exit('torch' in sys.modules)"
+    code = "import sys, dls_training, dls_training.settings; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
@@ -325,7 +325,7 @@ def test_nce_at_a_temperature_whose_exponential_overflows_float32():
     mean = objective.mean_exp(embeddings, candidates).mean()
     assert mean.dtype == torch.float64 and math.isfinite(mean.item())
     bank.update_normaliser(mean)
-    loss = objective.loss(embeddings, torch.arange(4), candidates)
+    loss = objective(embeddings, torch.arange(4), candidates)
     loss.sum().backward()
     assert loss.dtype == torch.float32
     assert torch.isfinite(loss).all() and torch.isfinite(embeddings.grad).all()
@@ -397,7 +397,7 @@ def test_softmax_loss_and_gradients(temperature):
     objective = InstanceDiscrimination(bank, "softmax", temperature=temperature)
     assert not objective.needs_normaliser()
     assert objective.candidates([indices, indices], [torch.arange(4)] * 2, 4, 0) == [None, None]
-    torch.testing.assert_close(objective.loss(embeddings, indices, None), loss)
+    torch.testing.assert_close(objective(embeddings, indices, None), loss)
     single = embeddings.detach().float()
     torch.testing.assert_close(
         softmax_loss(bank, single, indices, temperature).double(), loss.detach(), rtol=1e-4, atol=1e-4
@@ -517,7 +517,7 @@ def test_runs_of_any_temperature_are_measured_alike(sound_folder, monkeypatch):
         predicted = torch.tensor(slow_knn(embeddings[query], references, labels[~query], 4, 15, 0.1))
         hits.append((predicted == labels[query]).double().mean().item())
     for temperature in ("0.001", "0.1", "10"):
-        args = parse_args(["--nce_t", temperature, "--knn_k", "15", "--dataloader_num_workers", "0"])
+        args = PretrainingSettings(nce_t=temperature, knn_k=15, dataloader_num_workers=0)
         extractor = ESResNetFeatureExtractor.from_preset("tiny", max_length=4000, audio_channels=1)
         store = ClipStore([clips for _, clips in corpora], extractor, args)
         tests = NearestNeighbourTests(args, corpora, store, ViewMaker(extractor), Accelerator(cpu=True))

@@ -6,17 +6,17 @@ from argparse import Namespace
 import pytest
 
 from datasets_scripts.errors import UserError
-from dls_training import arguments
+from dls_training import settings
 from dls_training.networks import make_config, make_model, structure
 from modeling_dls import ESResNetConfig, ESResNetModel, configuration_esresnet, feature_extraction_esresnet
 
 
 def test_every_part_knows_the_same_presets():
-    assert arguments.PRESETS == tuple(configuration_esresnet.PRESETS) == tuple(feature_extraction_esresnet.PRESETS)
+    assert settings.PRESETS == tuple(configuration_esresnet.PRESETS) == tuple(feature_extraction_esresnet.PRESETS)
 
 
 def test_structures_of_presets_differ():
-    structures = [structure(ESResNetConfig.from_preset(preset)) for preset in arguments.PRESETS]
+    structures = [structure(ESResNetConfig.from_preset(preset)) for preset in settings.PRESETS]
     assert all(first not in structures[:i] for i, first in enumerate(structures))
 
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dls_training.arguments import SCHEDULES
 from dls_training.optimization import esresnet, make_optimizer, make_scheduler, multistep
+from dls_training.settings import SCHEDULES
 
 
 def rates(name, total_steps, steps_per_epoch, steps):

@@ -17,7 +17,7 @@ from corpora_trees import write_table
 from filelock import FileLock
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from scripts import ROOT, SMALL, fail, start, succeed
+from scripts import ROOT, SETTINGS, SMALL, fail, start, succeed
 from transformers import AutoModelForAudioClassification
 
 import train_classification
@@ -28,7 +28,6 @@ from datasets_scripts.esc import ESC10_FOLDERS, ESC50_CLASSES
 from datasets_scripts.exporting import export_corpus
 from datasets_scripts.files import file_digest, json_digest, write_json
 from datasets_scripts.loading import CORPORA
-from dls_training.arguments import plain_options
 from dls_training.checkpoints import STATE_FILE
 from dls_training.record import HEARD_FILE, NOT_COMPARED, RECORD_FILE, Record, Stage
 from modeling_dls import ESResNetForAudioClassification
@@ -304,7 +303,7 @@ def test_finished_folds_are_of_the_same_run(options, tmp_path):
 
 
 def parsed(module, *words) -> dict:
-    return plain_options(module.parse_args([*words]))
+    return SETTINGS[module.__name__].parsed([*words]).plain()
 
 
 def stage_of(options: dict) -> Stage:

@@ -17,8 +17,8 @@ from transformers import pipeline
 
 from datasets_scripts import decode_audio
 from datasets_scripts.errors import AudioError, CorpusError, UserError
-from dls_training.instance_discrimination import weighted_knn
 from dls_training.memory_bank import BANK_FILE, MemoryBank
+from dls_training.nearest_neighbours import weighted_knn
 from dls_training.report import draw_map
 from dls_training.waveforms import evaluation_windows
 from hub_cards.space import analysis as analysis_module

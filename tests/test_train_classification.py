@@ -4,7 +4,6 @@ import json
 import shutil
 import sys
 import time
-from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -211,7 +210,7 @@ def test_the_arm_is_what_the_network_had_learned_before(init, initial_weights, t
     config, nothing = ESResNetConfig(initial_weights=initial_weights), np.zeros((0, 16), np.uint8)
     clips = ClipIdentities(nothing, np.zeros((0, 2)), nothing)
     parent = Record((Stage({"task": task}, heard=clips if task else None),))
-    assert arm_of(Namespace(init=init), config, parent) == arm
+    assert arm_of(init, config, parent) == arm
 
 
 def test_bad_input(options, sound_folder, tmp_path):

@@ -13,8 +13,8 @@ from datasets import Dataset
 from datasets_scripts import load_corpus
 from datasets_scripts.errors import AudioError, CorpusError, UserError
 from dls_training.input_pipeline import label_numbers
-from dls_training.instance_discrimination import KNN_SIGMA
 from dls_training.memory_bank import BANK_FILE
+from dls_training.nearest_neighbours import KNN_SIGMA
 from dls_training.waveforms import evaluation_windows, read_waveform, window_starts
 from modeling_dls import ESResNetFeatureExtractor, ESResNetForAudioClassification, ESResNetForInstanceDiscrimination
 

@@ -9,8 +9,8 @@ from datasets import Dataset
 
 from datasets_scripts import ClipIdentities
 from dls_training.input_pipeline import label_numbers
-from dls_training.instance_discrimination import knn_votes
 from dls_training.memory_bank import MemoryBank, find_keys
+from dls_training.nearest_neighbours import knn_votes
 
 POINTS_ON_MAP = 5000  # of a larger bank, a random choice is drawn
 
