@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from datasets_scripts.errors import UserError
-from datasets_scripts.options import Options, flag, one_of, option, path, text, whole
+from datasets_scripts.options import Options, flag, one_of, option, path, path_or_id, whole
 from dls_training.settings import CLIP_SECONDS, PRECISIONS
 
 
@@ -25,7 +25,7 @@ class EmbeddingSettings(Options):
     SCRIPT: ClassVar[str] = "embed.py"
 
     folder: Path = option(None, path, "sound files at any depth", positional=True, required=True)
-    model: str = option(None, text, "a trained folder or a Hub id", required=True)
+    model: str = option(None, path_or_id, "a trained folder or a Hub id", required=True)
     output: Path = option("embeddings.parquet", path, "where the vectors go")
     layer: str | None = option(
         None, one_of("projection", "pooled"),

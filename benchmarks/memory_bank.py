@@ -70,7 +70,7 @@ def measure(kind: str, all_rows: list[int], steps: int) -> dict[str, dict]:
         everyones = torch.randint(len(objective.bank), (GLOBAL_BATCH,), generator=torch.Generator().manual_seed(step))
         indices = everyones[place]
         (candidates,) = objective.candidates([indices], [place], GLOBAL_BATCH, step)
-        objective.loss(embeddings, indices, candidates).mean().backward()
+        objective(embeddings, indices, candidates).mean().backward()
         parts = [torch.empty_like(embeddings) for _ in range(processes)]
         dist.all_gather(parts, embeddings.detach())
         objective.bank.update(everyones, torch.cat(parts))

@@ -83,7 +83,7 @@ def step_arm(corpus: str, epochs: int) -> dict[str, Arm]:
         for _ in range(epochs * clips // BATCH):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 embeddings = model(pictures).embeddings
-            objective.loss(embeddings, indices, None).mean().backward()
+            objective(embeddings, indices, None).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -66,7 +66,7 @@ def step_arms(name: str, precision: str, memory_format: str, fused: bool, keep_m
 
     def learn(embeddings):
         (candidates,) = objective.candidates([indices], [places], CLIPS, 0)
-        objective.loss(embeddings, indices, candidates).mean().backward()
+        objective(embeddings, indices, candidates).mean().backward()
         bank.update(indices, embeddings.detach())
 
     def step():

@@ -97,6 +97,11 @@ def path(value) -> Path:
         raise ValueError(f"{value}: {error}") from error
 
 
+def path_or_id(value) -> str:
+    """Reads a file's or folder's name, or what stands for something else, such as a Hub id."""
+    return str(path(value)) if text(value).startswith("~") else str(value)
+
+
 def flag(value) -> bool:
     """Reads what is on or off."""
     if not isinstance(value, bool):
@@ -121,8 +126,7 @@ def named_source(value) -> tuple[str, str | None]:
     name, _, source = value.partition("=") if isinstance(value, str) else (value[0], "", value[1])
     if source is None or (isinstance(value, str) and "=" not in value):
         return text(name), None
-    source = text(source)
-    return text(name), str(path(source)) if source.startswith("~") else source
+    return text(name), path_or_id(source)
 
 
 @dataclass(kw_only=True)

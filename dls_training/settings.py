@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from datasets_scripts.errors import UserError
-from datasets_scripts.options import Options, flag, named_source, one_of, option, path, real, text, whole
+from datasets_scripts.options import Options, flag, named_source, one_of, option, path, path_or_id, real, text, whole
 
 PRESETS = ("esresnet50", "esresnet18", "small", "small_mel", "tiny", "densenet121", "densenet_small")
 PRECISIONS = ("auto", "no", "bf16", "fp16")
@@ -107,7 +107,7 @@ class DataOptions(Options):
 class ModelOptions(Options):
     """Model."""
 
-    model_name_or_path: str | None = option(None, text, "start from this checkpoint folder or Hub id")
+    model_name_or_path: str | None = option(None, path_or_id, "start from this checkpoint folder or Hub id")
     preset: str | None = option(
         None, one_of(*PRESETS),
         help="network and spectrogram, where no checkpoint is given; a densenet needs timm (default: the recipe's)",
@@ -120,11 +120,6 @@ class ModelOptions(Options):
     def default(self, own):
         """A checkpoint brings its own network."""
         return None if own.name == "preset" and self.model_name_or_path else super().default(own)
-
-    def check(self) -> None:
-        super().check()
-        if self.model_name_or_path and self.model_name_or_path.startswith("~"):
-            self.model_name_or_path = str(path(self.model_name_or_path))
 
 
 @dataclass(kw_only=True)
@@ -183,7 +178,7 @@ class OutputOptions(Options):
     )
     checkpoints_total_limit: int = option(2, whole(1), "newest checkpoints kept")
     resume_from_checkpoint: str | None = option(
-        None, text, metavar="DIR|latest", help="go on from a checkpoint of this run"
+        None, path_or_id, metavar="DIR|latest", help="go on from a checkpoint of this run"
     )
     report_to: str = option("tensorboard", one_of("tensorboard", "none"), "tracker, below OUTPUT_DIR/logs")
     push_to_hub: bool = option(False, flag, "publish the finished run; says at once if it cannot")
