@@ -56,7 +56,7 @@ class FoldRun:
                  config: ESResNetConfig, fold: Fold, checkpoint: Path | None, record: Record):  # fmt: skip
         self.settings, self.accelerator, self.extractor = settings, accelerator, store.extractor
         self.make_views = ViewMaker(
-            store.extractor, settings.augmentation, settings.augmentation_strength, store.keeps_spectrograms
+            store.extractor, settings.augmentation, settings.augmentation_strength, store.caches_spectrograms
         )
         pretrained = settings.model_name_or_path if settings.init == "pretrained" else None
         self.model = make_model(ESResNetForAudioClassification, checkpoint or pretrained, config, settings.seed)

@@ -112,7 +112,7 @@ class Pretraining:
         checkpoint, self.record = to_go_on_from(record, settings.resume_from_checkpoint, settings.output_dir)
         store = ClipStore([corpus for _, corpus in corpora], self.extractor, settings)
         make_views = ViewMaker(
-            self.extractor, settings.augmentation, settings.augmentation_strength, store.keeps_spectrograms
+            self.extractor, settings.augmentation, settings.augmentation_strength, store.caches_spectrograms
         )
         start = checkpoint or settings.model_name_or_path
         self.model = make_model(ESResNetForInstanceDiscrimination, start, config, settings.seed)

@@ -1,6 +1,6 @@
-"""One store of clips: decoded stretch by stretch when they are asked for, or kept on disk.
+"""One store of clips: decoded stretch by stretch when they are asked for, or cached on disk.
 
-file bytes -> decode a stretch, resample -> (kept) -> … -> power spectrogram -> (kept, where that is asked for) -> …
+file bytes -> decode a stretch, resample -> (cached) -> … -> power spectrogram -> (cached, where that is asked for) -> …
 """
 
 import logging
@@ -28,7 +28,7 @@ logger = logging.getLogger("dls")
 # A recording much longer than a view is cut to a random stretch of this many views before augmentation, so that an
 # hour of audio is neither decoded nor sent to the device, nor padded to by its batch.
 MAX_VIEWS_PER_CLIP = 4
-CACHE_VERSION = 3  # in the key: raise it when what is kept changes
+CACHE_VERSION = 3  # in the key: raise it when what is cached changes
 KEPT_AT_A_TIME = 16  # windows
 WAVEFORM_SETTINGS = ("sampling_rate", "audio_channels")
 SPECTROGRAM_SETTINGS = (
@@ -47,16 +47,16 @@ SAMPLES = "samples.bin"
 
 
 class ClipStore:
-    """The clips of some corpora: decoded when they are asked for, or kept on disk as waveforms or power spectrograms.
+    """The clips of some corpora: decoded when they are asked for, or cached on disk as waveforms or power spectrograms.
 
-    A corpus is kept once for all folds and all runs with the same settings, a row per clip; who needs a part of it
+    A corpus is cached once for all folds and all runs with the same settings, a row per clip; who needs a part of it
     selects rows. A clip is a row of consecutive windows (`window_starts`), and any of them can be had alone: nothing
     that is read is longer than `MAX_VIEWS_PER_CLIP` windows, however long the file is.
 
     Attributes:
         lengths: Samples of each clip at the extractor's rate, (clips,).
         windows: Windows of each clip, (clips,).
-        keeps_spectrograms: Whether power spectrograms are read, and not waveforms.
+        caches_spectrograms: Whether power spectrograms are read, and not waveforms.
     """
 
     def __init__(self, corpora: list[Dataset], extractor: ESResNetFeatureExtractor, settings: TrainingSettings):
@@ -70,7 +70,7 @@ class ClipStore:
             UserError: if the cache cannot be written, or is too small.
             AudioError: naming a file that cannot be decoded.
         """
-        self.extractor, self.keeps_spectrograms = extractor, settings.keep_spectrograms
+        self.extractor, self.caches_spectrograms = extractor, settings.keep_spectrograms
         self.audio = concatenate_datasets([corpus.with_format(None).select_columns("audio") for corpus in corpora])
         identities = [ClipIdentities.of(corpus) for corpus in corpora]
         names = [name[0] for clips in identities for name in clips.names()]
@@ -118,7 +118,7 @@ class ClipStore:
             `signal`, waveforms (batch, audio_channels, samples), each filled up to the longest, or power spectrograms
             (batch, audio_channels, 3, fine height, fine width); and `lengths` (batch,), samples before filling up.
         """
-        if self.keeps_spectrograms:
+        if self.caches_spectrograms:
             numbers = self.first_window[rows] + (draws * self.windows[rows]).astype(int)
             return {"signal": self._pictures(FINE, numbers), "lengths": torch.from_numpy(self.lengths[rows])}
         longest = MAX_VIEWS_PER_CLIP * self.extractor.max_length
@@ -130,7 +130,7 @@ class ClipStore:
     def for_evaluation(self, rows: np.ndarray, windows: np.ndarray) -> dict[str, torch.Tensor]:
         """One window of each clip, by the numbers of both, (batch,): like `for_training`, all of one length."""
         lengths = torch.full((len(rows),), self.extractor.max_length)
-        if self.keeps_spectrograms:
+        if self.caches_spectrograms:
             return {"signal": self._pictures(EXACT, self.first_window[rows] + windows), "lengths": lengths}
         return {"signal": self.window_waveforms(rows, windows), "lengths": lengths}
 
@@ -174,22 +174,22 @@ class ClipStore:
 
     def _pictures(self, name: str, numbers: np.ndarray) -> torch.Tensor:
         """Power spectrograms, by the numbers of their windows in the whole store."""
-        kept, (_, dtype, stored) = self.pictures[name], PICTURES[name]
-        starts = np.cumsum([0, *map(len, kept)])
+        cached, (_, dtype, stored) = self.pictures[name], PICTURES[name]
+        starts = np.cumsum([0, *map(len, cached)])
         corpus = np.searchsorted(starts, numbers, side="right") - 1
-        pictures = np.empty((len(numbers), *kept[0].shape[1:]), stored)
+        pictures = np.empty((len(numbers), *cached[0].shape[1:]), stored)
         for which in np.unique(corpus):
-            pictures[corpus == which] = kept[which][numbers[corpus == which] - starts[which]]
+            pictures[corpus == which] = cached[which][numbers[corpus == which] - starts[which]]
         return torch.from_numpy(pictures).view(dtype)
 
     def _cached(
         self, what: str, signal: tuple[str, ...], clips: ClipIdentities, rows: range, write: Callable, settings
     ) -> CachedFolder:
-        """The folder with what is kept of a corpus."""
+        """The folder with what is cached of a corpus."""
         key = json_digest([CACHE_VERSION, [getattr(self.extractor, name) for name in signal], clips.digest_of_all()])
         limit = settings.cache_gigabytes
         folder = CachedFolder(f"{what}-{key}", lambda path: write(path, rows, Room(what, limit)), limit)
-        logger.info(f"{what} of {len(rows)} clips are kept in {folder.path} ({gigabytes(folder.path):.2f} GB)")
+        logger.info(f"{what} of {len(rows)} clips are cached in {folder.path} ({gigabytes(folder.path):.2f} GB)")
         self.folders.append(folder)
         return folder
 
@@ -218,7 +218,7 @@ class ClipStore:
 
 
 class Room:
-    """Writes what is kept, within the space that there is for it, and shows how far it has come."""
+    """Writes a cache, within the space that there is for it, and shows how far it has come."""
 
     def __init__(self, what: str, max_gigabytes: float):
         self.what, self.max_gigabytes, self.bytes = what, max_gigabytes, 0

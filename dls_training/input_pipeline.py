@@ -189,8 +189,8 @@ def make_loader(batches: ClipBatches, sampler: Sampler | list[Key], settings: Tr
         batches,
         settings.per_device_train_batch_size,
         sampler=sampler,
-        # Reading kept spectrograms is one copy out of mapped memory: decoding processes would only add another.
-        num_workers=0 if batches.store.keeps_spectrograms else settings.dataloader_num_workers,
+        # Reading cached spectrograms is one copy out of mapped memory: decoding processes would only add another.
+        num_workers=0 if batches.store.caches_spectrograms else settings.dataloader_num_workers,
         collate_fn=as_it_is,
         pin_memory=torch.cuda.is_available(),
     )
@@ -217,7 +217,7 @@ class ViewMaker:
             extractor: With `max_length`.
             augmentation: `"waveform"`, `"spectrogram"` or `"both"`.
             strength: Of either: its ranges are multiplied by it, the exponent of time scaling included.
-            from_spectrograms: Whether batches hold power spectrograms, see `ClipStore.keeps_spectrograms`.
+            from_spectrograms: Whether batches hold power spectrograms, see `ClipStore.caches_spectrograms`.
         """
         self.extractor, self.from_spectrograms = extractor, from_spectrograms
         scale = WaveformAugmentation.MAX_SCALE**strength

@@ -69,12 +69,12 @@ class DataOptions(Options):
     )
     keep_spectrograms: bool = option(
         False, flag,
-        help="with --augmentation spectrogram: compute each clip's power spectrogram once and keep it on disk, so "
+        help="with --augmentation spectrogram: compute each clip's power spectrogram once and cache it on disk, so "
         "that the network and not decoding is the limit (short clips are padded centrally, not at random)",
     )  # fmt: skip
-    keep_waveforms: bool = option(False, flag, "decode and resample each clip once and keep the samples on disk")
+    keep_waveforms: bool = option(False, flag, "decode and resample each clip once and cache the samples on disk")
     cache_gigabytes: float | None = option(
-        None, real(0), f"disk space for what is kept, of all runs together (default: {CACHE_GIGABYTES:g})"
+        None, real(0), f"disk space for what is cached, of all runs together (default: {CACHE_GIGABYTES:g})"
     )
     allow_partial: bool = option(False, flag, "accept a corpus that lacks some of its clips")
     skip_unreadable: bool = option(False, flag, "leave unreadable files out and report them")

@@ -369,7 +369,7 @@ def test_command_line(cache, tmp_path):
     kept = ["--augmentation", "spectrogram", "--keep_spectrograms"]
     for name in "ab":
         log = succeed("train_npid.py", *common, *kept, "--output_dir", tmp_path / name)
-        assert f"spectrograms of 8 clips are kept in {cache}" in log
+        assert f"spectrograms of 8 clips are cached in {cache}" in log
         models.append((tmp_path / name / "model.safetensors").read_bytes())
     assert models[0] == models[1]
     assert "--augmentation spectrogram" in fail("train_npid.py", *common, "--keep_spectrograms")
@@ -384,7 +384,7 @@ def test_kept_waveforms_on_the_command_line(cache, tmp_path):
     common, models = on_eight_sounds(tmp_path), []
     for name, keep in {"decoded": [], "written": ["--keep_waveforms"], "read": ["--keep_waveforms"]}.items():
         log = succeed("train_npid.py", *common, *keep, "--output_dir", tmp_path / name)
-        assert (f"waveforms of 8 clips are kept in {cache}" in log) == bool(keep)
+        assert (f"waveforms of 8 clips are cached in {cache}" in log) == bool(keep)
         models.append((tmp_path / name / "model.safetensors").read_bytes())
     assert models[0] == models[1] == models[2]
 

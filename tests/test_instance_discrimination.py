@@ -605,7 +605,7 @@ def pretext(tmp_path, batch_size, accumulation, num_clips=8, training=False, row
     loop = TrainingLoop(args, accelerator, model, loader, lambda folder: None, tmp_path, None, Record())
     bank = MemoryBank(len(clips), 8)
     pretext_task = InstanceDiscrimination(bank, num_negatives=4, **objective)
-    make_views = ViewMaker(extractor, args.augmentation, from_spectrograms=store.keeps_spectrograms)
+    make_views = ViewMaker(extractor, args.augmentation, from_spectrograms=store.caches_spectrograms)
     step = PretextStep(accelerator, loop, pretext_task, make_views)
     return step, loop, bank
 
