@@ -1,6 +1,6 @@
 """One store of clips: decoded stretch by stretch when they are asked for, or cached on disk.
 
-file bytes -> decode a stretch, resample -> (cached) -> … -> power spectrogram -> (cached, where that is asked for) -> …
+file bytes -> decode a stretch, resample -> (cache) -> … -> power spectrogram -> (cache, where that is asked for) -> …
 """
 
 import logging
@@ -47,7 +47,7 @@ SAMPLES = "samples.bin"
 
 
 class ClipStore:
-    """The clips of some corpora: decoded when they are asked for, or cached on disk as waveforms or power spectrograms.
+    """The clips of some corpora: decoded when asked for, or cached on disk as waveforms or power spectrograms.
 
     A corpus is cached once for all folds and all runs with the same settings, a row per clip; who needs a part of it
     selects rows. A clip is a row of consecutive windows (`window_starts`), and any of them can be had alone: nothing
