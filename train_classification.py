@@ -38,7 +38,7 @@ from dls_training.input_pipeline import (
     training_loader,
 )
 from dls_training.loop import GlobalBatch, TrainingLoop, describe
-from dls_training.metrics import Accuracy, ConfusionMatrix, per_class_accuracy
+from dls_training.metrics import ClassificationMetrics, per_class_accuracy
 from dls_training.networks import make_config, make_extractor, make_model
 from dls_training.record import RECORD_FILE, Record, parent_of, to_go_on_from
 from dls_training.runtime import ends_with_the_others, environment, make_accelerator, start_tracking
@@ -67,7 +67,7 @@ class FoldRun:
             fold.output_dir, checkpoint, record, f"fold {fold.number}/",
         )  # fmt: skip
         self.test_loader = accelerator.prepare(evaluation_loader(store, fold.test, settings))
-        self.held_out: dict[str, torch.Tensor] | None = None  # of the newest evaluation
+        self.held_out: dict | None = None  # of the newest evaluation
 
     def save_model(self, folder: Path | None) -> None:
         if folder is None:  # the main process has everything
@@ -89,8 +89,8 @@ class FoldRun:
         return self.loop.optimize(batch, clip_losses)
 
     def evaluate(self, epoch: int = 0, is_last: bool = False) -> dict[str, float]:
-        """Accuracy on the held-out fold, whose clips, in order, `held_out` then tells of: `labels`, `predictions` and
-        `features`, means over a clip's windows. The prediction is the class of the largest mean probability.
+        """Accuracy on the held-out fold, of which `held_out` then has all metrics and, of its clips in order, `labels`
+        and `features`. Means over a clip's windows count: the prediction is the class of the largest probability.
         """
 
         def probabilities_and_features(batch):
@@ -103,9 +103,10 @@ class FoldRun:
         self.model.train()
         classes = self.model.config.num_labels
         probabilities, features = means.split([classes, means.shape[1] - classes], dim=1)
-        labels, predictions = self.test_loader.dataset.labels, probabilities.argmax(-1)
-        self.held_out = {"labels": labels, "predictions": predictions, "features": features}
-        return Accuracy(keep_in_memory=True).compute(predictions=predictions, references=labels)
+        labels, metrics = self.test_loader.dataset.labels, ClassificationMetrics(keep_in_memory=True)
+        found = metrics.compute(predictions=probabilities.argmax(-1), references=labels, num_classes=classes)
+        self.held_out = {"labels": labels, "features": features, **found}
+        return {"accuracy": found["accuracy"]}
 
     def train(self) -> dict:
         """Trains and returns the fold's results."""
@@ -125,11 +126,6 @@ class FoldRun:
         history = self.loop.progress.history
         start = [entry for entry in history if not entry["epoch"]]
         epochs = [entry for entry in history if entry["epoch"]]
-        counts = ConfusionMatrix(keep_in_memory=True).compute(
-            predictions=self.held_out["predictions"],
-            references=self.held_out["labels"],
-            num_classes=self.model.config.num_labels,
-        )
         return {
             **({"accuracy_at_start": start[0]["accuracy"], "seconds_at_start": start[0]["seconds"]} if start else {}),
             "accuracy_per_epoch": [entry["accuracy"] for entry in epochs],
@@ -137,7 +133,7 @@ class FoldRun:
             "clips_per_second": [entry["clips_per_second"] for entry in epochs],
             "seconds_per_epoch": [entry["seconds"] for entry in epochs],
             "seconds": self.loop.seconds,
-            **counts,
+            "confusion_matrix": self.held_out["confusion_matrix"],
         }
 
     def draw_features(self, path: Path) -> None:

@@ -1,40 +1,16 @@
 """`python -m datasets_scripts export|describe NAME …`: publish a corpus, or look at it."""
 
 import argparse
-import logging
 import sys
 from pathlib import Path
 
-from .command_line import run_command
-from .errors import CorpusError
+from .command_line import run_parsed
+from .errors import UserError
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one command.
-
-    Args:
-        argv: the arguments; None: the process's own.
-
-    Returns:
-        Exit code: 0, or 2 for what a user can put right.
-    """
-    arguments = _parser().parse_args(argv)
-    logging.basicConfig(format="%(message)s")
-
-    return run_command(_run, arguments)
-
-
-def _run(arguments: argparse.Namespace) -> None:
-    from . import load_corpus  # after the arguments are known to be good: `--help` should not wait for it
-
-    arguments.prepare(arguments)
-    dataset = load_corpus(
-        arguments.name,
-        arguments.data_dir,
-        allow_partial=arguments.allow_partial,
-        skip_unreadable=arguments.skip_unreadable,
-    )
-    arguments.run(dataset, arguments)
+    """Runs one command; see `run_parsed`."""
+    return run_parsed(_parser(), argv)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -49,10 +25,10 @@ def _parser() -> argparse.ArgumentParser:
         "--hub_dataset_id", metavar="NAME", help="NAMESPACE/NAME, or NAME of your own (default: the output folder's)"
     )
     export.add_argument("--hub_private_repo", action="store_true", help="only for you and those whom you let in")
-    export.set_defaults(prepare=_prepare_export, run=_export, repository=None)
+    export.set_defaults(run=_export)
     describe = commands.add_parser("describe", help="print counts, lengths and licence, and draw a clip of each class")
     describe.add_argument("--picture", type=Path, help="where to write the picture (default: ./NAME-classes.png)")
-    describe.set_defaults(prepare=lambda arguments: None, run=_describe)
+    describe.set_defaults(run=_describe)
     for command in (export, describe):
         command.add_argument("name", help="esc10, esc50, urbansound8k, dcase2013, synthetic or audiofolder")
         command.add_argument(
@@ -63,43 +39,65 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _prepare_export(arguments: argparse.Namespace) -> None:
-    """Finds out before hours of work whether the export can be published."""
-    from .loading import CORPORA
-    from .publishing import claim_repository
-
-    if (arguments.hub_dataset_id or arguments.hub_private_repo) and not arguments.push_to_hub:
-        raise CorpusError("--hub_dataset_id and --hub_private_repo say how --push_to_hub publishes: add that")
-    if arguments.push_to_hub and arguments.name in CORPORA:  # an unknown name has its own message
-        repo_id = arguments.hub_dataset_id or Path(arguments.output_dir).absolute().name
-        arguments.repository = claim_repository(CORPORA[arguments.name], repo_id, arguments.hub_private_repo)
+# What follows imports when the arguments are known to be good: `--help` should not wait for it.
 
 
-def _export(dataset, arguments: argparse.Namespace) -> None:
+def _load(arguments: argparse.Namespace):
+    """The corpus and what it is."""
+    from .loading import CORPORA, load_corpus
+
+    dataset = load_corpus(
+        arguments.name,
+        arguments.data_dir,
+        allow_partial=arguments.allow_partial,
+        skip_unreadable=arguments.skip_unreadable,
+    )
+    return dataset, CORPORA[arguments.name]
+
+
+def _export(arguments: argparse.Namespace) -> None:
     from .exporting import export_corpus, is_export_of
-    from .loading import CORPORA
-    from .publishing import publish_export
 
+    repository, target = _claim_repository(arguments), arguments.output_dir
+    dataset, corpus = _load(arguments)
     # Without the folders: whoever reads the card has others, and should not learn ours.
     options = [f"--{option}" for option in ("allow_partial", "skip_unreadable") if getattr(arguments, option)]
     command = " ".join(["python -m datasets_scripts export", arguments.name, *options])
-    target = arguments.output_dir
-    if arguments.repository and is_export_of(Path(target).expanduser(), dataset):
+    folder = Path(target).expanduser()
+    if repository and is_export_of(folder, dataset):
         print(f"{target} holds this export already")
     else:
-        export_corpus(dataset, CORPORA[arguments.name], target, command)
+        export_corpus(dataset, corpus, target, command)
         print(f"{len(dataset)} clips written to {target}; it loads with load_dataset({target!r})")
-    if arguments.repository:
-        message = f"{CORPORA[arguments.name].title}: {len(dataset)} clips"
-        url = publish_export(Path(target).expanduser(), arguments.repository, message)
-        print(f"published: {url}")
+    if repository:
+        repository.publish(repository.publication.files(folder), f"{corpus.title}: {len(dataset)} clips")
 
 
-def _describe(dataset, arguments: argparse.Namespace) -> None:
-    from .describing import class_table, draw_classes, measures, state, summarise
+def _claim_repository(arguments: argparse.Namespace):
+    """Finds out before hours of work whether the export can be published, and creates the repository if there is none.
+
+    Raises:
+        UploadError: see `HubRepository`.
+    """
+    if not arguments.push_to_hub:
+        if arguments.hub_dataset_id or arguments.hub_private_repo:
+            raise UserError("--hub_dataset_id and --hub_private_repo say how --push_to_hub publishes: add that")
+        return None
+    from .hub import HubRepository
     from .loading import CORPORA
+    from .publishing import export_of
 
-    corpus, summary = CORPORA[arguments.name], summarise(dataset)
+    if arguments.name not in CORPORA:  # which has its own message
+        return None
+    repo_id = arguments.hub_dataset_id or Path(arguments.output_dir).absolute().name
+    return HubRepository(export_of(CORPORA[arguments.name]), repo_id, arguments.hub_private_repo).create_if_absent()
+
+
+def _describe(arguments: argparse.Namespace) -> None:
+    from .describing import class_table, draw_classes, measures, state, summarise
+
+    dataset, corpus = _load(arguments)
+    summary = summarise(dataset)
     print(f"{corpus.title}\nlicence: {corpus.licence}\n")
     print(measures(summary), state(dataset), class_table(summary), sep="\n\n")
     picture = arguments.picture or Path(f"{arguments.name}-classes.png")

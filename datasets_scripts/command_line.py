@@ -1,5 +1,6 @@
 """The shell around every command: how it ends, in words and as an exit code. Imports nothing heavy."""
 
+import argparse
 import contextlib
 import logging
 import signal
@@ -36,6 +37,22 @@ def run_command(main: Callable[..., int | None], *arguments) -> int:
             message = message.strip().splitlines()[-1].partition(": ")[2]
         print(f"error: {message}", file=sys.stderr)
         return getattr(error, "exit_code", UserError.exit_code)
+
+
+def run_parsed(parser: argparse.ArgumentParser, argv: list[str] | None) -> int:
+    """Runs what a command line names: `run`, a default that its parser sets, with the arguments.
+
+    Args:
+        parser: Of the command line.
+        argv: The arguments; None: the process's own.
+
+    Returns:
+        Exit code, see `run_command`; the process ends in argparse's own way where the arguments are wrong.
+    """
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    logger.setLevel(logging.INFO)
+    return run_command(arguments.run, arguments)
 
 
 class SignalWatch(contextlib.AbstractContextManager):

@@ -2,7 +2,10 @@
 
 import contextlib
 import gc
+import logging
 from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +17,8 @@ from huggingface_hub.utils.sha import git_hash, sha_fileobj
 
 from .errors import HubUnreachable, UploadError
 
+logger = logging.getLogger("dls")
+
 # Whatever the client raises: the Hub's refusals, a lost connection, an unreadable answer, a thread's failure.
 CLIENT_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)
 # The Hub puts this one into every new repository by itself.
@@ -23,6 +28,33 @@ ADVICE = {
     403: "the token must be allowed to write there",
     412: "somebody else changed it meanwhile",
 }
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What is published, and what it may replace.
+
+    Attributes:
+        kind: Of the repository: "model" or "dataset".
+        parts: {pattern of a path: what it is}. Everything else stays at home, and is left alone in the repository.
+        expected: What a repository that is not empty must hold, in words.
+        found_instead: What such a repository holds instead, in words; None: an earlier publication.
+    """
+
+    kind: str
+    parts: dict[str, str]
+    expected: str
+    found_instead: Callable[["HubRepository"], str | None]
+
+    def part_of(self, path: str) -> str | None:
+        """What a path is in a publication; None if it is no part of it."""
+        fitting = (pattern for pattern in self.parts if pattern.count("/") == path.count("/"))
+        return next((self.parts[pattern] for pattern in fitting if fnmatchcase(path, pattern)), None)
+
+    def files(self, folder: Path) -> dict[str, Path]:
+        """{path in the repository: file} of what a folder has to publish."""
+        found = {path for pattern in self.parts for path in folder.glob(pattern) if path.is_file()}
+        return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
 
 
 class Changes(NamedTuple):
@@ -41,31 +73,33 @@ class HubRepository:
     """A repository of the Hub as it was looked at. What is committed later must still find it like that.
 
     Attributes:
+        publication: What it is for.
         repo_id: With its namespace.
         commit: The published revision; None where there is no such repository yet.
         files: {path: what the Hub says of it}, of that revision.
     """
 
-    def __init__(self, repo_id: str, kind: str, private: bool, again: str):
+    def __init__(self, publication: Publication, repo_id: str, private: bool, again: str = "the same command"):
         """Looks at the repository; changes nothing.
 
         Args:
+            publication: What is to be published there.
             repo_id: NAMESPACE/NAME, or the NAME of one of the user's own.
-            kind: "model" or "dataset".
             private: Whether it must not be public.
             again: What the user can run to go on after a failure, for messages.
 
         Raises:
-            UploadError: a name that is none, a token that may not write, a public repository that must be private, or
-                a Hub that cannot be asked.
+            UploadError: a name that is none, a token that may not write, a public repository that must be private, one
+                that holds anything but an earlier publication, or a Hub that cannot be asked.
         """
+        self.kind = kind = publication.kind
         try:
             validate_repo_id(repo_id)
         except HFValidationError:
             raise UploadError(
                 f"--hub_{kind}_id {repo_id}: expected NAME or NAMESPACE/NAME, of letters, digits, '-', '_' and '.'"
             ) from None
-        self.kind, self.again, self.private = kind, again, private
+        self.publication, self.again, self.private = publication, again, private
         self.token = usable_token()
         self.api = HfApi(token=self.token)
         account = self._ask(f"{repo_id} is left as it is", self.api.whoami)
@@ -76,6 +110,11 @@ class HubRepository:
         if private and self.commit and not self.is_private:
             raise UploadError(
                 f"{self.repo_id} is public: make it private in its settings, or leave --hub_private_repo out"
+            )
+        if set(self.files) - OF_THE_HUB and (found := publication.found_instead(self)):
+            raise UploadError(
+                f"{self.repo_id} holds something else: expected {publication.expected}, found {found}. Nothing was "
+                f"sent: choose another --hub_{kind}_id, or delete that repository first"
             )
 
     def _look(self) -> None:
@@ -102,10 +141,6 @@ class HubRepository:
         return HubUnreachable(message) if is_lost_connection(error) else UploadError(message)
 
     @property
-    def is_empty(self) -> bool:
-        return not set(self.files) - OF_THE_HUB
-
-    @property
     def url(self) -> str:
         """Of the published revision."""
         prefix = constants.REPO_TYPES_URL_PREFIXES.get(self.kind, "")
@@ -120,24 +155,20 @@ class HubRepository:
             self._ask(f"{self.repo_id} is left as it is", self.api.hf_hub_download, self.repo_id, path, **where)
         )
 
-    def create_if_absent(self) -> None:
-        """Makes the repository, private if it must be."""
+    def create_if_absent(self) -> "HubRepository":
+        """Makes the repository, private if it must be, and returns it."""
         if self.commit is None:
             # None leaves it to the namespace's own settings.
             how = {"repo_type": self.kind, "private": self.private or None}
             self._ask(f"{self.repo_id} was not created", self.api.create_repo, self.repo_id, **how)
             self._ask(f"nothing was sent to {self.repo_id}", self._look)
+        return self
 
-    def changes(self, files: dict[str, Path], is_ours: Callable[[str], bool]) -> Changes:
-        """What must be done so that the repository holds `files`.
-
-        Args:
-            files: {path in the repository: file}.
-            is_ours: Whether a path would have been part of an earlier publication. Others are left alone.
-        """
+    def changes(self, files: dict[str, Path]) -> Changes:
+        """What must be done so that the repository holds `files`, {path in the repository: file}."""
         return Changes(
             [path for path, file in files.items() if not self._holds(path, file)],
-            [path for path in self.files if path not in files and is_ours(path)],
+            [path for path in self.files if path not in files and self.publication.part_of(path)],
         )
 
     def _holds(self, path: str, file: Path) -> bool:
@@ -149,20 +180,30 @@ class HubRepository:
                 return sha_fileobj(stream).hex() == published.lfs.sha256
             return git_hash(stream.read()) == published.blob_id
 
-    def commit_changes(self, files: dict[str, Path], changes: Changes, message: str) -> str:
-        """Uploads, and then makes everything visible in one commit.
+    def publish(self, files: dict[str, Path], title: str) -> str:
+        """Publishes in one commit, with what the repository lacks or has with other content.
 
         Args:
-            files: As given to `changes`.
-            changes: From `changes`.
-            message: Of the commit.
+            files: {path in the repository: file}.
+            title: Of the commit.
 
         Returns:
-            The commit's URL.
+            The URL of the published revision.
 
         Raises:
-            UploadError: saying whether the published revision has changed.
+            UploadError: saying whether the published revision has changed, and how to go on.
         """
+        changes = self.changes(files)
+        if not any(changes):
+            logger.info(f"nothing to send: {self.url} holds exactly this")
+            return self.url
+        logger.info(f"{self.repo_id}: {len(changes.send)} of {len(files)} files to send")
+        url = self._commit(files, changes, title)
+        logger.info(f"published: {url}")
+        return url
+
+    def _commit(self, files: dict[str, Path], changes: Changes, title: str) -> str:
+        """Uploads, and then makes everything visible at once. Returns the commit's URL."""
         additions = [CommitOperationAdd(path, files[path]) for path in changes.send]
         unchanged = f"the published revision of {self.repo_id} is unchanged"
         # Large files first, which no revision shows yet. What the Hub received before is not sent again.
@@ -170,7 +211,7 @@ class HubRepository:
         deletions = [CommitOperationDelete(path) for path in changes.remove]
         try:
             return self.api.create_commit(
-                self.repo_id, [*additions, *deletions], commit_message=message, repo_type=self.kind,
+                self.repo_id, [*additions, *deletions], commit_message=title, repo_type=self.kind,
                 parent_commit=self.commit,
             ).commit_url  # fmt: skip
         except CLIENT_ERRORS as error:

@@ -1,74 +1,40 @@
-"""Metrics as `evaluate` modules that live here: `evaluate.load` would fetch them from the Hub."""
+"""Metrics as an `evaluate` module that lives here: `evaluate.load` would fetch one from the Hub."""
 
 import datasets
 import evaluate
 import numpy as np
 
 
-class ClassMetric(evaluate.Metric):
-    """What the metrics below have in common: class indices are compared with class indices.
+class ClassificationMetrics(evaluate.Metric):
+    """Accuracy, confusion matrix and the accuracy of each class (its recall), from class indices.
 
-    Attributes:
-        description: What `compute` returns.
+    Example:
+        >>> ClassificationMetrics().compute(predictions=[0, 1, 1], references=[0, 1, 2], num_classes=3)
+        {'accuracy': 0.6666666666666666, 'confusion_matrix': [[1, 0, 0], [0, 1, 0], [0, 1, 0]], \
+'per_class_accuracy': [1.0, 1.0, 0.0]}
     """
-
-    description = ""
 
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
-            description=self.description,
+            description="accuracy, 0..1; confusion_matrix, see the function; per_class_accuracy, likewise.",
             citation="",
-            inputs_description="predictions and references: class indices.",
+            inputs_description="predictions and references: class indices; num_classes: see `confusion_matrix`.",
             features=datasets.Features(
                 {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
             ),
         )
 
-
-class Accuracy(ClassMetric):
-    """Share of predictions that equal their reference.
-
-    Example:
-        >>> Accuracy().compute(predictions=[0, 1, 1], references=[0, 1, 2])
-        {'accuracy': 0.6666666666666666}
-    """
-
-    description = "Share of predictions that equal their reference, 0..1."
-
-    def _compute(self, predictions, references) -> dict[str, float]:
-        return {"accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references)))}
-
-
-class ConfusionMatrix(ClassMetric):
-    """How many clips of each class (rows) were taken for each class (columns).
-
-    Example:
-        >>> ConfusionMatrix().compute(predictions=[0, 1, 1], references=[0, 1, 2], num_classes=3)
-        {'confusion_matrix': [[1, 0, 0], [0, 1, 0], [0, 1, 0]]}
-    """
-
-    description = "Counts, classes of the references by classes of the predictions, as lists of rows."
-
-    def _compute(self, predictions, references, num_classes: int | None = None) -> dict[str, list[list[int]]]:
-        return {"confusion_matrix": confusion_matrix(predictions, references, num_classes)}
-
-
-class PerClassAccuracy(ClassMetric):
-    """Share of each class's clips that were recognised (its recall).
-
-    Example:
-        >>> PerClassAccuracy().compute(predictions=[0, 1, 1], references=[0, 1, 2], num_classes=4)
-        {'per_class_accuracy': [1.0, 1.0, 0.0, None]}
-    """
-
-    description = "For each class the share of its clips that were recognised, 0..1; None where there was none."
-
-    def _compute(self, predictions, references, num_classes: int | None = None) -> dict[str, list[float | None]]:
-        return {"per_class_accuracy": per_class_accuracy(confusion_matrix(predictions, references, num_classes))}
+    def _compute(self, predictions, references, num_classes: int | None = None) -> dict:
+        matrix = confusion_matrix(predictions, references, num_classes)
+        return {
+            "accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references))),
+            "confusion_matrix": matrix,
+            "per_class_accuracy": per_class_accuracy(matrix),
+        }
 
 
 def confusion_matrix(predictions, references, num_classes: int | None = None) -> list[list[int]]:
-    """Counts, true classes by predicted ones.
+    """Counts, true classes (rows) by predicted ones (columns).
 
     Args:
         predictions: (clips,), class indices.

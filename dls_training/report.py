@@ -3,12 +3,10 @@
 import itertools
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
-
-matplotlib.use("Agg")  # before pyplot: a canvas that needs no screen
-import matplotlib.pyplot as plt
+from matplotlib import colormaps
+from matplotlib.figure import Figure  # without pyplot, which needs a screen and holds on to what it draws
 from matplotlib.ticker import MaxNLocator
 
 
@@ -34,13 +32,14 @@ def draw_curves(axes, arms: dict[str, dict]) -> None:
     Args:
         axes: To draw on.
         arms: Name -> contents of `all_results.json` of train_classification.py, and where the accuracies are not those
-            after epochs 1, 2, …, `epochs`.
+            after epochs 1, 2, …, `epochs`. Without `folds`, or with a single one, there is no band.
     """
     for name, results in arms.items():
-        mean, std = np.array(results["mean_accuracy_per_epoch"]), np.array(results["std_accuracy_per_epoch"])
+        mean = np.array(results["mean_accuracy_per_epoch"])
         epochs = results.get("epochs", np.arange(1, len(mean) + 1))
         (line,) = axes.plot(epochs, mean, marker="o", label=name)
-        if len(results["folds"]) > 1:
+        if len(results.get("folds", ())) > 1:
+            std = np.array(results["std_accuracy_per_epoch"])
             axes.fill_between(epochs, mean - std, mean + std, color=line.get_color(), alpha=0.2)
     axes.set(xlabel="epoch of fine-tuning", ylabel="accuracy on the held-out fold", ylim=(0, 1))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -75,7 +74,7 @@ def draw_map(
         return ((vectors - mean) @ directions.T).T.numpy()
 
     x, y = places(embeddings)
-    palette = plt.get_cmap("tab20" if len(names) <= 20 else "gist_rainbow")
+    palette = colormaps["tab20" if len(names) <= 20 else "gist_rainbow"]
     colours = [*palette(np.linspace(0, 1, len(names))), "lightgrey"]
     for label, name in [(-1, "no label"), *enumerate(names)]:
         chosen = labels < 0 if label < 0 else labels == label
@@ -97,7 +96,8 @@ def draw_accuracy(path: Path, arms: dict[str, dict], ylabel: str) -> None:
         arms: See `draw_curves`.
         ylabel: What was measured.
     """
-    figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     draw_curves(axes, arms)
     axes.set(xlabel="epoch", ylabel=ylabel)
     save(figure, path)
@@ -105,8 +105,8 @@ def draw_accuracy(path: Path, arms: dict[str, dict], ylabel: str) -> None:
 
 def draw_embedding(path: Path, embeddings: torch.Tensor, labels: np.ndarray, names: list[str], title: str) -> None:
     """`draw_map` alone in a picture, moved into place when complete."""
-    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
-    draw_map(axes, embeddings, labels, names, title)
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    draw_map(figure.subplots(), embeddings, labels, names, title)
     save(figure, path)
 
 
@@ -121,7 +121,8 @@ def draw_confusion_matrix(path: Path, matrix: list[list[int]], names: list[str])
     counts = np.array(matrix)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     size = 2.5 + 0.32 * len(names)
-    figure, axes = plt.subplots(figsize=(size + 1, size), layout="constrained")
+    figure = Figure(figsize=(size + 1, size), layout="constrained")
+    axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if len(names) <= 20:  # with more classes the numbers would be too small to read
         for (row, column), count in np.ndenumerate(counts):
@@ -135,21 +136,6 @@ def draw_confusion_matrix(path: Path, matrix: list[list[int]], names: list[str])
     save(figure, path)
 
 
-def draw_time_line(axes, middles: np.ndarray, scores: dict[str, np.ndarray]) -> None:
-    """Scores of classes over time, a line per class.
-
-    Args:
-        axes: To draw on.
-        middles: (windows,), in s.
-        scores: Class -> (windows,), 0..1.
-    """
-    for name, values in scores.items():
-        axes.plot(middles, values, marker="o", markersize=4, label=name)
-    axes.set(xlabel="s", ylim=(-0.03, 1.03))
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
-
-
 def draw_overview(path: Path, spectrograms: dict[str, torch.Tensor], arms: dict[str, dict], bank: tuple) -> None:
     """One picture of a whole experiment, moved into place when complete.
 
@@ -159,7 +145,7 @@ def draw_overview(path: Path, spectrograms: dict[str, torch.Tensor], arms: dict[
         arms: See `draw_curves`.
         bank: Arguments of `draw_map` after the axes.
     """
-    figure = plt.figure(figsize=(13, 7), layout="constrained")
+    figure = Figure(figsize=(13, 7), layout="constrained")
     grid = figure.add_gridspec(2, 2 * len(spectrograms), height_ratios=(1, 2))
     for i, (title, spectrogram) in enumerate(spectrograms.items()):
         draw_spectrogram(figure.add_subplot(grid[0, 2 * i : 2 * i + 2]), spectrogram, title)
@@ -177,13 +163,12 @@ def draw_comparison(path: Path, panels: dict[str, dict[str, dict]]) -> None:
     """
     columns = min(len(panels), 3)
     rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(5.5 * columns, 4.5 * rows), sharey=True, squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(5.5 * columns, 4.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for place in axes.flat[len(panels) :]:
         place.remove()
     names = dict.fromkeys(name for arms in panels.values() for name in arms)
-    colours = dict(zip(names, itertools.cycle(plt.get_cmap("tab10").colors), strict=False))
+    colours = dict(zip(names, itertools.cycle(colormaps["tab10"].colors), strict=False))
     for place, (title, arms) in zip(axes.flat, panels.items(), strict=False):
         place.set_prop_cycle(color=[colours[name] for name in arms])  # the same in every panel
         draw_curves(place, arms)
@@ -191,8 +176,7 @@ def draw_comparison(path: Path, panels: dict[str, dict[str, dict]]) -> None:
     save(figure, path)
 
 
-def save(figure, path: Path) -> None:
+def save(figure: Figure, path: Path) -> None:
     unfinished = path.with_suffix(".unfinished.png")
     figure.savefig(unfinished, dpi=110)
-    plt.close(figure)
     unfinished.replace(path)

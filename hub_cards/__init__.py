@@ -1,6 +1,13 @@
 """Measured results -> model cards and reports. Nothing in them is typed in by hand."""
 
-from .card import final_accuracy, write_card
-from .comparison import write_comparison
+from importlib import import_module
 
-__all__ = ["final_accuracy", "write_card", "write_comparison"]
+# Imported on demand: `python -m hub_cards --help` and a mistyped option are answered at once.
+_HOMES = {"final_accuracy": "tasks", "write_card": "card", "write_comparison": "comparison"}
+__all__ = list(_HOMES)
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,5 @@
 """What a trained folder says of a sound. Knows nothing of the page that shows it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,14 +9,16 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 
+import modeling_dls
 from datasets_scripts import load_corpus
 from datasets_scripts.errors import AudioError, CorpusError, UserError
+from datasets_scripts.files import read_object
 from dls_training.input_pipeline import label_numbers
 from dls_training.memory_bank import BANK_FILE
 from dls_training.nearest_neighbours import KNN_SIGMA
 from dls_training.waveforms import evaluation_windows, read_waveform, window_starts
-from modeling_dls import ESResNetFeatureExtractor, ESResNetForAudioClassification, ESResNetForInstanceDiscrimination
 
+from ..tasks import Pretraining, task_of
 from .memory import Memory, Neighbour
 
 MAX_SECONDS = 600.0  # of a sound; memory and time to answer are bounded by it
@@ -75,15 +76,15 @@ class Network:
         extractor: With `max_length`.
     """
 
-    def __init__(self, folder: Path, model_class: type):
+    def __init__(self, folder: Path, architecture: str):
         """
         Raises:
             UserError: naming the folder, if there is no such network in it, or it needs timm.
         """
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         try:
-            self.extractor = ESResNetFeatureExtractor.from_pretrained(folder)
-            self.model = model_class.from_pretrained(folder).eval().to(self.device)
+            self.extractor = modeling_dls.ESResNetFeatureExtractor.from_pretrained(folder)
+            self.model = getattr(modeling_dls, architecture).from_pretrained(folder).eval().to(self.device)
         except (ImportError, OSError, ValueError, RuntimeError) as error:
             raise UserError(f"{folder}: {error}") from error
 
@@ -112,8 +113,11 @@ class TrainedFolder:
 
     Attributes:
         results: Its all_results.json.
+        task: Whose results these are.
         network: Whose spectrograms are shown: the classifier, or that of a pre-training.
         memory: The memory bank, or None.
+        votes: How neighbours vote, k and sigma.
+        class_names: What scores are of; empty where there is nothing to name classes by.
         missing: Sentences: what cannot be shown, why, and how to get it.
         examples: (label, cell of the audio column) of clips to try.
         examples_from: Where they come from, in words.
@@ -130,39 +134,37 @@ class TrainedFolder:
             CorpusError: if one of the given corpora cannot be used.
         """
         self.results = read_results(folder)
-        self.classifies = self.results["task"] == "classification"
+        self.task = task_of(self.results)
         self.missing: list[str] = []
-        runs, home = [self.results], folder
-        if self.classifies:
-            self.network = Network(folder, ESResNetForAudioClassification)
-            home = self._pretraining()
-            runs += [read_results(home)] if home else []
+        self.network = Network(folder, self.task.architecture)
+        self.memory, self.embedder = None, None
+        home = self._pretraining_folder(folder)
+        runs = [read_results(run) for run in dict.fromkeys([folder, home]) if run]
         corpora = self._corpora(runs, given)
-        self.memory, self.embedder = self._open_memory(home, corpora) if home else (None, None)
-        if not self.classifies:
-            self.network = self.embedder
-            if not len(self.memory.labelled):
-                self.missing.append("Labels: none of the clips at hand that the memory bank holds has one.")
-        self.votes = runs[-1].get("knn", {"k": 5, "sigma": KNN_SIGMA})
+        if home:
+            self.memory = self._open_memory(home, corpora)
+            self.embedder = self.network if home == folder else Network(home, Pretraining.architecture)
+        self.votes = self.results.get("knn", {"k": 5, "sigma": KNN_SIGMA})
+        self.class_names = self.task.class_names(self)
+        if not self.class_names:
+            self.missing.append("Labels: none of the clips at hand that the memory bank holds has one.")
         self.examples, self.examples_from = self._examples(corpora)
 
-    def _pretraining(self) -> Path | None:
-        """The folder that a fine-tuned network came from, if it holds a memory bank."""
-        parts, options = "Nearest clips and map:", self.results["options"]
-        if options["init"] == "scratch":
+    def _pretraining_folder(self, folder: Path) -> Path | None:
+        """The folder of the pre-training, if it is there and holds a memory bank."""
+        parts, home = "Nearest clips and map:", self.task.pretraining_folder(folder, self.results)
+        if home is None:
             self.missing.append(
                 f"{parts} this network was trained from scratch and has no memory bank. Fine-tune from a pre-training "
                 "(train_npid.py) to see them."
             )
+        elif home != folder and not ((home / BANK_FILE).is_file() and (home / "all_results.json").is_file()):
+            self.missing.append(
+                f"{parts} they need the pre-training that this network came from, and {home} "
+                + (f"has no {BANK_FILE}." if home.is_dir() else "is not there. Start this from the folder it is in.")
+            )
             return None
-        home = Path(options["model_name_or_path"])
-        if (home / BANK_FILE).is_file() and (home / "all_results.json").is_file():
-            return home
-        self.missing.append(
-            f"{parts} they need the pre-training that this network came from, and {home} "
-            + (f"has no {BANK_FILE}." if home.is_dir() else "is not there. Start this from the folder it is in.")
-        )
-        return None
+        return home
 
     def _corpora(self, runs: list[dict], given: list[tuple[str, str | None]]) -> list[tuple[str, Dataset]]:
         """Those at hand of the corpora that the runs used; the given ones first."""
@@ -184,14 +186,14 @@ class TrainedFolder:
                     self.missing.append(f"The clips of {name}: {error}. {advice}")
         return found
 
-    def _open_memory(self, home: Path, corpora: list[tuple[str, Dataset]]) -> tuple[Memory, Network]:
+    def _open_memory(self, home: Path, corpora: list[tuple[str, Dataset]]) -> Memory:
         try:
             memory = Memory(home / BANK_FILE, corpora)
         except (OSError, ValueError) as error:
             raise UserError(str(error)) from error
         if not len(memory.known):
             self.missing.append("Nearest clips: none of the memory bank's clips is at hand.")
-        return memory, Network(home, ESResNetForInstanceDiscrimination)
+        return memory
 
     def _examples(self, corpora: list[tuple[str, Dataset]]) -> tuple[list[tuple[str, dict]], str]:
         """Clips of different classes, from a held-out fold where there is one."""
@@ -221,25 +223,25 @@ class TrainedFolder:
             AudioError: if the file cannot be read as a sound.
         """
         waveform, extractor = self.network.waveform(path), self.network.extractor
-        embedding, embeddings = None, None
+        rate, samples, length = extractor.sampling_rate, waveform.shape[1], extractor.max_length
+        embeddings, embedding = None, None
         if self.embedder is not None:
             own = waveform if self.embedder is self.network else self.embedder.waveform(path)
             embeddings = self.embedder.per_window(own)
             embedding = F.normalize(embeddings.mean(dim=0), dim=0)
-        scores, of_windows = self._scores(waveform, embeddings, embedding)
-        rate, samples = extractor.sampling_rate, waveform.shape[1]
-        windows = evaluation_windows(waveform, extractor.max_length)
+        starts, windows = window_starts(samples, length), evaluation_windows(waveform, length)
+        each, whole = torch.empty(len(windows), 0), torch.empty(0)
+        if self.class_names:
+            each, whole = self.task.scores(self, waveform, embeddings, embedding)
         levels = windows.square().mean(dim=(1, 2)).clamp(min=10 ** (QUIETEST / 10)).log10().mul(10).tolist()
         loudest = int(np.argmax(levels))
-        starts = window_starts(samples, extractor.max_length)
-        ends = [min(start + extractor.max_length, samples) for start in starts]
         return Analysis(
             seconds=samples / rate,
             cut=soundfile.info(path).duration > MAX_SECONDS,
-            scores=scores,
+            scores=self._named(whole),
             windows=[
-                Window(start / rate, end / rate, level, own_scores)
-                for start, end, level, own_scores in zip(starts, ends, levels, of_windows, strict=True)
+                Window(start / rate, min(start + length, samples) / rate, level, self._named(scores))
+                for start, level, scores in zip(starts, levels, each, strict=True)
             ],
             loudest=loudest,
             spectrogram=extractor.spectrogram(windows[loudest]),
@@ -247,17 +249,8 @@ class TrainedFolder:
             neighbours=self.memory.nearest(embedding, NEIGHBOURS) if self.memory else [],
         )
 
-    def _scores(self, waveform, embeddings, embedding) -> tuple[dict[str, float], list[dict[str, float]]]:
-        """Of the whole sound and of each window, as the train scripts evaluate."""
-        if self.classifies:
-            each = self.network.per_window(waveform)
-            whole, names = each.mean(dim=0), list(self.network.model.config.id2label.values())
-        elif len(self.memory.labelled):
-            each, names = self.memory.votes(embeddings, **self.votes), self.memory.classes
-            whole = self.memory.votes(embedding[None], **self.votes)[0]
-        else:
-            return {}, [{} for _ in embeddings]
-        return named(names, whole), [named(names, row) for row in each]
+    def _named(self, scores: torch.Tensor) -> dict[str, float]:
+        return dict(zip(self.class_names, scores.tolist(), strict=True))
 
     def spectrogram(self, path: str, window: int) -> torch.Tensor:
         """What the network sees of a window: (audio_channels, 3, height, width).
@@ -269,26 +262,19 @@ class TrainedFolder:
         return self.network.extractor.spectrogram(windows[window])
 
 
-def named(names: list[str], values: torch.Tensor) -> dict[str, float]:
-    return dict(zip(names, values.tolist(), strict=True))
-
-
 def read_results(folder: Path) -> dict:
     """A run's all_results.json.
 
     Raises:
         UserError: naming the folder, if there is none in it.
     """
-    try:
-        results = json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
-        if results["task"] in ("npid", "classification"):
-            return results
-    except (OSError, ValueError, LookupError, TypeError):
-        pass
-    raise UserError(
-        f"{folder} is not the output of a finished run: expected a folder with the all_results.json of train_npid.py "
-        "or train_classification.py"
-    )
+    results = read_object(folder / "all_results.json")
+    if task_of(results) is None:
+        raise UserError(
+            f"{folder} is not the output of a finished run: expected a folder with the all_results.json of "
+            "train_npid.py or train_classification.py"
+        )
+    return results
 
 
 def in_words(error: AudioError, path: str) -> str:

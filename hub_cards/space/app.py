@@ -158,31 +158,13 @@ def window_rows(analysis: Analysis) -> list[list]:
     return rows
 
 
-def introduction(trained: TrainedFolder) -> str:
-    """What this is, from the run's own results."""
-    results, extractor = trained.results, trained.network.extractor
-    length = f"{extractor.max_length / extractor.sampling_rate:g} s"
-    if trained.classifies:
-        classes = len(trained.network.model.config.id2label)
-        return (
-            f"# What is this sound?\nA classifier of {classes} classes, fine-tuned on {results['corpus']}. It hears "
-            f"{length} at a time; of a longer sound, the mean over its windows counts."
-        )
-    heard = ", ".join(f"{clips} clips of {name}" for name, clips in results["clips"].items())
-    voting = "so labels are the votes of the {k} nearest of the clips that it remembers (weighted k-NN)."
-    how = voting.format(**trained.votes) if len(trained.memory.labelled) else "and knows no labels."
-    return (
-        f"# What does this sound like?\nA network pre-trained without labels on {heard}. It has no classifier, {how} "
-        f"It hears {length} at a time."
-    )
-
-
 def build(page: Page) -> gr.Blocks:
     """Lays the page out."""
-    trained = page.trained
+    trained, extractor = page.trained, page.trained.network.extractor
+    seconds = f"{extractor.max_length / extractor.sampling_rate:g} s"
     paths, labels = page.examples()
     with gr.Blocks(title="DLS: try a sound", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
-        gr.Markdown(introduction(trained))
+        gr.Markdown(trained.task.introduction(trained, seconds))
         with gr.Row():
             with gr.Column(scale=5):
                 sound = gr.Audio(
@@ -192,10 +174,7 @@ def build(page: Page) -> gr.Blocks:
                 if paths:
                     gr.Examples(paths, sound, example_labels=labels, label=f"Or a clip of {trained.examples_from}")
                 problem = gr.Markdown(visible=False, elem_id="problem")
-                scores = gr.Label(
-                    num_top_classes=5, label="Probability" if trained.classifies else "Share of votes", visible=False,
-                    elem_id="labels",
-                )  # fmt: skip
+                scores = gr.Label(num_top_classes=5, label=trained.task.score, visible=False, elem_id="labels")
                 spectrogram = gr.Plot(format="png", visible=False, elem_id="spectrogram", elem_classes="titled")
             with gr.Column(scale=6):
                 neighbours = gr.HTML(

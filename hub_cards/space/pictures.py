@@ -1,10 +1,9 @@
-"""The page's pictures, as matplotlib figures that no global state holds: a server draws many."""
+"""The page's pictures, as matplotlib figures."""
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from dls_training.report import draw_map, draw_spectrogram, draw_time_line
+from dls_training.report import draw_map, draw_spectrogram
 
 from .analysis import Analysis
 from .memory import Memory
@@ -43,13 +42,14 @@ def map_figure(memory: Memory, analysis: Analysis) -> Figure:
 
 
 def time_line_figure(analysis: Analysis) -> Figure:
-    """The scores of the likeliest classes over the windows of a long sound."""
+    """The scores of the likeliest classes over the windows of a long sound, a line per class."""
     figure = Figure(figsize=(10, 2.6), dpi=DPI, layout="constrained")
-    highest = {name: max(window.scores[name] for window in analysis.windows) for name in analysis.scores}
-    shown = sorted(highest, key=highest.get, reverse=True)[:LINES]
-    middles = np.array([(window.start + window.end) / 2 for window in analysis.windows])
-    scores = {name: np.array([window.scores[name] for window in analysis.windows]) for name in shown}
     axes = figure.subplots()
-    draw_time_line(axes, middles, scores)
-    axes.set_xlim(0, analysis.seconds)
+    middles = [(window.start + window.end) / 2 for window in analysis.windows]
+    scores = {name: [window.scores[name] for window in analysis.windows] for name in analysis.scores}
+    for name in sorted(scores, key=lambda name: max(scores[name]), reverse=True)[:LINES]:
+        axes.plot(middles, scores[name], marker="o", markersize=4, label=name)
+    axes.set(xlabel="s", xlim=(0, analysis.seconds), ylim=(-0.03, 1.03))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
     return figure

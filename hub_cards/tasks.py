@@ -1,0 +1,260 @@
+"""What differs between the train scripts' tasks in results, cards, commits and on the page: a class each.
+
+A new task is a class here, with its name in `TASKS`, and a card's template.
+"""
+
+from collections import Counter
+from pathlib import Path
+from typing import ClassVar
+
+from huggingface_hub import EvalResult
+
+ACCURACY, CONFUSION, EMBEDDING = PICTURES = ("accuracy.png", "confusion_matrix.png", "embedding.png")
+
+
+class Task:
+    """What is asked of every task. `results` are those of all_results.json, `trained` is a `TrainedFolder`.
+
+    Attributes:
+        name: In results and records.
+        training: What it did to the weights, in words.
+        pipeline_tag, tags: Of the card's metadata.
+        template: Of the card.
+        measured: By its accuracy, in words.
+        architecture: Class of `modeling_dls` that its folder loads as.
+        score: What the page's scores are, in words.
+    """
+
+    name: str
+    training: str
+    pipeline_tag: str
+    tags: ClassVar[list[str]]
+    template: str
+    measured: str
+    architecture: str
+    score: str
+
+    def title(self, results: dict) -> str:
+        """Of the commit that publishes the run."""
+        raise NotImplementedError
+
+    def accuracy_rows(self, results: dict) -> list[dict]:
+        """One row per evaluation: {"epoch": number, what: accuracy}; epoch 0 is before any training."""
+        raise NotImplementedError
+
+    def accuracy_curves(self, results: dict) -> dict[str, dict]:
+        """The same, as `draw_curves` takes it."""
+        raise NotImplementedError
+
+    def metadata(self, results: dict) -> dict:
+        """Of the card, besides what every task has."""
+        return {}
+
+    def card_fields(self, results: dict, config: dict, stages: int) -> dict:
+        """What `template` names, besides what every task has.
+
+        Args:
+            results: Of the run.
+            config: Of the network.
+            stages: How many trainings the weights went through, this one included.
+        """
+        raise NotImplementedError
+
+    def pretraining_folder(self, folder: Path, results: dict) -> Path | None:
+        """Where the memory bank is that the page looks for neighbours in; None if there never was one."""
+        raise NotImplementedError
+
+    def class_names(self, trained) -> list[str]:
+        """What the page's scores are of; empty where there is nothing to name classes by."""
+        raise NotImplementedError
+
+    def scores(self, trained, waveform, embeddings, embedding) -> tuple:
+        """Scores as the train script evaluates, of a sound's windows (windows, classes) and of the whole (classes,).
+
+        Args:
+            trained: Has class names.
+            waveform: (audio_channels, samples).
+            embeddings: (windows, embedding_dim); None without a memory bank.
+            embedding: (embedding_dim,), unit length, of the whole sound; likewise.
+        """
+        raise NotImplementedError
+
+    def introduction(self, trained, seconds: str) -> str:
+        """What the page begins with; `seconds` says how much the network hears at a time."""
+        raise NotImplementedError
+
+
+class Pretraining(Task):
+    """Instance discrimination, by train_npid.py."""
+
+    name = "npid"
+    training = "Pre-trained on unlabelled audio by instance discrimination"
+    pipeline_tag = "feature-extraction"
+    tags: ClassVar = ["instance-discrimination", "self-supervised"]
+    template = "pretraining.md"
+    measured = "k-NN accuracy of the embedding"
+    architecture = "ESResNetForInstanceDiscrimination"
+    score = "Share of votes"
+
+    def title(self, results):
+        return f"ESResNet pre-trained on {', '.join(results['clips'])}, seed {results['seed']}"
+
+    def accuracy_rows(self, results):
+        return [{"epoch": e["epoch"], **e["knn_accuracy"]} for e in results["history"] if e.get("knn_accuracy")]
+
+    def accuracy_curves(self, results):
+        rows = self.accuracy_rows(results)
+        curves = {name: [row[name] for row in rows] for name in rows[0]}
+        epochs = curves.pop("epoch")
+        return {name: {"epochs": epochs, "mean_accuracy_per_epoch": curve} for name, curve in curves.items()}
+
+    def card_fields(self, results, config, stages):
+        held_out = results["excluded_folds"]
+        protocol = (
+            f"The folds {held_out} were left out of the training."
+            if held_out
+            else "Transductive: every fold was trained on, without labels. Accuracies measured on these corpora have "
+            "seen their test clips' sound, not their labels."
+        )
+        if stages > 1:
+            protocol += " That is said of this training alone, not of what came before it."
+        return {"protocol": protocol, "embedding_dim": config["embedding_dim"]}
+
+    def pretraining_folder(self, folder, results):
+        return folder
+
+    def class_names(self, trained):
+        return trained.memory.classes if len(trained.memory.labelled) else []
+
+    def scores(self, trained, waveform, embeddings, embedding):
+        whole = trained.memory.votes(embedding[None], **trained.votes)[0]
+        return trained.memory.votes(embeddings, **trained.votes), whole
+
+    def introduction(self, trained, seconds):
+        heard = ", ".join(f"{clips} clips of {name}" for name, clips in trained.results["clips"].items())
+        voting = "so labels are the votes of the {k} nearest of the clips that it remembers (weighted k-NN)."
+        how = voting.format(**trained.votes) if trained.class_names else "and knows no labels."
+        return (
+            f"# What does this sound like?\nA network pre-trained without labels on {heard}. It has no classifier, "
+            f"{how} It hears {seconds} at a time."
+        )
+
+
+class Classification(Task):
+    """Classes of a corpus with one fold, or each in turn, held out, by train_classification.py."""
+
+    name = "classification"
+    training = "Trained with labels as a classifier"
+    pipeline_tag = "audio-classification"
+    tags: ClassVar = []
+    template = "classification.md"
+    measured = "accuracy on the held-out fold"
+    architecture = "ESResNetForAudioClassification"
+    score = "Probability"
+
+    def title(self, results):
+        return f"ESResNet trained on {results['corpus']}, seed {results['seed']}"
+
+    def accuracy_rows(self, results):
+        columns = {f"fold {fold}": with_start(found) for fold, found in results["folds"].items()}
+        if len(columns) > 1:
+            columns |= {what: with_start(results, f"{what}_") for what in ("mean", "std")}
+        rows = zip(epochs(results), *columns.values(), strict=True)
+        return [dict(zip(["epoch", *columns], row, strict=True)) for row in rows]
+
+    def accuracy_curves(self, results):
+        curves = {f"{what}_accuracy_per_epoch": with_start(results, f"{what}_") for what in ("mean", "std")}
+        return {results["corpus"]: {"epochs": epochs(results), "folds": results["folds"], **curves}}
+
+    def metadata(self, results):
+        return {"model_name": f"esresnet-{results['corpus']}", "eval_results": evaluations(results)}
+
+    def card_fields(self, results, config, stages):
+        folds = results["folds"]
+        heard = [fold["test_clips_heard_in_pretraining"] for fold in folds.values()]
+        leaks = Counter()
+        for fold in folds.values():
+            leaks.update(fold["test_labels_seen_before"])
+        recognised = {name: share for name, share in results["per_class_accuracy"].items() if share is not None}
+        return {
+            "heard": None if None in heard else sum(heard),
+            "leaks": leaks,
+            "test_clips": sum(fold["test_clips"] for fold in folds.values()),
+            "training_clips": [fold["training_clips"] for fold in folds.values()],
+            "labels": list(config["id2label"].values()),
+            "held_out": next(iter(folds)),
+            "trained": bool(results["mean_accuracy_per_epoch"]),
+            "mean": with_start(results, "mean_")[-1],
+            "std": with_start(results, "std_")[-1],
+            "hardest": sorted(recognised.items(), key=lambda item: item[1])[:3],
+            "recognised": [{"class": name, "recognised": share} for name, share in recognised.items()],
+        }
+
+    def pretraining_folder(self, folder, results):
+        options = results["options"]
+        return None if options["init"] == "scratch" else Path(options["model_name_or_path"])
+
+    def class_names(self, trained):
+        return list(trained.network.model.config.id2label.values())
+
+    def scores(self, trained, waveform, embeddings, embedding):
+        probabilities = trained.network.per_window(waveform)
+        return probabilities, probabilities.mean(dim=0)
+
+    def introduction(self, trained, seconds):
+        return (
+            f"# What is this sound?\nA classifier of {len(trained.class_names)} classes, fine-tuned on "
+            f"{trained.results['corpus']}. It hears {seconds} at a time; of a longer sound, the mean over its windows "
+            "counts."
+        )
+
+
+TASKS = {task.name: task for task in (Pretraining(), Classification())}
+
+
+def task_of(results: dict | None) -> Task | None:
+    """The task whose results these are; None if they are no results of ours, or none at all."""
+    return TASKS.get(str((results or {}).get("task")))
+
+
+def with_start(results: dict, prefix: str = "") -> list[float]:
+    """Accuracies after each epoch, of a fold or over folds; the closed-form classifier's first, if there is one."""
+    start = f"{prefix}accuracy_at_start"
+    return [*([results[start]] if start in results else []), *results[f"{prefix}accuracy_per_epoch"]]
+
+
+def epochs(results: dict) -> list[int]:
+    """Of the accuracies `with_start`."""
+    return list(range(0 if "mean_accuracy_at_start" in results else 1, len(results["mean_accuracy_per_epoch"]) + 1))
+
+
+def final_accuracy(fold_results: dict) -> float:
+    """On the held-out fold after the last epoch; of the closed-form classifier, where no epoch was trained."""
+    return with_start(fold_results)[-1]
+
+
+def evaluations(results: dict) -> list[EvalResult]:
+    """Each fold's accuracy and, of several, their mean and standard deviation.
+
+    Results are told apart by task, dataset, config and split alone: without the fold in one of these, the folds would
+    overwrite one another.
+    """
+    corpus, folds = results["corpus"], results["folds"]
+    title = results["corpora"][corpus].get("title", corpus)
+    found = [(f"fold-{fold}", f"fold {fold} held out", "accuracy", final_accuracy(folds[fold])) for fold in folds]
+    if len(folds) > 1:
+        every = ("all-folds", f"{len(folds)} folds held out in turn")
+        found.append((*every, "accuracy", with_start(results, "mean_")[-1]))
+        found.append((*every, "accuracy_std", with_start(results, "std_")[-1]))
+    return [
+        EvalResult(
+            task_type="audio-classification",
+            dataset_type=corpus,
+            dataset_name=f"{title}, {name}",
+            dataset_config=config,
+            dataset_split="train",  # of the dataset, all of whose clips are there; the fold says which were held out
+            metric_type=metric,
+            metric_value=value,
+        )
+        for config, name, metric, value in found
+    ]
