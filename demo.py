@@ -6,14 +6,18 @@ Everything comes from sounds that are generated here; no download, no account. I
 demo_output) with the models, their cards and overview.png.
 """
 
-import argparse
 import json
-import logging
 import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
+
+from datasets_scripts.command_line import run_command
+from datasets_scripts.errors import UserError
+from datasets_scripts.options import Options, option, path
 
 HERE = Path(__file__).parent
 PRETRAINING = ["--recipe", "recommended", "--num_train_epochs", "60", "--knn_interval", "20", "--report_to", "none"]
@@ -25,10 +29,26 @@ FINE_TUNING = [
 ]  # fmt: skip
 
 
-def run(title: str, script: str, *options: str) -> None:
-    """Runs a train script as a user would, and stops the demo where it fails."""
-    print(f"\n== {title}\n$ python {script} {' '.join(options)}", flush=True)
-    subprocess.run([sys.executable, HERE / script, *options], check=True)
+@dataclass(kw_only=True)
+class Settings(Options):
+    """The whole way in a few minutes: pre-train without labels, fine-tune, compare with scratch, classify a clip."""
+
+    SCRIPT: ClassVar[str] = "demo.py"
+
+    output_dir: Path = option(
+        Path("demo_output"), path, "for everything; an earlier demo's is replaced", positional=True, metavar="DEMO_DIR"
+    )
+
+
+def run(title: str, script: str, *options) -> None:
+    """Runs a train script as a user would.
+
+    Raises:
+        UserError: if it fails, which it has then said itself.
+    """
+    print(f"\n== {title}\n$ python {script} {' '.join(map(str, options))}", flush=True)
+    if code := subprocess.run([sys.executable, HERE / script, *options], check=False).returncode:
+        raise UserError(f"the demo ends here: {script} ended with exit code {code}")
 
 
 def side_by_side(arms: dict[str, dict]) -> str:
@@ -82,41 +102,34 @@ def classify(folder: Path) -> None:
         print(f"   {answer['label']:>12} {answer['score']:.3f}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("output_dir", nargs="?", type=Path, default=Path("demo_output"), metavar="DEMO_DIR")
-    output_dir = parser.parse_args().output_dir
-    started = time.perf_counter()
-    for part in ("pretrained", "dls", "scratch"):  # of an earlier demo
-        shutil.rmtree(output_dir / part, ignore_errors=True)
+def main(settings: Settings) -> None:
+    """Runs the demo, and prints what it shows.
 
-    folders = {arm: output_dir / arm for arm in ("pretrained", "dls", "scratch")}
+    Raises:
+        UserError: if one of the train scripts fails.
+    """
+    started, output_dir = time.perf_counter(), settings.output_dir
+    pretrained, dls, scratch = (output_dir / part for part in ("pretrained", "dls", "scratch"))
+    for folder in (pretrained, dls, scratch):
+        shutil.rmtree(folder, ignore_errors=True)
     run(
         "1. Pre-training: 400 generated sounds, no labels. Every clip is its own class.",
-        "train_npid.py", *PRETRAINING, "--output_dir", str(folders["pretrained"]),
+        "train_npid.py", *PRETRAINING, "--output_dir", pretrained,
     )  # fmt: skip
-    start = ["--model_name_or_path", str(folders["pretrained"])]
-    run(
-        "2. Fine-tuning from it, with labels of 80 clips; fold 1 is held out.",
-        "train_classification.py", *FINE_TUNING, *start, "--output_dir", str(folders["dls"]),
-    )  # fmt: skip
-    run(
-        "3. The same network from scratch, for comparison.",
-        "train_classification.py", *FINE_TUNING, *start, "--init", "scratch",
-        "--output_dir", str(folders["scratch"]),
-    )  # fmt: skip
+    fine_tuning = ["train_classification.py", *FINE_TUNING, "--model_name_or_path", pretrained, "--output_dir"]
+    run("2. Fine-tuning from it, with labels of 80 clips; fold 1 is held out.", *fine_tuning, dls)
+    run("3. The same network from scratch, for comparison.", *fine_tuning, scratch, "--init", "scratch")
 
-    results = {arm: json.loads((folders[arm] / "all_results.json").read_text()) for arm in ("dls", "scratch")}
-    arms = {"pre-trained": results["dls"], "from scratch": results["scratch"]}
-    logging.disable(logging.INFO)
+    folders = {"pre-trained": dls, "from scratch": scratch}
+    arms = {name: json.loads((folder / "all_results.json").read_text()) for name, folder in folders.items()}
     print(f"\n== Accuracy on the held-out fold\n{side_by_side(arms)}")
     draw(output_dir, arms)
-    classify(folders["dls"])
+    classify(dls)
     print(
-        f"\n{output_dir}/overview.png shows spectrograms, both curves and the embedding; {folders['dls']} is a model "
-        f"folder with a card (README.md).\nTook {time.perf_counter() - started:.0f} s after installation."
+        f"\n{output_dir}/overview.png shows spectrograms, both curves and the embedding; {dls} is a model folder with "
+        f"a card (README.md).\nTook {time.perf_counter() - started:.0f} s after installation."
     )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run_command(main, Settings.parsed()))

@@ -13,7 +13,9 @@ import soundfile
 from huggingface_hub import ModelCard
 from scripts import ROOT, SMALL, start, succeed
 
+import demo
 from datasets_scripts import corpus_facts
+from datasets_scripts.errors import UserError
 from dls_training.record import Record, Stage
 from hub_cards import write_card
 from hub_cards.sources import licence
@@ -265,6 +267,14 @@ def test_card_leaves_out_what_is_unknown(fine_tuned, tmp_path):
     text = (tmp_path / "README.md").read_text()
     assert "embedding.png" not in text  # which was not copied
     assert "code at" not in text and "None" not in text
+
+
+def test_demo_ends_where_a_script_fails(tmp_path, monkeypatch, capfd):
+    (tmp_path / "train_npid.py").write_text("import sys; sys.exit('error: no')")
+    monkeypatch.setattr(demo, "HERE", tmp_path)
+    with pytest.raises(UserError, match=r"train_npid.py ended with exit code 1"):
+        demo.main(demo.Settings(output_dir=tmp_path / "out"))
+    assert "error: no" in capfd.readouterr().err
 
 
 @pytest.mark.alone
