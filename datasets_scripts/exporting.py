@@ -19,6 +19,7 @@ from .errors import CorpusError
 
 _SHARD_BYTES = 400_000_000
 _BATCH_BYTES = 64_000_000
+_TEMPLATE = Path(__file__).with_name("export_card.md")
 _CARD_KEY = "dls_corpus"  # the corpus report, in the card's header
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -82,48 +83,12 @@ def _make_card(dataset: datasets.Dataset, corpus: Corpus, command: str) -> Datas
         configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
     )
     DatasetInfosDict({"default": datasets.DatasetInfo(features=dataset.features)}).to_dataset_card_data(data)
-    header = DatasetCardData(**data.to_dict(), **{_CARD_KEY: corpus_report(dataset)}).to_yaml()
-    return DatasetCard(f"---\n{header}\n---\n\n{_card_text(dataset, corpus, command)}")
-
-
-def _card_text(dataset: datasets.Dataset, corpus: Corpus, command: str) -> str:
+    data = DatasetCardData(**data.to_dict(), **{_CARD_KEY: corpus_report(dataset)})
     summary = summarise(dataset)
-    columns = ", ".join(f"`{column}`" for column in dataset.column_names)
-    homepage = f"Described at <{corpus.homepage}>. " if corpus.homepage else ""
-    citation = f"\n## Citation\n\n```bibtex\n{corpus.citation}\n```\n" if corpus.citation else ""
-    return f"""# {corpus.title}
-
-```python
-import io, soundfile
-from datasets import load_dataset
-dataset = load_dataset("path/to/this/folder/or/its/hub/id", split="train")
-samples, sampling_rate = soundfile.read(io.BytesIO(dataset[0]["audio"]["bytes"]))
-```
-
-One split, `train`. The folds are in the column `fold` (0: there are none): hold one out for testing at a time, and
-never shuffle clips between them. Columns: {columns}.
-The `audio` column holds each file's own bytes, unchanged;
-with torchcodec installed, `dataset.cast_column("audio", datasets.Audio())` decodes them.
-
-## Content
-
-{measures(summary)}
-
-{class_table(summary)}
-
-## State of this copy
-
-{state(dataset)}
-
-## How it was made
-
-{homepage}Made with `{command}` (schema {SCHEMA_VERSION}):
-every file was decoded once as a check, and none was changed.
-
-## Licence
-
-{corpus.licence}
-{citation}"""
+    return DatasetCard.from_template(
+        data, str(_TEMPLATE), corpus=corpus, columns=dataset.column_names, measures=measures(summary),
+        classes=class_table(summary), state=state(dataset), command=command, schema=SCHEMA_VERSION,
+    )  # fmt: skip
 
 
 def is_export(folder: Path) -> bool:

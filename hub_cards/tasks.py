@@ -5,50 +5,36 @@ A new task is a class here, with its name in `TASKS`, and a card's template.
 
 from collections import Counter
 from pathlib import Path
-from typing import ClassVar
+from typing import Protocol
 
 from huggingface_hub import EvalResult
 
 ACCURACY, CONFUSION, EMBEDDING = PICTURES = ("accuracy.png", "confusion_matrix.png", "embedding.png")
 
 
-class Task:
-    """What is asked of every task. `results` are those of all_results.json, `trained` is a `TrainedFolder`.
+class Task(Protocol):
+    """What is asked of every task. `results` are those of all_results.json, `trained` is a `TrainedFolder`."""
 
-    Attributes:
-        name: In results and records.
-        training: What it did to the weights, in words.
-        pipeline_tag, tags: Of the card's metadata.
-        template: Of the card.
-        measured: By its accuracy, in words.
-        architecture: Class of `modeling_dls` that its folder loads as.
-        score: What the page's scores are, in words.
-    """
-
-    name: str
-    training: str
-    pipeline_tag: str
-    tags: ClassVar[list[str]]
-    template: str
-    measured: str
-    architecture: str
-    score: str
+    name: str  # in results and records
+    training: str  # what it did to the weights, in words
+    pipeline_tag: str  # of the card's metadata
+    tags: tuple[str, ...]  # likewise
+    template: str  # of the card
+    measured: str  # by its accuracies, in words
+    architecture: str  # class of `modeling_dls` that its folder loads as
+    score: str  # what the page's scores are, in words
 
     def title(self, results: dict) -> str:
         """Of the commit that publishes the run."""
-        raise NotImplementedError
 
     def accuracy_rows(self, results: dict) -> list[dict]:
         """One row per evaluation: {"epoch": number, what: accuracy}; epoch 0 is before any training."""
-        raise NotImplementedError
 
     def accuracy_curves(self, results: dict) -> dict[str, dict]:
         """The same, as `draw_curves` takes it."""
-        raise NotImplementedError
 
     def metadata(self, results: dict) -> dict:
         """Of the card, besides what every task has."""
-        return {}
 
     def card_fields(self, results: dict, config: dict, stages: int) -> dict:
         """What `template` names, besides what every task has.
@@ -58,15 +44,12 @@ class Task:
             config: Of the network.
             stages: How many trainings the weights went through, this one included.
         """
-        raise NotImplementedError
 
     def pretraining_folder(self, folder: Path, results: dict) -> Path | None:
         """Where the memory bank is that the page looks for neighbours in; None if there never was one."""
-        raise NotImplementedError
 
     def class_names(self, trained) -> list[str]:
         """What the page's scores are of; empty where there is nothing to name classes by."""
-        raise NotImplementedError
 
     def scores(self, trained, waveform, embeddings, embedding) -> tuple:
         """Scores as the train script evaluates, of a sound's windows (windows, classes) and of the whole (classes,).
@@ -77,11 +60,9 @@ class Task:
             embeddings: (windows, embedding_dim); None without a memory bank.
             embedding: (embedding_dim,), unit length, of the whole sound; likewise.
         """
-        raise NotImplementedError
 
     def introduction(self, trained, seconds: str) -> str:
         """What the page begins with; `seconds` says how much the network hears at a time."""
-        raise NotImplementedError
 
 
 class Pretraining(Task):
@@ -90,7 +71,7 @@ class Pretraining(Task):
     name = "npid"
     training = "Pre-trained on unlabelled audio by instance discrimination"
     pipeline_tag = "feature-extraction"
-    tags: ClassVar = ["instance-discrimination", "self-supervised"]
+    tags = ("instance-discrimination", "self-supervised")
     template = "pretraining.md"
     measured = "k-NN accuracy of the embedding"
     architecture = "ESResNetForInstanceDiscrimination"
@@ -107,6 +88,9 @@ class Pretraining(Task):
         curves = {name: [row[name] for row in rows] for name in rows[0]}
         epochs = curves.pop("epoch")
         return {name: {"epochs": epochs, "mean_accuracy_per_epoch": curve} for name, curve in curves.items()}
+
+    def metadata(self, results):
+        return {}
 
     def card_fields(self, results, config, stages):
         held_out = results["excluded_folds"]
@@ -146,7 +130,7 @@ class Classification(Task):
     name = "classification"
     training = "Trained with labels as a classifier"
     pipeline_tag = "audio-classification"
-    tags: ClassVar = []
+    tags = ()
     template = "classification.md"
     measured = "accuracy on the held-out fold"
     architecture = "ESResNetForAudioClassification"
