@@ -9,9 +9,11 @@ class ClassificationMetrics(evaluate.Metric):
     """Accuracy, confusion matrix and the accuracy of each class (its recall), from class indices.
 
     Example:
-        >>> ClassificationMetrics().compute(predictions=[0, 1, 1], references=[0, 1, 2], num_classes=3)
-        {'accuracy': 0.6666666666666666, 'confusion_matrix': [[1, 0, 0], [0, 1, 0], [0, 1, 0]], \
-'per_class_accuracy': [1.0, 1.0, 0.0]}
+        >>> metrics = ClassificationMetrics().compute(predictions=[0, 1, 1], references=[0, 1, 2], num_classes=4)
+        >>> metrics["confusion_matrix"]
+        [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 0], [0, 0, 0, 0]]
+        >>> metrics["accuracy"], metrics["per_class_accuracy"]
+        (0.6666666666666666, [1.0, 1.0, 0.0, None])
     """
 
     def _info(self) -> evaluate.MetricInfo:

@@ -50,6 +50,8 @@ def publish_run(arguments: argparse.Namespace) -> None:
 
 def run_space(arguments: argparse.Namespace) -> None:
     """Serves the page until it is interrupted."""
+    if not 0 < arguments.port < 1 << 16:
+        raise UserError(f"--port {arguments.port}: expected a number between 1 and 65535")
     try:
         from .space.app import serve
     except ModuleNotFoundError as error:

@@ -46,12 +46,12 @@ def write_card(folder: Path) -> None:
         **task.metadata(results),
         **claimed,
     )
-    fields = task.card_fields(results, config, len(record.stages)) | {
+    fields = task.card_fields(results) | {
         "results": results,
+        "config": config,
         "run": record.own.facts,
         "earlier": earlier,
         "signal": signal,
-        "initial_weights": config.get("initial_weights"),
         "clip_seconds": signal["max_length"] / signal["sampling_rate"],
         "accuracy": task.accuracy_rows(results),
         "pictures": [name for name in PICTURES if (folder / name).is_file()],

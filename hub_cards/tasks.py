@@ -35,15 +35,11 @@ class Task(Protocol):
 
     def metadata(self, results: dict) -> dict:
         """Of the card, besides what every task has."""
+        return {}
 
-    def card_fields(self, results: dict, config: dict, stages: int) -> dict:
-        """What `template` names, besides what every task has.
-
-        Args:
-            results: Of the run.
-            config: Of the network.
-            stages: How many trainings the weights went through, this one included.
-        """
+    def card_fields(self, results: dict) -> dict:
+        """What `template` names, besides what every task has."""
+        return {}
 
     def pretraining_folder(self, folder: Path, results: dict) -> Path | None:
         """Where the memory bank is that the page looks for neighbours in; None if there never was one."""
@@ -88,21 +84,6 @@ class Pretraining(Task):
         curves = {name: [row[name] for row in rows] for name in rows[0]}
         epochs = curves.pop("epoch")
         return {name: {"epochs": epochs, "mean_accuracy_per_epoch": curve} for name, curve in curves.items()}
-
-    def metadata(self, results):
-        return {}
-
-    def card_fields(self, results, config, stages):
-        held_out = results["excluded_folds"]
-        protocol = (
-            f"The folds {held_out} were left out of the training."
-            if held_out
-            else "Transductive: every fold was trained on, without labels. Accuracies measured on these corpora have "
-            "seen their test clips' sound, not their labels."
-        )
-        if stages > 1:
-            protocol += " That is said of this training alone, not of what came before it."
-        return {"protocol": protocol, "embedding_dim": config["embedding_dim"]}
 
     def pretraining_folder(self, folder, results):
         return folder
@@ -153,25 +134,20 @@ class Classification(Task):
     def metadata(self, results):
         return {"model_name": f"esresnet-{results['corpus']}", "eval_results": evaluations(results)}
 
-    def card_fields(self, results, config, stages):
-        folds = results["folds"]
-        heard = [fold["test_clips_heard_in_pretraining"] for fold in folds.values()]
-        leaks = Counter()
-        for fold in folds.values():
+    def card_fields(self, results):
+        heard, leaks = [], Counter()
+        for fold in results["folds"].values():
+            heard.append(fold["test_clips_heard_in_pretraining"])
             leaks.update(fold["test_labels_seen_before"])
-        recognised = {name: share for name, share in results["per_class_accuracy"].items() if share is not None}
         return {
             "heard": None if None in heard else sum(heard),
             "leaks": leaks,
-            "test_clips": sum(fold["test_clips"] for fold in folds.values()),
-            "training_clips": [fold["training_clips"] for fold in folds.values()],
-            "labels": list(config["id2label"].values()),
-            "held_out": next(iter(folds)),
-            "trained": bool(results["mean_accuracy_per_epoch"]),
-            "mean": with_start(results, "mean_")[-1],
-            "std": with_start(results, "std_")[-1],
-            "hardest": sorted(recognised.items(), key=lambda item: item[1])[:3],
-            "recognised": [{"class": name, "recognised": share} for name, share in recognised.items()],
+            "final": {what: with_start(results, f"{what}_")[-1] for what in ("mean", "std")},
+            "recognised": [
+                {"class": name, "recognised": share}
+                for name, share in results["per_class_accuracy"].items()
+                if share is not None
+            ],
         }
 
     def pretraining_folder(self, folder, results):

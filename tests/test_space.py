@@ -21,6 +21,7 @@ from dls_training.memory_bank import BANK_FILE, MemoryBank
 from dls_training.nearest_neighbours import weighted_knn
 from dls_training.report import draw_map
 from dls_training.waveforms import evaluation_windows
+from hub_cards.__main__ import main
 from hub_cards.space import analysis as analysis_module
 from hub_cards.space.analysis import NEIGHBOURS, TrainedFolder
 from hub_cards.space.pictures import map_figure, spectrogram_figure, time_line_figure
@@ -255,6 +256,12 @@ def command(*options, code: str = "", **environment):
 def test_without_gradio(tmp_path):
     code, output = command(tmp_path, code="import sys; sys.modules['gradio'] = None")
     assert code == 2 and output == "error: the page needs Gradio: pip install -e '.[space]'\n"
+
+
+@pytest.mark.parametrize("port", [-1, 0, 65536])
+def test_port_that_is_none(port, tmp_path, capsys):
+    assert main(["space", str(tmp_path), "--port", str(port)]) == 2
+    assert capsys.readouterr().err == f"error: --port {port}: expected a number between 1 and 65535\n"
 
 
 def test_command_names_what_is_wrong(tmp_path):
