@@ -94,12 +94,11 @@ def _claim_repository(arguments: argparse.Namespace):
 
 
 def _describe(arguments: argparse.Namespace) -> None:
-    from .describing import class_table, draw_classes, measures, state, summarise
+    from .describing import class_table, draw_classes, measures, state
 
     dataset, corpus = _load(arguments)
-    summary = summarise(dataset)
     print(f"{corpus.title}\nlicence: {corpus.licence}\n")
-    print(measures(summary), state(dataset), class_table(summary), sep="\n\n")
+    print(measures(dataset), state(dataset), class_table(dataset), sep="\n\n")
     picture = arguments.picture or Path(f"{arguments.name}-classes.png")
     draw_classes(dataset, picture)
     print(f"\npicture: {picture}")

@@ -10,64 +10,50 @@ from .audio import decode_audio
 from .builder import corpus_report
 from .errors import CorpusError
 
+# Keys of a corpus report in words, in the order of their weight.
+STATES = {
+    "shortfalls": "deviations from the official counts",
+    "missing": "listed files absent",
+    "unlisted": "files ignored that the metadata do not list",
+    "skipped": "unreadable files left out",
+    "shortened": "files used without their end, which cannot be decoded",
+    "wrong_durations": "clips of an unexpected length",
+    "duplicates": "files left out with the same content as another",
+    "unexpected_crossings": "unofficial crossings of the folds",
+}
+_DRAWN_SECONDS = 30.0  # of long recordings
 
-def summarise(dataset: datasets.Dataset) -> dict:
-    """Counts and measures of a corpus.
 
-    Args:
-        dataset: from `load_corpus`.
-
-    Returns:
-        `clips`; `seconds` (total, min, median, max); `sampling_rates`, `channels` and `folds` (clips by value); and
-        `classes` (clips by name and fold). No sound is decoded for it.
-    """
+def measures(dataset: datasets.Dataset) -> str:
+    """Markdown list of the number of clips, their lengths, sampling rates and channels. No sound is decoded for it."""
     plain = dataset.with_format(None)
-    rates, folds, labels = plain["sampling_rate"][:], plain["fold"][:], plain["label"][:]
+    rates, channels = plain["sampling_rate"][:], plain["num_channels"][:]
     seconds = np.asarray(plain["num_frames"][:]) / np.asarray(rates)
-    names = dataset.features["label"].names
-    cells = Counter(zip(labels, folds, strict=True))
-    fold_sizes = dict(sorted(Counter(folds).items()))
-    return {
-        "clips": len(dataset),
-        "seconds": {
-            "total": float(seconds.sum()),
-            "min": float(seconds.min()),
-            "median": float(np.median(seconds)),
-            "max": float(seconds.max()),
-        },
-        "sampling_rates": dict(sorted(Counter(rates).items())),
-        "channels": dict(sorted(Counter(plain["num_channels"][:]).items())),
-        "folds": fold_sizes,
-        "classes": {name: {fold: cells[label, fold] for fold in fold_sizes} for label, name in enumerate(names)},
-    }
-
-
-def class_table(summary: dict) -> str:
-    """Markdown table: one row per class, one column per fold, and the sums."""
-    folds = summary["folds"]
-    rows = [["class", *(f"fold {fold}" if fold else "no fold" for fold in folds), "all"]]
-    rows.append(["---"] + ["---:"] * (len(folds) + 1))
-    rows += [[name, *counts.values(), sum(counts.values())] for name, counts in summary["classes"].items()]
-    unlabelled = {n: size - sum(c[n] for c in summary["classes"].values()) for n, size in folds.items()}
-    if any(unlabelled.values()):
-        rows.append(["(no label)", *unlabelled.values(), sum(unlabelled.values())])
-    rows.append(["all", *folds.values(), summary["clips"]])
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
-
-
-def measures(summary: dict) -> str:
-    """Markdown list of the lengths, rates and channels."""
-    seconds = summary["seconds"]
-    rates, channels = (
-        ", ".join(f"{value} ({n} clips)" for value, n in summary[key].items())
-        for key in ("sampling_rates", "channels")
-    )
     return (
-        f"- {summary['clips']} clips, {seconds['total'] / 3600:.2f} h\n"
-        f"- length in s: {seconds['min']:.3f} to {seconds['max']:.3f}, median {seconds['median']:.3f}\n"
-        f"- sampling rate in Hz: {rates}\n"
-        f"- channels: {channels}"
+        f"- {len(dataset)} clips, {seconds.sum() / 3600:.2f} h\n"
+        f"- length in s: {seconds.min():.3f} to {seconds.max():.3f}, median {np.median(seconds):.3f}\n"
+        f"- sampling rate in Hz: {_counted(rates)}\n"
+        f"- channels: {_counted(channels)}"
     )
+
+
+def _counted(values: list[int]) -> str:
+    return ", ".join(f"{value} ({count} clips)" for value, count in sorted(Counter(values).items()))
+
+
+def class_table(dataset: datasets.Dataset) -> str:
+    """Markdown table: one row per class, one column per fold, and the sums."""
+    plain = dataset.with_format(None)
+    labels, folds = plain["label"][:], plain["fold"][:]
+    cells, sizes = Counter(zip(labels, folds, strict=True)), dict(sorted(Counter(folds).items()))
+    rows = [["class", *(f"fold {fold}" if fold else "no fold" for fold in sizes), "all"]]
+    rows.append(["---"] + ["---:"] * (len(sizes) + 1))
+    for label, name in [*enumerate(dataset.features["label"].names), (None, "(no label)")]:
+        counts = [cells[label, fold] for fold in sizes]
+        if label is not None or any(counts):
+            rows.append([name, *counts, sum(counts)])
+    rows.append(["all", *sizes.values(), len(dataset)])
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
 
 
 def state(dataset: datasets.Dataset) -> str:
@@ -81,22 +67,6 @@ def state(dataset: datasets.Dataset) -> str:
     if report["crossings"]:
         lines.append(f"- {len(report['crossings'])} original recordings are in more than one fold")
     return "\n".join(lines) or "- complete, nothing left out"
-
-
-# Keys of a corpus report in words, in the order of their weight.
-STATES = {
-    "shortfalls": "deviations from the official counts",
-    "missing": "listed files absent",
-    "unlisted": "files ignored that the metadata do not list",
-    "skipped": "unreadable files left out",
-    "shortened": "files used without their end, which cannot be decoded",
-    "wrong_durations": "clips of an unexpected length",
-    "duplicates": "files left out with the same content as another",
-    "unexpected_crossings": "unofficial crossings of the folds",
-}
-
-
-_DRAWN_SECONDS = 30.0  # of long recordings
 
 
 def draw_classes(dataset: datasets.Dataset, path: Path) -> None:

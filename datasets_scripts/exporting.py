@@ -14,7 +14,7 @@ from huggingface_hub.errors import EntryNotFoundError
 
 from .builder import SCHEMA_VERSION, blank_report, corpus_report, describe_with_report, shortfalls
 from .corpus import Corpus, common_features
-from .describing import class_table, measures, state, summarise
+from .describing import class_table, measures, state
 from .errors import CorpusError
 
 _SHARD_BYTES = 400_000_000
@@ -84,10 +84,9 @@ def _make_card(dataset: datasets.Dataset, corpus: Corpus, command: str) -> Datas
     )
     DatasetInfosDict({"default": datasets.DatasetInfo(features=dataset.features)}).to_dataset_card_data(data)
     data = DatasetCardData(**data.to_dict(), **{_CARD_KEY: corpus_report(dataset)})
-    summary = summarise(dataset)
     return DatasetCard.from_template(
-        data, str(_TEMPLATE), corpus=corpus, columns=dataset.column_names, measures=measures(summary),
-        classes=class_table(summary), state=state(dataset), command=command, schema=SCHEMA_VERSION,
+        data, str(_TEMPLATE), corpus=corpus, columns=dataset.column_names, measures=measures(dataset),
+        classes=class_table(dataset), state=state(dataset), command=command, schema=SCHEMA_VERSION,
     )  # fmt: skip
 
 

@@ -144,17 +144,13 @@ class Page:
         return paths, [label for label, _ in self.trained.examples]
 
 
-def span(analysis: Analysis, window: int) -> str:
-    return f"{analysis.windows[window].start:.1f} to {analysis.windows[window].end:.1f} s"
-
-
 def window_rows(analysis: Analysis) -> list[list]:
     """Of the table of windows."""
     rows = []
-    for number, window in enumerate(analysis.windows):
+    for window in analysis.windows:
         name = max(window.scores, key=window.scores.get, default="")
         score = f"{window.scores[name]:.2f}" if name else ""
-        rows.append([span(analysis, number), name, score, f"{window.decibel:.0f}"])
+        rows.append([f"{window.start:.1f} to {window.end:.1f} s", name, score, f"{window.decibel:.0f}"])
     return rows
 
 
