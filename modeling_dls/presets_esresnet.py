@@ -1,4 +1,4 @@
-"""Named networks, each with the spectrograms that it gets. Imports nothing: the command lines read it for its names."""
+"""Named networks, each with the spectrograms that it gets. Imports nothing: command lines read it for its names."""
 
 _RESNET18 = {"hidden_sizes": (64, 128, 256, 512), "depths": (2, 2, 2, 2), "layer_type": "basic"}
 _SMALL = {"embedding_size": 32, "hidden_sizes": (32, 64, 128, 256), "depths": (1, 1, 1, 1), "layer_type": "basic"}
