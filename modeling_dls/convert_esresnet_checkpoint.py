@@ -24,6 +24,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
+import modeling_dls  # which imports the models late
+from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor
+
 # Our parameter names -> the original's, applied in order. Beside the attention, these are torchvision's and timm's.
 ORIGINAL_NAMES = (
     (r"^esresnet\.", ""),
@@ -121,10 +127,7 @@ def check_names(state: dict, expected: dict, optional: str, what: str) -> None:
     Raises:
         ConversionError: naming missing and unexpected keys, and tensors of another shape.
     """
-    problems = {
-        "missing": expected.keys() - state.keys(),
-        "unexpected": state.keys() - expected.keys(),
-    }
+    problems = {"missing": expected.keys() - state.keys(), "unexpected": state.keys() - expected.keys()}
     problems = {kind: sorted(n for n in names if not re.match(optional, n)) for kind, names in problems.items()}
     problems["of another shape"] = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"
@@ -221,9 +224,6 @@ def read_state_dict(source: Path) -> dict:
     Raises:
         ConversionError: if the file cannot be read, or holds something else.
     """
-    import torch
-    from safetensors.torch import load_file
-
     try:
         # Checkpoints come from strangers: nothing but tensors and plain containers is unpickled.
         if source.suffix == ".safetensors":
@@ -271,8 +271,6 @@ def read_labels(path: Path, num_labels: int) -> list[str]:
 
 def from_original(state: dict, labels: Path | None, signal_settings: dict) -> tuple:
     """The original ESResNet's classifier and its feature extractor. See `convert`."""
-    from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor, ESResNetForAudioClassification
-
     extractor = ESResNetFeatureExtractor(**signal_settings)
     if "window" in state and state["window"].numel() != extractor.win_length:
         raise ConversionError(
@@ -282,7 +280,7 @@ def from_original(state: dict, labels: Path | None, signal_settings: dict) -> tu
     classifier = state.get("classifier.weight")
     num_labels = classifier.shape[0] if classifier is not None and classifier.ndim else 0
     config = ESResNetConfig(attention=any(name.startswith("att") for name in state), num_labels=max(num_labels, 1))
-    model = ESResNetForAudioClassification(config)
+    model = modeling_dls.ESResNetForAudioClassification(config)
     model.load_state_dict(convert_state_dict(state, model))
     if labels is not None:
         config.id2label = dict(enumerate(read_labels(labels, num_labels)))
@@ -294,15 +292,11 @@ def from_imagenet(
     state: dict, layout: ImageNetLayout, preset: str | None, attention: bool, seed: int, signal_settings: dict
 ) -> tuple:
     """A backbone with ImageNet's weights and, where that is asked for, new attention; its extractor. See `convert`."""
-    import torch
-
-    from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor, ESResNetModel
-
     extractor = ESResNetFeatureExtractor.from_preset(preset or "esresnet50", **signal_settings, do_normalize=True)
     config = ESResNetConfig(attention=attention, initial_weights="imagenet", **network_settings(layout, state))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ESResNetModel(config)
+        model = modeling_dls.ESResNetModel(config)
     own = {name: tensor.shape for name, tensor in model.state_dict().items() if "attention." not in name}
     theirs = {name: renamed(name, layout.names) for name in own}
     # Old files do not count batches, which nothing here depends on.
