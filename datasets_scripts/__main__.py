@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from .command_line import run_command
+from .corpora import CORPUS_NAMES
 from .errors import CorpusError
 
 
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     describe.add_argument("--picture", type=Path, help="where to write the picture (default: ./NAME-classes.png)")
     describe.set_defaults(prepare=lambda arguments: None, run=_describe)
     for command in (export, describe):
-        command.add_argument("name", help="esc10, esc50, urbansound8k, dcase2013, synthetic or audiofolder")
+        command.add_argument("name", help=", ".join(CORPUS_NAMES))
         command.add_argument(
             "--data_dir", help="folder, archive, export or Hub id; without it the corpus is downloaded"
         )

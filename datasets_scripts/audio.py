@@ -29,26 +29,6 @@ from .errors import AudioError
 from .files import file_digest
 from .identity import WHOLE
 
-# What libsndfile reads and people record in; matched without regard to case.
-SOUND_EXTENSIONS = frozenset(
-    [
-        ".wav",
-        ".wave",
-        ".flac",
-        ".ogg",
-        ".oga",
-        ".opus",
-        ".mp3",
-        ".aif",
-        ".aiff",
-        ".aifc",
-        ".au",
-        ".snd",
-        ".caf",
-        ".w64",
-    ]
-)
-
 BLOCK_FRAMES = 1 << 16
 _BLOCK_SAMPLES = 16 * BLOCK_FRAMES  # of all channels together: 4 MiB
 # Below, not even a hum can be heard, and resampling to 44.1 kHz would make more than 441 samples of one.

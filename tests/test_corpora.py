@@ -24,8 +24,8 @@ from corpora_trees import (
 
 import datasets_scripts.builder
 from datasets_scripts import combine_corpora, corpus_report, decode_audio, load_corpus, train_test_folds
+from datasets_scripts.corpora.esc import ESC10_CLASSES, ESC50_CLASSES
 from datasets_scripts.errors import AudioError, CorpusError
-from datasets_scripts.esc import ESC10_CLASSES, ESC50_CLASSES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MAKERS = {"esc10": make_esc10, "esc50": make_esc50, "urbansound8k": make_urbansound8k, "dcase2013": make_dcase2013}
