@@ -15,16 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import soundfile
 
-from .containers import (
-    LONGEST_HEADER,
-    LONGEST_OGG_PAGE,
-    Patch,
-    Patched,
-    mp3_of_unknown_length,
-    ogg_pages,
-    ogg_with_complete_page,
-    wav_of_unknown_length,
-)
+from .containers import LONGEST_OGG_PAGE, Patched, ogg_pages, repair
 from .errors import AudioError
 from .files import file_digest
 from .identity import WHOLE
@@ -158,31 +149,13 @@ class Sound:
         source = io.BytesIO(data) if data is not None else path if os.name == "nt" else os.fsencode(path)
         with _NO_NOTES:
             sound = soundfile.SoundFile(source)
-            if patch := self._repair(sound):
+            if patch := repair(sound.format, sound.frames, sound.samplerate, self._bytes):
                 sound.close()
                 sound = soundfile.SoundFile(Patched(self._stream(), patch))
         return sound
 
-    def _repair(self, sound: soundfile.SoundFile) -> Patch | None:
-        """What to read instead of a few bytes of the file, where they keep sound from being decoded.
-
-        libsndfile decodes no further than a header says, or than it guesses from the first frame of an MP3 without a
-        table of contents, whose bit rate may be another one later; and nothing of an Ogg page that is not complete.
-        """
-        if sound.format in ("WAV", "WAVEX") and sound.frames == 0:
-            return wav_of_unknown_length(self._bytes(0, LONGEST_HEADER))
-        if sound.format == "MP3":
-            return mp3_of_unknown_length(lambda start: self._bytes(start, 512), sound.samplerate)
-        if sound.format == "OGG":
-            return ogg_with_complete_page(self._bytes(-LONGEST_OGG_PAGE, LONGEST_OGG_PAGE), self._size())
-        return None
-
     def _stream(self) -> io.BufferedIOBase:
         return open(self._audio["path"], "rb") if self._audio["bytes"] is None else io.BytesIO(self._audio["bytes"])
-
-    def _size(self) -> int:
-        with self._stream() as file:
-            return file.seek(0, os.SEEK_END)
 
     def _bytes(self, start: int, size: int) -> bytes:
         """Of the file; a negative start counts from its end."""

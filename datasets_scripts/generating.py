@@ -17,6 +17,14 @@ from .errors import CorpusError
 from .sounds import GENERATOR_VERSION, SOUNDS, make_clip
 
 FOLDS = 5
+# The options, and from where to where they go.
+LIMITS = {
+    "num_classes": (1, len(SOUNDS)),
+    "clips_per_class": (1, 100_000),
+    "clip_seconds": (0.05, 600),
+    "sampling_rate": (4000, 192_000),
+    "seed": (0, 2**63 - 1),
+}
 _BATCH = 16
 
 
@@ -40,14 +48,7 @@ class SyntheticConfig(datasets.BuilderConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        limits = {
-            "num_classes": (1, len(SOUNDS)),
-            "clips_per_class": (1, 100_000),
-            "clip_seconds": (0.05, 600),
-            "sampling_rate": (4000, 192_000),
-            "seed": (0, 2**63 - 1),
-        }
-        for option, (low, high) in limits.items():
+        for option, (low, high) in LIMITS.items():
             value = getattr(self, option)
             whole = isinstance(value, int)
             if not (whole or (option == "clip_seconds" and isinstance(value, float))) or not low <= value <= high:

@@ -2,7 +2,6 @@
 
 import logging
 import os
-from dataclasses import fields
 from pathlib import Path
 
 import datasets
@@ -14,13 +13,12 @@ from .corpora import CORPORA, CORPUS_NAMES
 from .corpus import FolderCorpus
 from .errors import CorpusError
 from .exporting import is_export, is_hub_id, load_export
-from .generating import SyntheticBuilder, SyntheticConfig
+from .generating import LIMITS, SyntheticBuilder
 
 logger = logging.getLogger(__name__)
 
 # What others must know of a corpus whose sound is in what they use.
 _FACTS = ("title", "licence", "licence_id", "homepage", "citation")
-_SYNTHETIC_OPTIONS = {f.name for f in fields(SyntheticConfig)} - {f.name for f in fields(datasets.BuilderConfig)}
 
 
 def corpus_facts(name: str) -> dict[str, str]:
@@ -65,7 +63,7 @@ def load_corpus(
     """
     if name not in CORPORA:
         raise CorpusError(f"there is no corpus {name!r}; choose one of {', '.join(CORPUS_NAMES)}")
-    unknown = set(synthetic_options) - (_SYNTHETIC_OPTIONS if name == "synthetic" else set())
+    unknown = synthetic_options.keys() - (LIMITS if name == "synthetic" else {})
     if unknown:
         raise CorpusError(f"{name} has no option {', '.join(sorted(unknown))}")
     cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser()
