@@ -246,14 +246,11 @@ def _members(file: Path, stack: contextlib.ExitStack) -> Iterator[_Member]:
     elif tarfile.is_tarfile(file):
         archive = stack.enter_context(contextlib.closing(tarfile.open(file)))  # noqa: SIM115
         for info in archive:
-            kind = "file" if info.isreg() else "folder" if info.isdir() else "link" if _is_link(info) else "device"
+            is_link = info.issym() or info.islnk()
+            kind = "file" if info.isreg() else "folder" if info.isdir() else "link" if is_link else "device"
             yield _Member(info.name, info.size, kind, lambda place, i=info: archive.extract(i, place, filter="data"))
     else:
         raise CorpusError(f"{file}: neither a zip nor a tar archive, or one whose end is missing")
-
-
-def _is_link(info: tarfile.TarInfo) -> bool:
-    return info.issym() or info.islnk()
 
 
 def _zip_kind(info: zipfile.ZipInfo) -> str:

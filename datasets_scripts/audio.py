@@ -9,7 +9,7 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -276,8 +276,7 @@ def _errors_that_name(name: str) -> Iterator[None]:
         raise AudioError(f"{name}: truncated, damaged, or not a sound file{_reason(error)}") from None
 
 
-@contextmanager
-def opened_sound(audio: dict) -> Iterator[Sound]:
+def opened_sound(audio: dict) -> AbstractContextManager[Sound]:
     """Opens one value of the `audio` column for decoding stretch by stretch, in memory that is bounded.
 
     Args:
@@ -287,11 +286,7 @@ def opened_sound(audio: dict) -> Iterator[Sound]:
         AudioError: naming the file, if it is missing, empty, or no sound, or if its header gives a sampling rate
             outside `SAMPLING_RATES` or more than `MOST_CHANNELS` channels.
     """
-    sound = Sound(audio)
-    try:
-        yield sound
-    finally:
-        sound.close()
+    return closing(Sound(audio))
 
 
 def decode_audio(audio: dict, start: float = WHOLE[0], end: float = WHOLE[1]) -> tuple[np.ndarray, int]:

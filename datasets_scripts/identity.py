@@ -8,6 +8,7 @@ from itertools import repeat, starmap
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import xxhash
 
 from .corpora import CORPORA
@@ -47,11 +48,7 @@ class ClipIdentities:
         """Those of a dataset from `load_corpus` or `combine_corpora`, or selected from one."""
         plain, columns = dataset.with_format(None), set(dataset.column_names)
         content = np.frombuffer(bytes.fromhex("".join(plain["digest"][:])), np.uint8).reshape(-1, DIGEST_BYTES)
-        stretch = np.tile(WHOLE, (len(content), 1))
-        if columns.issuperset(STRETCH_COLUMNS):
-            found = zip(*(plain[column][:] for column in STRETCH_COLUMNS), strict=True)
-            stretch[:] = [[WHOLE[0] if a is None else a, WHOLE[1] if b is None else b] for a, b in found]
-        return cls(content, stretch, _digests(_published(plain, columns)))
+        return cls(content, stretches(dataset), _digests(_published(plain, columns)))
 
     def __len__(self) -> int:
         return len(self.content)
@@ -108,6 +105,16 @@ class ClipIdentities:
         for column in fields(self):
             digest.update(np.ascontiguousarray(getattr(self, column.name)).tobytes())
         return digest.hexdigest()
+
+
+def stretches(dataset: datasets.Dataset) -> np.ndarray:
+    """(clips, 2) float64: start and end of each clip's stretch in s; (0, inf) is the whole file."""
+    arrow = dataset.with_format("arrow")
+    columns = [
+        pc.fill_null(arrow[column][:], whole) if column in dataset.column_names else np.full(len(dataset), whole)
+        for column, whole in zip(STRETCH_COLUMNS, WHOLE, strict=True)
+    ]
+    return np.stack(columns, axis=1)
 
 
 def _united(clips: ClipIdentities) -> dict[bytes, tuple[list[float], list[float]]]:

@@ -115,48 +115,44 @@ def renamed(name: str, names: tuple) -> str:
     return name
 
 
-def check_names(state: dict, expected: dict, optional: str, what: str) -> None:
-    """Compares a file's tensors with those that are needed.
+def convert_state_dict(
+    state: dict,
+    model,
+    names: tuple = ORIGINAL_NAMES,
+    optional: str = r"window$",
+    network: str = "the original ESResNet-50",
+    new: str = r"$^",
+) -> dict:
+    """Renames a file's parameters and checks that they are exactly what `model` needs.
 
     Args:
-        state: Name -> tensor.
-        expected: Name -> shape.
-        optional: Pattern of names that may be in only one of the two.
-        what: What the file should be, for the message.
+        state: Parameter name -> tensor, as the file has them.
+        model: Of the same size.
+        names: Our parameter names -> the file's, applied in order.
+        optional: Pattern of the file's names that may be missing, or are left out.
+        network: What the file should be, for the message.
+        new: Pattern of our names that the file does not have.
+
+    Returns:
+        A state dict for `model`.
 
     Raises:
-        ConversionError: naming missing and unexpected keys, and tensors of another shape.
+        ConversionError: naming missing and unexpected keys, or tensors of another shape, under the file's names.
     """
+    own = {name: tensor.shape for name, tensor in model.state_dict().items() if not re.search(new, name)}
+    theirs = {name: renamed(name, names) for name in own}
+    expected = {theirs[name]: shape for name, shape in own.items()}
     problems = {"missing": expected.keys() - state.keys(), "unexpected": state.keys() - expected.keys()}
-    problems = {kind: sorted(n for n in names if not re.match(optional, n)) for kind, names in problems.items()}
+    problems = {kind: sorted(n for n in found if not re.match(optional, n)) for kind, found in problems.items()}
     problems["of another shape"] = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"
         for name, shape in expected.items()
         if name in state and state[name].shape != shape
     ]
     if any(problems.values()):
-        lines = [f"  {len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
-        raise ConversionError(f"not a complete checkpoint of {what}\n" + "\n".join(lines))
-
-
-def convert_state_dict(state: dict, model) -> dict:
-    """Renames the original's parameters and checks that they are exactly what `model` needs.
-
-    Args:
-        state: Parameter name -> tensor, as the original saves them; its analysis window is left out.
-        model: An [`ESResNetForAudioClassification`] of the same size.
-
-    Returns:
-        A state dict for `model`.
-
-    Raises:
-        ConversionError: naming missing and unexpected keys, or tensors of another shape, under the original's names.
-    """
-    own = model.state_dict()
-    originals = {name: renamed(name, ORIGINAL_NAMES) for name in own}
-    expected = {original: own[name].shape for name, original in originals.items()}
-    check_names(state, expected, r"window$", "the original ESResNet-50")
-    return {name: state[original] for name, original in originals.items()}
+        lines = [f"  {len(found)} {kind}: {', '.join(found)}" for kind, found in problems.items() if found]
+        raise ConversionError(f"not a complete checkpoint of {network}\n" + "\n".join(lines))
+    return {name: state[their] for name, their in theirs.items() if their in state}
 
 
 def find_layout(state: dict) -> ImageNetLayout | None:
@@ -297,12 +293,10 @@ def from_imagenet(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = modeling_dls.ESResNetModel(config)
-    own = {name: tensor.shape for name, tensor in model.state_dict().items() if "attention." not in name}
-    theirs = {name: renamed(name, layout.names) for name in own}
     # Old files do not count batches, which nothing here depends on.
     optional = rf"{layout.classifier}|.*num_batches_tracked$"
-    check_names(state, {theirs[name]: shape for name, shape in own.items()}, optional, layout.network)
-    model.load_state_dict({name: state[theirs[name]] for name in own if theirs[name] in state}, strict=False)
+    backbone = convert_state_dict(state, model, layout.names, optional, layout.network, new=r"attention\.")
+    model.load_state_dict(backbone, strict=False)
     return model, extractor
 
 

@@ -160,15 +160,6 @@ class ESResNetFeatureExtractor(FeatureExtractionMixin):
             )
         if sampling_rate <= 0 or std <= 0:
             raise ValueError(f"expected sampling_rate ({sampling_rate}) > 0 and std ({std}) > 0")
-        sizes = {
-            "spec_height": spec_height,
-            "spec_width": spec_width,
-            "max_length": max_length,
-            "audio_channels": audio_channels,
-        }
-        for name, size in sizes.items():
-            if size is not None and size <= 0:
-                raise ValueError(f"{name} must be positive or None, not {size}")
         self.sampling_rate = sampling_rate
         self.n_fft = n_fft
         self.win_length = win_length
@@ -184,6 +175,10 @@ class ESResNetFeatureExtractor(FeatureExtractionMixin):
         self.max_length = max_length
         self.audio_channels = audio_channels
         self.padding_value = padding_value
+        for name in ("spec_height", "spec_width", "max_length", "audio_channels"):
+            size = getattr(self, name)
+            if size is not None and size <= 0:
+                raise ValueError(f"{name} must be positive or None, not {size}")
 
     @classmethod
     def from_preset(cls, name: str, **overrides) -> "ESResNetFeatureExtractor":
