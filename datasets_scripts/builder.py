@@ -51,19 +51,12 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
         root: its root folder, as `FolderCorpus.find_root` gives it.
         allow_partial: accept what the folder lacks, and say so in the report.
         skip_unreadable: leave unreadable files out, and say so in the report.
-        cache_dir: where prepared data are kept; None: Hugging Face's place for them.
+        cache_dir: where prepared data are kept.
     """
 
     VERSION = datasets.Version(SCHEMA_VERSION)
 
-    def __init__(
-        self,
-        corpus: FolderCorpus,
-        root: Path,
-        allow_partial: bool,
-        skip_unreadable: bool,
-        cache_dir: str | None = None,
-    ):
+    def __init__(self, corpus: FolderCorpus, root: Path, allow_partial: bool, skip_unreadable: bool, cache_dir: str):
         self.corpus, self.root = corpus, root
         self.allow_partial, self.skip_unreadable = allow_partial, skip_unreadable
         options = {"allow_partial": allow_partial, "skip_unreadable": skip_unreadable}
@@ -189,11 +182,9 @@ def _read(clips: list[Clip], root: Path, whole_files: bool) -> tuple[list[Checke
         try:
             os.fspath(clip.path).encode()
             facts, name = inspect_audio(clip.path), relative_name(clip.path, root)
-            return (
-                f"{name}: is truncated: {_how_much(facts)}"
-                if whole_files and facts.missing
-                else CheckedClip(clip, name, facts)
-            )
+            if whole_files and facts.missing:
+                return f"{name}: is truncated: {_how_much(facts)}"
+            return CheckedClip(clip, name, facts)
         except UnicodeEncodeError:
             return f"{os.fsencode(clip.path)!r}: the file's name is not UTF-8; rename it"
         except AudioError as error:
@@ -220,10 +211,8 @@ def shortfalls(clip_folds: list[int], clip_labels: list[str | None], corpus: Cor
         found += [
             f"fold {fold}: {n} clips, official is none" for fold, n in folds.items() if fold not in corpus.fold_sizes
         ]
-    found += [f"fold {f}: {folds[f]} clips instead of {n}" for f, n in corpus.fold_sizes.items() if folds[f] != n]
-    found += [
-        f"class {c}: {classes[c]} clips instead of {n}" for c, n in corpus.class_sizes.items() if classes[c] != n
-    ]
+    for kind, counts, sizes in (("fold", folds, corpus.fold_sizes), ("class", classes, corpus.class_sizes)):
+        found += [f"{kind} {key}: {counts[key]} clips instead of {n}" for key, n in sizes.items() if counts[key] != n]
     return found
 
 
