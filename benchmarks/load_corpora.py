@@ -29,7 +29,7 @@ sys.path.insert(0, str(REPOSITORY))
 
 def make_tree(root: Path) -> None:
     """The official layout; the five official crossings of the folds are left out."""
-    from datasets_scripts.urbansound8k import UrbanSound8K
+    from datasets_scripts.corpora.urbansound8k import UrbanSound8K
 
     rng = np.random.default_rng(0)
     names = list(UrbanSound8K.class_sizes)

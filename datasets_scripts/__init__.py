@@ -11,7 +11,7 @@ from importlib import import_module
 
 # Imported on demand: command lines take errors and types from this package before anything heavy is loaded.
 _HOMES = {
-    "CORPUS_NAMES": "loading",
+    "CORPUS_NAMES": "corpora",
     "AudioError": "errors",
     "ClipIdentities": "identity",
     "CorpusError": "errors",

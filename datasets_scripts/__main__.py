@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from .command_line import run_parsed
+from .corpora import CORPUS_NAMES
 from .errors import UserError
 
 
@@ -30,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     describe.add_argument("--picture", type=Path, help="where to write the picture (default: ./NAME-classes.png)")
     describe.set_defaults(run=_describe)
     for command in (export, describe):
-        command.add_argument("name", help="esc10, esc50, urbansound8k, dcase2013, synthetic or audiofolder")
+        command.add_argument("name", help=", ".join(CORPUS_NAMES))
         command.add_argument(
             "--data_dir", help="folder, archive, export or Hub id; without it the corpus is downloaded"
         )
@@ -44,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _load(arguments: argparse.Namespace):
     """The corpus and what it is."""
-    from .loading import CORPORA, load_corpus
+    from .corpora import CORPORA
+    from .loading import load_corpus
 
     dataset = load_corpus(
         arguments.name,
@@ -83,8 +85,8 @@ def _claim_repository(arguments: argparse.Namespace):
         if arguments.hub_dataset_id or arguments.hub_private_repo:
             raise UserError("--hub_dataset_id and --hub_private_repo say how --push_to_hub publishes: add that")
         return None
+    from .corpora import CORPORA
     from .hub import HubRepository
-    from .loading import CORPORA
     from .publishing import export_of
 
     if arguments.name not in CORPORA:  # which has its own message

@@ -35,8 +35,7 @@ def unpacked_official(corpus: FolderCorpus, cache: Path) -> Path:
     Raises:
         CorpusError: no network is allowed, the download failed, or the archive is not the publisher's.
     """
-    key = hashlib.sha256(repr(corpus.archives).encode()).hexdigest()[:16]
-    place = cache / "dls_corpora" / f"{corpus.archives[0].filename.split('.')[0]}-{key}"
+    place = _place(cache, corpus.archives[0].filename, corpus.archives)
     with _locked(place):
         if not place.exists():
             files = [download(archive, cache / "dls_downloads") for archive in corpus.archives]
@@ -56,12 +55,16 @@ def unpacked(files: list[Path], cache: Path) -> Path:
         CorpusError: an archive is damaged, or holds a link or a path that leads out of it.
     """
     state = [(os.fspath(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
-    place = cache / "dls_corpora" / f"{files[0].name.split('.')[0]}-{key}"
+    place = _place(cache, files[0].name, state)
     with _locked(place):
         if not place.exists():
             _unpack_all(files, place)
     return place
+
+
+def _place(cache: Path, filename: str, state) -> Path:
+    key = hashlib.sha256(repr(state).encode()).hexdigest()[:16]
+    return cache / "dls_corpora" / f"{filename.split('.')[0]}-{key}"
 
 
 @contextlib.contextmanager
@@ -243,14 +246,11 @@ def _members(file: Path, stack: contextlib.ExitStack) -> Iterator[_Member]:
     elif tarfile.is_tarfile(file):
         archive = stack.enter_context(contextlib.closing(tarfile.open(file)))  # noqa: SIM115
         for info in archive:
-            kind = "file" if info.isreg() else "folder" if info.isdir() else "link" if _is_link(info) else "device"
+            is_link = info.issym() or info.islnk()
+            kind = "file" if info.isreg() else "folder" if info.isdir() else "link" if is_link else "device"
             yield _Member(info.name, info.size, kind, lambda place, i=info: archive.extract(i, place, filter="data"))
     else:
         raise CorpusError(f"{file}: neither a zip nor a tar archive, or one whose end is missing")
-
-
-def _is_link(info: tarfile.TarInfo) -> bool:
-    return info.issym() or info.islnk()
 
 
 def _zip_kind(info: zipfile.ZipInfo) -> str:

@@ -9,45 +9,16 @@ import re
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from typing import NamedTuple
 
 import numpy as np
 import soundfile
 
-from .containers import (
-    LONGEST_HEADER,
-    LONGEST_OGG_PAGE,
-    Patch,
-    Patched,
-    mp3_of_unknown_length,
-    ogg_pages,
-    ogg_with_complete_page,
-    wav_of_unknown_length,
-)
+from .containers import LONGEST_OGG_PAGE, Patched, ogg_pages, repair
 from .errors import AudioError
 from .files import file_digest
 from .identity import WHOLE
-
-# What libsndfile reads and people record in; matched without regard to case.
-SOUND_EXTENSIONS = frozenset(
-    [
-        ".wav",
-        ".wave",
-        ".flac",
-        ".ogg",
-        ".oga",
-        ".opus",
-        ".mp3",
-        ".aif",
-        ".aiff",
-        ".aifc",
-        ".au",
-        ".snd",
-        ".caf",
-        ".w64",
-    ]
-)
 
 BLOCK_FRAMES = 1 << 16
 _BLOCK_SAMPLES = 16 * BLOCK_FRAMES  # of all channels together: 4 MiB
@@ -178,31 +149,13 @@ class Sound:
         source = io.BytesIO(data) if data is not None else path if os.name == "nt" else os.fsencode(path)
         with _NO_NOTES:
             sound = soundfile.SoundFile(source)
-            if patch := self._repair(sound):
+            if patch := repair(sound.format, sound.frames, sound.samplerate, self._bytes):
                 sound.close()
                 sound = soundfile.SoundFile(Patched(self._stream(), patch))
         return sound
 
-    def _repair(self, sound: soundfile.SoundFile) -> Patch | None:
-        """What to read instead of a few bytes of the file, where they keep sound from being decoded.
-
-        libsndfile decodes no further than a header says, or than it guesses from the first frame of an MP3 without a
-        table of contents, whose bit rate may be another one later; and nothing of an Ogg page that is not complete.
-        """
-        if sound.format in ("WAV", "WAVEX") and sound.frames == 0:
-            return wav_of_unknown_length(self._bytes(0, LONGEST_HEADER))
-        if sound.format == "MP3":
-            return mp3_of_unknown_length(lambda start: self._bytes(start, 512), sound.samplerate)
-        if sound.format == "OGG":
-            return ogg_with_complete_page(self._bytes(-LONGEST_OGG_PAGE, LONGEST_OGG_PAGE), self._size())
-        return None
-
     def _stream(self) -> io.BufferedIOBase:
         return open(self._audio["path"], "rb") if self._audio["bytes"] is None else io.BytesIO(self._audio["bytes"])
-
-    def _size(self) -> int:
-        with self._stream() as file:
-            return file.seek(0, os.SEEK_END)
 
     def _bytes(self, start: int, size: int) -> bytes:
         """Of the file; a negative start counts from its end."""
@@ -323,8 +276,7 @@ def _errors_that_name(name: str) -> Iterator[None]:
         raise AudioError(f"{name}: truncated, damaged, or not a sound file{_reason(error)}") from None
 
 
-@contextmanager
-def opened_sound(audio: dict) -> Iterator[Sound]:
+def opened_sound(audio: dict) -> AbstractContextManager[Sound]:
     """Opens one value of the `audio` column for decoding stretch by stretch, in memory that is bounded.
 
     Args:
@@ -334,11 +286,7 @@ def opened_sound(audio: dict) -> Iterator[Sound]:
         AudioError: naming the file, if it is missing, empty, or no sound, or if its header gives a sampling rate
             outside `SAMPLING_RATES` or more than `MOST_CHANNELS` channels.
     """
-    sound = Sound(audio)
-    try:
-        yield sound
-    finally:
-        sound.close()
+    return closing(Sound(audio))
 
 
 def decode_audio(audio: dict, start: float = WHOLE[0], end: float = WHOLE[1]) -> tuple[np.ndarray, int]:

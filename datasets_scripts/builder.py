@@ -4,17 +4,17 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import datasets
 import pyarrow as pa
 from datasets.utils import tqdm
 
 from .audio import AudioFacts, inspect_audio
-from .corpus import Clip, Corpus, FolderCorpus, common_features, walk_files
+from .corpus import Clip, Corpus, FolderCorpus, relative_name, walk_files
 from .errors import AudioError, CorpusError
 
 SCHEMA_VERSION = "1.3.0"  # in every cache key: raise it when the columns or the checks change
@@ -22,16 +22,25 @@ _SHOWN = 5
 _REPORT_MARK = "\n\nCorpus report: "
 _REPAIR = "Repair the files, or leave them out with skip_unreadable=True (--skip_unreadable)."
 _COMPLETE = "Get what is missing, or use the copy as it is with allow_partial=True (--allow_partial)."
+# Lists of a corpus report in words, in the order of their weight.
+STATES = {
+    "shortfalls": "deviations from the official counts",
+    "missing": "listed files absent",
+    "unlisted": "files ignored that the metadata do not list",
+    "skipped": "unreadable files left out",
+    "shortened": "files used without their end, which cannot be decoded",
+    "wrong_durations": "clips of an unexpected length",
+    "duplicates": "files left out with the same content as another",
+    "unexpected_crossings": "unofficial crossings of the folds",
+}
 
-Read = list[tuple[Clip, AudioFacts]]
 
+class CheckedClip(NamedTuple):
+    """A clip, the name of its file below the corpus's root, and what decoding it showed."""
 
-@dataclass
-class FolderConfig(datasets.BuilderConfig):
-    """What changes the prepared data, besides the folder's content."""
-
-    allow_partial: bool = False
-    skip_unreadable: bool = False
+    clip: Clip
+    name: str
+    facts: AudioFacts
 
 
 class FolderBuilder(datasets.ArrowBasedBuilder):
@@ -39,33 +48,21 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
 
     Args:
         corpus: which one.
-        root: its root folder, as `Corpus.find_root` gives it.
-        allow_partial: put up with what the folder lacks, and say so in the report.
+        root: its root folder, as `FolderCorpus.find_root` gives it.
+        allow_partial: accept what the folder lacks, and say so in the report.
         skip_unreadable: leave unreadable files out, and say so in the report.
-        cache_dir: where prepared data are kept; None: Hugging Face's place for them.
+        cache_dir: where prepared data are kept.
     """
 
-    BUILDER_CONFIG_CLASS = FolderConfig
     VERSION = datasets.Version(SCHEMA_VERSION)
 
-    def __init__(
-        self,
-        corpus: FolderCorpus,
-        root: Path,
-        allow_partial: bool,
-        skip_unreadable: bool,
-        cache_dir: str | None = None,
-    ):
+    def __init__(self, corpus: FolderCorpus, root: Path, allow_partial: bool, skip_unreadable: bool, cache_dir: str):
         self.corpus, self.root = corpus, root
+        self.allow_partial, self.skip_unreadable = allow_partial, skip_unreadable
         options = {"allow_partial": allow_partial, "skip_unreadable": skip_unreadable}
-        super().__init__(
-            cache_dir=cache_dir,
-            dataset_name=f"dls_{corpus.name}",
-            config_id="default",
-            # Names, sizes and times of change: a changed folder is prepared anew, an unchanged one is not read again.
-            hash=_fingerprint(corpus.name, root, options),
-            **options,
-        )
+        # Names, sizes and times of change: a changed folder is prepared anew, an unchanged one is not read again.
+        fingerprint = _fingerprint(corpus.name, root, options)
+        super().__init__(cache_dir=cache_dir, dataset_name=f"dls_{corpus.name}", hash=fingerprint)
 
     def _info(self) -> datasets.DatasetInfo:
         corpus = self.corpus
@@ -74,43 +71,37 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
         )
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
-        listing = self.corpus.read(self.root)
+        corpus, listing = self.corpus, self.corpus.read(self.root)
+        folds, labels = [clip.fold for clip in listing.clips], [clip.label for clip in listing.clips]
         _check_identities(listing.clips, self.root)
         if not listing.clips and not listing.missing:
-            raise CorpusError(f"{self.root}: holds no clip of {self.corpus.name}; expected {self.corpus.layout}")
-        short = shortfalls([clip.fold for clip in listing.clips], [clip.label for clip in listing.clips], self.corpus)
-        if not self.config.allow_partial:
-            lists = {"listed but absent": listing.missing, "present but not listed": listing.unlisted, "": short}
-            self._refuse(lists, _COMPLETE)
-        facts = _inspect_all([clip.path for clip in listing.clips], self.root, self.corpus.whole_files)
-        # Relative names: the report goes into published cards, where a user's own paths have no business.
-        unreadable = [str(fact).removeprefix(f"{self.root}{os.sep}") for fact in facts if isinstance(fact, AudioError)]
-        if not self.config.skip_unreadable:
-            self._refuse({"unreadable": unreadable}, _REPAIR)
-        read = [(c, f) for c, f in zip(listing.clips, facts, strict=True) if not isinstance(f, AudioError)]
-        wrong = _wrong_durations(read, listing.seconds, self.root)
-        if not self.config.allow_partial:
-            self._refuse({"wrong duration": wrong}, _COMPLETE)
-        read, duplicates = _without_repeats(read, self.root) if self.corpus.unique_content else (read, [])
-        if not read:
-            raise CorpusError(f"{self.root}: none of the {len(facts)} sound files can be read; {unreadable[:1]}")
-        shortened = [
-            f"{clip.path.relative_to(self.root).as_posix()}: {_how_much(fact)}" for clip, fact in read if fact.missing
-        ]
-        crossings = _crossings(read)
-        report = blank_report(self.corpus.name, len(read)) | {
-            "shortfalls": short,
+            raise CorpusError(f"{self.root}: holds no clip of {corpus.name}; expected {corpus.layout}")
+        found = {
             "missing": listing.missing,
             "unlisted": listing.unlisted,
-            "skipped": unreadable,
-            "shortened": shortened,
-            "wrong_durations": wrong,
-            "duplicates": duplicates,
-            "crossings": crossings,
-            "unexpected_crossings": _unexpected(crossings, self.corpus.known_crossings),
+            "shortfalls": shortfalls(folds, labels, corpus),
         }
-        self.info.description = describe_with_report(self.corpus.title, report)
-        self.info.features = common_features(listing.class_names, self.corpus.columns)
+        if not self.allow_partial:
+            words = {"listed but absent": "missing", "present but not listed": "unlisted", "": "shortfalls"}
+            self._refuse({kind: found[key] for kind, key in words.items()}, _COMPLETE)
+        read, found["skipped"] = _read(listing.clips, self.root, corpus.whole_files)
+        if not self.skip_unreadable:
+            self._refuse({"unreadable": found["skipped"]}, _REPAIR)
+        found["wrong_durations"] = _wrong_durations(read, listing.seconds)
+        if not self.allow_partial:
+            self._refuse({"wrong duration": found["wrong_durations"]}, _COMPLETE)
+        if corpus.unique_content:
+            read, found["duplicates"] = _without_repeats(read)
+        if not read:
+            raise CorpusError(
+                f"{self.root}: none of the {len(listing.clips)} sound files can be read; {found['skipped'][:1]}"
+            )
+        found["shortened"] = [f"{name}: {_how_much(facts)}" for _, name, facts in read if facts.missing]
+        found["crossings"] = _crossings(read)
+        found["unexpected_crossings"] = _unexpected(found["crossings"], corpus.known_crossings)
+        self.info.description = describe_with_report(corpus.title, blank_report(corpus.name, len(read)) | found)
+        class_names = list(corpus.class_sizes) or sorted(set(labels) - {None})
+        self.info.features = common_features(class_names, corpus.columns)
         table = _table(read, self.info.features)
         return [datasets.SplitGenerator(name=datasets.Split.TRAIN, gen_kwargs={"table": table})]
 
@@ -128,11 +119,27 @@ def _summary(kind: str, names: list[str]) -> str:
     return (f"{len(names)} {kind}: " if kind else "") + ", ".join(names[:_SHOWN]) + more
 
 
+def common_features(class_names: list[str], columns: Mapping[str, str]) -> datasets.Features:
+    """The schema that all corpora share, and a corpus's own columns."""
+    return datasets.Features(
+        {
+            "audio": datasets.Audio(decode=False),
+            "label": datasets.ClassLabel(names=class_names),
+            "fold": datasets.Value("int64"),
+            "clip_id": datasets.Value("string"),
+            "source_id": datasets.Value("string"),
+            **{column: datasets.Value(kind) for column, kind in columns.items()},
+            "digest": datasets.Value("string"),
+            "sampling_rate": datasets.Value("int64"),
+            "num_channels": datasets.Value("int64"),
+            "num_frames": datasets.Value("int64"),
+        }
+    )
+
+
 def blank_report(corpus: str, clips: int) -> dict:
     """The report on a corpus that nothing is wrong with; see `corpus_report`."""
-    lists = ["shortfalls", "missing", "unlisted", "skipped", "shortened", "wrong_durations", "duplicates"]
-    lists += ["unexpected_crossings"]
-    return {"corpus": corpus, "clips": clips, **{key: [] for key in lists}, "crossings": {}}
+    return {"corpus": corpus, "clips": clips, **{key: [] for key in STATES}, "crossings": {}}
 
 
 def describe_with_report(text: str, report: dict) -> str:
@@ -168,25 +175,31 @@ def _fingerprint(name: str, root: Path, options: dict) -> str:
     return digest.hexdigest()[:32]
 
 
-def _inspect_all(paths: list[Path], root: Path, whole_files: bool) -> list[AudioFacts | AudioError]:
-    def inspect(path: Path) -> AudioFacts | AudioError:
+def _read(clips: list[Clip], root: Path, whole_files: bool) -> tuple[list[CheckedClip], list[str]]:
+    """Decodes every file once: the clips that can be read; and name and reason of those that cannot."""
+
+    def check(clip: Clip) -> CheckedClip | str:
         try:
-            os.fspath(path).encode()
-            fact = inspect_audio(path)
-            return AudioError(f"{path}: is truncated: {_how_much(fact)}") if whole_files and fact.missing else fact
+            os.fspath(clip.path).encode()
+            facts, name = inspect_audio(clip.path), relative_name(clip.path, root)
+            if whole_files and facts.missing:
+                return f"{name}: is truncated: {_how_much(facts)}"
+            return CheckedClip(clip, name, facts)
         except UnicodeEncodeError:
-            return AudioError(f"{os.fsencode(path)!r}: the file's name is not UTF-8; rename it")
+            return f"{os.fsencode(clip.path)!r}: the file's name is not UTF-8; rename it"
         except AudioError as error:
-            return error
+            # Relative: the report goes into published cards, where a user's own paths have no business.
+            return str(error).removeprefix(f"{root}{os.sep}")
 
     # libsndfile and xxhash work outside Python's lock, so threads are enough to use every core.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(tqdm(pool.map(inspect, paths), total=len(paths), desc=f"Checking {root.name}", unit=" clips"))
+        checked = list(tqdm(pool.map(check, clips), total=len(clips), desc=f"Checking {root.name}", unit=" clips"))
+    return [each for each in checked if not isinstance(each, str)], [each for each in checked if isinstance(each, str)]
 
 
-def _how_much(fact: AudioFacts) -> str:
-    seconds = fact.num_frames / fact.sampling_rate
-    return f"{seconds:.3f} of {seconds / (1 - fact.missing):.3f} s decode"
+def _how_much(facts: AudioFacts) -> str:
+    seconds = facts.num_frames / facts.sampling_rate
+    return f"{seconds:.3f} of {seconds / (1 - facts.missing):.3f} s decode"
 
 
 def shortfalls(clip_folds: list[int], clip_labels: list[str | None], corpus: Corpus) -> list[str]:
@@ -198,38 +211,28 @@ def shortfalls(clip_folds: list[int], clip_labels: list[str | None], corpus: Cor
         found += [
             f"fold {fold}: {n} clips, official is none" for fold, n in folds.items() if fold not in corpus.fold_sizes
         ]
-    found += [f"fold {f}: {folds[f]} clips instead of {n}" for f, n in corpus.fold_sizes.items() if folds[f] != n]
-    found += [
-        f"class {c}: {classes[c]} clips instead of {n}" for c, n in corpus.class_sizes.items() if classes[c] != n
-    ]
+    for kind, counts, sizes in (("fold", folds, corpus.fold_sizes), ("class", classes, corpus.class_sizes)):
+        found += [f"{kind} {key}: {counts[key]} clips instead of {n}" for key, n in sizes.items() if counts[key] != n]
     return found
 
 
-def _wrong_durations(read: Read, seconds: tuple[float, float], root: Path) -> list[str]:
+def _wrong_durations(read: list[CheckedClip], seconds: tuple[float, float]) -> list[str]:
     low, high = seconds
-    lengths = ((clip.path.relative_to(root).as_posix(), fact.num_frames / fact.sampling_rate) for clip, fact in read)
-    return [
-        f"{name} ({length:.3f} s, expected {low:g} to {high:g} s)"
-        for name, length in lengths
-        if not low <= length <= high
-    ]
+    lengths = ((name, facts.num_frames / facts.sampling_rate) for _, name, facts in read)
+    return [f"{n} ({s:.3f} s, expected {low:g} to {high:g} s)" for n, s in lengths if not low <= s <= high]
 
 
-def _without_repeats(read: Read, root: Path) -> tuple[Read, list[str]]:
-    first, kept, repeats = {}, [], []
-    for clip, fact in read:
-        name = clip.path.relative_to(root).as_posix()
-        if fact.digest in first:
-            repeats.append(f"{name} (same as {first[fact.digest]})")
-        else:
-            first[fact.digest] = name
-            kept.append((clip, fact))
-    return kept, repeats
+def _without_repeats(read: list[CheckedClip]) -> tuple[list[CheckedClip], list[str]]:
+    first, repeats = {}, []
+    for each in read:
+        if (same := first.setdefault(each.facts.digest, each)) is not each:
+            repeats.append(f"{each.name} (same as {same.name})")
+    return list(first.values()), repeats
 
 
-def _crossings(read: Read) -> dict[str, list[int]]:
+def _crossings(read: list[CheckedClip]) -> dict[str, list[int]]:
     folds: dict[str, set[int]] = {}
-    for clip, _ in read:
+    for clip, _, _ in read:
         folds.setdefault(clip.source_id, set()).add(clip.fold)
     return {source: sorted(found) for source, found in folds.items() if len(found) > 1}
 
@@ -252,18 +255,18 @@ def _check_identities(clips: list[Clip], root: Path) -> None:
             )
 
 
-def _table(read: Read, features: datasets.Features) -> pa.Table:
+def _table(read: list[CheckedClip], features: datasets.Features) -> pa.Table:
     label_of = features["label"].str2int
     rows = [
         {
             "audio": {"bytes": None, "path": os.fspath(clip.path)},
             "label": None if clip.label is None else label_of(clip.label),
             "fold": clip.fold,
-            "clip_id": clip.clip_id or fact.digest,
+            "clip_id": clip.clip_id or facts.digest,
             "source_id": clip.source_id,
             **clip.extra,
-            **{column: value for column, value in fact._asdict().items() if column in features},
+            **{column: value for column, value in facts._asdict().items() if column in features},
         }
-        for clip, fact in read
+        for clip, _, facts in read
     ]
     return pa.Table.from_pylist(rows, schema=features.arrow_schema)

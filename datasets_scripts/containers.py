@@ -11,12 +11,12 @@ LONGEST_HEADER = 1 << 20
 
 
 class Patch(NamedTuple):
-    """Bytes to read instead of the first `skipped` ones of a file, and instead of those from `end` on."""
+    """Bytes to read instead of the first `skipped` ones of a file, and instead of its last `cut` ones."""
 
     head: bytes = b""
     skipped: int = 0
     tail: bytes = b""
-    end: int | None = None
+    cut: int = 0
 
 
 class Patched(io.RawIOBase):
@@ -29,7 +29,7 @@ class Patched(io.RawIOBase):
     @property
     def _end(self) -> int:
         """Where the tail begins."""
-        return (self._file.seek(0, os.SEEK_END) if self._patch.end is None else self._patch.end) + self._moved
+        return self._file.seek(0, os.SEEK_END) - self._patch.cut + self._moved
 
     def readinto(self, buffer) -> int:
         # Whole: libsndfile takes less than it asked for as the end.
@@ -87,8 +87,8 @@ def ogg_pages(data: bytes) -> list[OggPage]:
     return pages
 
 
-def ogg_with_complete_page(tail: bytes, size: int) -> Patch | None:
-    """For a file of `size` bytes that ends within a page: that page with the packets that are whole, as the last."""
+def _ogg_with_complete_page(tail: bytes) -> Patch | None:
+    """For a file that ends within a page: that page with the packets that are whole, as the last."""
     *_, page = ogg_pages(tail) or [None]
     if page is None or page.is_whole or page.frames is None or page.frames < 0:
         return None
@@ -103,7 +103,7 @@ def ogg_with_complete_page(tail: bytes, size: int) -> Patch | None:
     header[5] |= last
     header[22:26], header[26] = bytes(4), count
     header[22:26] = _ogg_checksum(header + body[:whole]).to_bytes(4, "little")
-    return Patch(tail=bytes(header) + body[:whole], end=size - len(tail) + page.start)
+    return Patch(tail=bytes(header) + body[:whole], cut=len(tail) - page.start)
 
 
 def _ogg_checksum(page: bytes) -> int:
@@ -115,7 +115,7 @@ def _ogg_checksum(page: bytes) -> int:
     return checksum
 
 
-def wav_of_unknown_length(start: bytes) -> Patch | None:
+def _wav_of_unknown_length(start: bytes) -> Patch | None:
     """A WAV's header with its length given as unknown, where it is 0 before sound: it was never written."""
     place = 12
     while place + 8 <= len(start) and start[place : place + 4] != b"data":
@@ -126,10 +126,10 @@ def wav_of_unknown_length(start: bytes) -> Patch | None:
     return Patch(start[: place + 4] + b"\xff" * 4, place + 8)
 
 
-def mp3_of_unknown_length(read: Callable[[int], bytes], rate: int) -> Patch | None:
+def _mp3_of_unknown_length(read: Callable[[int, int], bytes], rate: int) -> Patch | None:
     """A frame that counts more frames than any file has, for an MP3 of layer III without such a frame."""
     place = 0
-    while (start := read(place))[:3] == b"ID3":
+    while (start := read(place, 512))[:3] == b"ID3":
         place += 10 + sum((byte & 127) << shift for byte, shift in zip(start[6:10], (21, 14, 7, 0), strict=False))
     if (
         len(start) < 4
@@ -145,3 +145,21 @@ def mp3_of_unknown_length(read: Callable[[int], bytes], rate: int) -> Patch | No
     size = 144 * 128_000 // rate if mpeg1 else 72 * 80_000 // rate
     frame = header + bytes(side) + b"Xing" + (1).to_bytes(4, "big") + b"\x7f\xff\xff\xff"
     return Patch(frame.ljust(size, b"\0"), place)  # without the tags
+
+
+def repair(container: str, frames: int, rate: int, read: Callable[[int, int], bytes]) -> Patch | None:
+    """What to read instead of a few bytes of a file, where they keep sound from being decoded.
+
+    libsndfile decodes no further than a header says, or than it guesses from the first frame of an MP3 without a table
+    of contents, whose bit rate may be another one later; and nothing of an Ogg page that is not complete.
+
+    Args:
+        container: what libsndfile calls it.
+        frames, rate: as libsndfile found them.
+        read: a place (from the file's end if negative) and a number of bytes -> these bytes, as far as there are any.
+    """
+    if container in ("WAV", "WAVEX") and frames == 0:
+        return _wav_of_unknown_length(read(0, LONGEST_HEADER))
+    if container == "MP3":
+        return _mp3_of_unknown_length(read, rate)
+    return _ogg_with_complete_page(read(-LONGEST_OGG_PAGE, LONGEST_OGG_PAGE)) if container == "OGG" else None

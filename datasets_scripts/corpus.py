@@ -1,17 +1,19 @@
-"""What every corpus must say about itself, and the folder reading they share."""
+"""What every corpus must say about itself, and the folder reading they share. Imports nothing heavy."""
 
 import csv
 import os
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import datasets
-
-from .audio import SOUND_EXTENSIONS
 from .errors import CorpusError
+
+CORPORA: dict[str, "Corpus"] = {}  # by name, as they are defined
+# What libsndfile reads and people record in; matched without regard to case.
+SOUND_EXTENSIONS = frozenset((
+    ".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64",
+))  # fmt: skip
 
 
 class Archive(NamedTuple):
@@ -55,14 +57,13 @@ class Listing:
     """What a folder holds, against what its metadata promises. File names are relative to the corpus's root."""
 
     clips: list[Clip]
-    class_names: list[str]
     missing: list[str] = field(default_factory=list)
     unlisted: list[str] = field(default_factory=list)
     seconds: tuple[float, float] = (0.0, float("inf"))
 
 
 class Corpus:
-    """The facts about one corpus.
+    """The facts about one corpus. A subclass that has a name of its own is known to `load_corpus`.
 
     Attributes:
         name: the name `load_corpus` knows it by.
@@ -71,7 +72,7 @@ class Corpus:
         licence_id: the Hub's identifier for that licence.
         homepage: where it is described.
         citation: BibTeX.
-        columns: features beyond the common ones.
+        columns: columns beyond the common ones, and their types.
         fold_sizes: official number of clips per fold; empty where there is nothing official.
         class_sizes: official number of clips per class, in the official order.
         known_crossings: how many recordings are in several folds in the official split, by those folds.
@@ -83,65 +84,55 @@ class Corpus:
     licence_id: ClassVar[str] = "unknown"
     homepage: ClassVar[str] = ""
     citation: ClassVar[str] = ""
-    columns: ClassVar[dict[str, Any]] = {}
+    columns: ClassVar[dict[str, str]] = {}
     fold_sizes: ClassVar[dict[int, int]] = {}
     class_sizes: ClassVar[dict[str, int]] = {}
     known_crossings: ClassVar[dict[tuple[int, ...], int]] = {}
 
+    def __init_subclass__(cls):
+        if "name" in vars(cls):
+            CORPORA[cls.name] = cls()
 
-class FolderCorpus(Corpus, ABC):
+    @staticmethod
+    def published_identity(path: str, clip_id: str | None = None) -> str | None:
+        """What all editions of a published clip have in common, however they are encoded; None: nothing is known.
+
+        Args:
+            path: of a file, wherever it lies.
+            clip_id: of a clip of this corpus; None: any file, which may be one of this corpus's clips.
+        """
+        return None
+
+
+class FolderCorpus(Corpus):
     """A corpus that comes as a folder of sound files.
 
     Attributes:
         archives: official archives; empty where there is nothing to download.
         layout: what its folder looks like, for messages.
+        marks: files or folders by which its root is known: it has the first of them that there is.
         unique_content: whether byte-identical files are one clip.
         whole_files: whether every file was published whole, so that one which lost anything is not the publisher's.
     """
 
     archives: ClassVar[tuple[Archive, ...]] = ()
     layout: ClassVar[str]
+    marks: ClassVar[tuple[str, ...]]
     unique_content: ClassVar[bool] = False
     whole_files: ClassVar[bool] = True
 
-    @abstractmethod
     def find_root(self, folder: Path) -> Path | None:
-        """The corpus's root: `folder`, or a folder directly in it; None if neither has the layout."""
+        """The corpus's root: `folder`, or the first folder in it, by name; None if none has the layout."""
+        inside = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+        return next((root for mark in self.marks for root in (folder, *inside) if (root / mark).exists()), None)
 
-    @abstractmethod
     def read(self, root: Path) -> Listing:
         """List the clips. Opens metadata, no sound file.
 
         Raises:
             CorpusError: the metadata contradict themselves or the official classes.
         """
-
-
-def common_features(class_names: list[str], columns: Mapping[str, Any]) -> datasets.Features:
-    """The schema that all corpora share, and a corpus's own columns behind it."""
-    return datasets.Features(
-        {
-            "audio": datasets.Audio(decode=False),
-            "label": datasets.ClassLabel(names=class_names),
-            "fold": datasets.Value("int64"),
-            "clip_id": datasets.Value("string"),
-            "source_id": datasets.Value("string"),
-            **columns,
-            "digest": datasets.Value("string"),
-            "sampling_rate": datasets.Value("int64"),
-            "num_channels": datasets.Value("int64"),
-            "num_frames": datasets.Value("int64"),
-        }
-    )
-
-
-def first_with(folder: Path, *parts: str) -> Path | None:
-    """`folder` or the first folder in it, by name, that has every one of `parts`."""
-    inside = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    for candidate in (folder, *inside):
-        if all((candidate / part).exists() for part in parts):
-            return candidate
-    return None
+        raise NotImplementedError
 
 
 def walk_files(root: Path) -> Iterator[os.DirEntry]:
@@ -174,6 +165,38 @@ def sound_files(root: Path) -> Iterator[Path]:
         CorpusError: a folder cannot be listed.
     """
     return (Path(e.path) for e in walk_files(root) if os.path.splitext(e.name)[1].lower() in SOUND_EXTENSIONS)
+
+
+def relative_name(path: Path, root: Path) -> str:
+    """A file's name in lists, reports and messages."""
+    return path.as_posix().removeprefix(f"{root.as_posix()}/")
+
+
+def listed_clips(
+    root: Path, table: Path, clips: list[Clip], used: Callable[[Clip], bool] = lambda clip: True
+) -> tuple[list[Clip], list[str], list[str]]:
+    """What a table lists against what there is.
+
+    Args:
+        root: the corpus's root.
+        table: for messages.
+        clips: what it lists.
+        used: which of them are the corpus's.
+
+    Returns:
+        The clips whose files are there; the files that are missing; and the sound files that the table does not list.
+
+    Raises:
+        CorpusError: a file is listed twice.
+    """
+    listed = {}
+    for clip in clips:
+        if listed.setdefault(relative_name(clip.path, root), clip) is not clip:
+            raise CorpusError(f"{table}: {relative_name(clip.path, root)} is listed twice")
+    on_disk = dict.fromkeys(relative_name(path, root) for path in sound_files(root))
+    wanted = {name: clip for name, clip in listed.items() if used(clip)}
+    found = [clip for name, clip in wanted.items() if name in on_disk]
+    return found, [name for name in wanted if name not in on_disk], [name for name in on_disk if name not in listed]
 
 
 def read_table(path: Path, required: list[str]) -> list[dict[str, str]]:

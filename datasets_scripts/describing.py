@@ -7,20 +7,9 @@ import datasets
 import numpy as np
 
 from .audio import decode_audio
-from .builder import corpus_report
+from .builder import STATES, corpus_report
 from .errors import CorpusError
 
-# Keys of a corpus report in words, in the order of their weight.
-STATES = {
-    "shortfalls": "deviations from the official counts",
-    "missing": "listed files absent",
-    "unlisted": "files ignored that the metadata do not list",
-    "skipped": "unreadable files left out",
-    "shortened": "files used without their end, which cannot be decoded",
-    "wrong_durations": "clips of an unexpected length",
-    "duplicates": "files left out with the same content as another",
-    "unexpected_crossings": "unofficial crossings of the folds",
-}
 _DRAWN_SECONDS = 30.0  # of long recordings
 
 

@@ -12,8 +12,15 @@ from datasets.info import DatasetInfosDict
 from huggingface_hub import DatasetCard, DatasetCardData
 from huggingface_hub.errors import EntryNotFoundError
 
-from .builder import SCHEMA_VERSION, blank_report, corpus_report, describe_with_report, shortfalls
-from .corpus import Corpus, common_features
+from .builder import (
+    SCHEMA_VERSION,
+    blank_report,
+    common_features,
+    corpus_report,
+    describe_with_report,
+    shortfalls,
+)
+from .corpus import Corpus
 from .describing import class_table, measures, state
 from .errors import CorpusError
 

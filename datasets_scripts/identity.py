@@ -1,29 +1,24 @@
-"""Who a clip is: its file's content and the stretch of it that is used; for ESC also the published identity."""
+"""Who a clip is: its file's content and the stretch of it that is used; for some corpora also a published identity."""
 
-import os
-import re
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from hashlib import blake2b
-from itertools import starmap
+from itertools import repeat, starmap
 
 import datasets
 import numpy as np
+import pyarrow.compute as pc
 import xxhash
+
+from .corpora import CORPORA
+from .corpus import Corpus
 
 DIGEST_BYTES = 16
 WHOLE = (0.0, float("inf"))
 # Columns of a clip's stretch, in s; a dataset without them has whole files. (UrbanSound8K's own `start` and `end` are
 # places in recordings that it does not contain.)
 STRETCH_COLUMNS = ("clip_start", "clip_end")
-_ESC = ("esc10", "esc50")
-_ESC_COLUMNS = {"esc10", "take"}
-# Names of ESC-50's files, and of the older ESC-10's with their folders, wherever they lie: a file of anybody's own
-# may be called 1-2-A.wav.
-_ESC_PATH = re.compile(
-    r"(?:.*/)?(?:([1-5]-\d{3,}-[A-Z])-[0-4]?\d|0(?:0[1-9]|10) - [A-Z][a-z ]+/([1-5]-\d{3,}-[A-Z]))\.\w+"
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,11 +49,7 @@ class ClipIdentities:
         """Those of a dataset from `load_corpus` or `combine_corpora`, or selected from one."""
         plain, columns = dataset.with_format(None), set(dataset.column_names)
         content = np.frombuffer(bytes.fromhex("".join(plain["digest"][:])), np.uint8).reshape(-1, DIGEST_BYTES)
-        stretch = np.tile(WHOLE, (len(content), 1))
-        if columns.issuperset(STRETCH_COLUMNS):
-            found = zip(*(plain[column][:] for column in STRETCH_COLUMNS), strict=True)
-            stretch[:] = [[WHOLE[0] if a is None else a, WHOLE[1] if b is None else b] for a, b in found]
-        return cls(content, stretch, _digests(_published(plain, columns)))
+        return cls(content, stretches(dataset), _digests(_published(plain, columns)))
 
     def __len__(self) -> int:
         return len(self.content)
@@ -117,6 +108,16 @@ class ClipIdentities:
         return digest.hexdigest()
 
 
+def stretches(dataset: datasets.Dataset) -> np.ndarray:
+    """(clips, 2) float64: start and end of each clip's stretch in s; (0, inf) is the whole file."""
+    arrow = dataset.with_format("arrow")
+    columns = [
+        pc.fill_null(arrow[column][:], whole) if column in dataset.column_names else np.full(len(dataset), whole)
+        for column, whole in zip(STRETCH_COLUMNS, WHOLE, strict=True)
+    ]
+    return np.stack(columns, axis=1)
+
+
 def _united(clips: ClipIdentities) -> dict[bytes, tuple[list[float], list[float]]]:
     """Of each content the starts and ends of the stretches that the clips cover together, in order."""
     covered = {}
@@ -130,22 +131,20 @@ def _united(clips: ClipIdentities) -> dict[bytes, tuple[list[float], list[float]
     return covered
 
 
-def _published(plain: datasets.Dataset, columns: set[str]) -> list[str | None]:
-    """Each clip's published identity: for ESC's clips {fold}-{clip}-{take}, also where a plain folder holds them."""
-    if columns >= _ESC_COLUMNS:
-        return plain["clip_id"][:]
+def _published(plain: datasets.Dataset, columns: set[str]) -> Iterator[str | None]:
+    """Each clip's published identity: as its corpus knows it, or as any does by its file, wherever that lies."""
     # Flattened, so that the bytes of embedded clips are not read.
     paths = plain.select_columns("audio").flatten().select_columns("audio.path")["audio.path"][:]
-    matches = (_ESC_PATH.fullmatch((path or "").replace(os.sep, "/")) for path in paths)
-    named = [match and (match[1] or match[2]) for match in matches]
-    if "corpus" not in columns:
-        return named
-    of_corpus = zip(plain["corpus"][:], plain["clip_id"][:], named, strict=True)
-    return [clip_id if corpus in _ESC else name for corpus, clip_id, name in of_corpus]
+    own = next((name for name, corpus in CORPORA.items() if corpus.columns and columns >= corpus.columns.keys()), None)
+    owners = plain["corpus"][:] if "corpus" in columns else repeat(own, len(paths))
+    ways = {corpus.published_identity for corpus in CORPORA.values()} - {Corpus.published_identity}
+    for owner, clip_id, path in zip(owners, plain["clip_id"][:], paths, strict=True):
+        known = owner in CORPORA and CORPORA[owner].published_identity(path or "", clip_id)
+        yield known or next(filter(None, (identity(path or "") for identity in ways)), None)
 
 
 def _digests(names: Iterable[str | None]) -> np.ndarray:
-    """(names,16) uint8: of each name; zero for None."""
+    """(names, 16) uint8: of each name; zero for None."""
     nothing = bytes(DIGEST_BYTES)
-    found = [xxhash.xxh3_128_digest(f"esc/{name.upper()}".encode()) if name else nothing for name in names]
+    found = [xxhash.xxh3_128_digest(name.encode()) if name else nothing for name in names]
     return np.frombuffer(b"".join(found), np.uint8).reshape(-1, DIGEST_BYTES)

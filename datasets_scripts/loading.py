@@ -2,33 +2,23 @@
 
 import logging
 import os
-from dataclasses import fields
 from pathlib import Path
 
 import datasets
 from datasets.exceptions import DatasetGenerationError
 
 from .archives import unpacked, unpacked_official
-from .audiofolder import AudioFolder
-from .builder import FolderBuilder, corpus_report
-from .corpus import Corpus, FolderCorpus
-from .dcase2013 import DCASE2013
-from .describing import STATES
+from .builder import STATES, FolderBuilder, corpus_report
+from .corpora import CORPORA, CORPUS_NAMES
+from .corpus import FolderCorpus
 from .errors import CorpusError
-from .esc import ESC10, ESC50
 from .exporting import is_export, is_hub_id, load_export
-from .synthetic import Synthetic, SyntheticBuilder, SyntheticConfig
-from .urbansound8k import UrbanSound8K
+from .generating import LIMITS, SyntheticBuilder
 
 logger = logging.getLogger(__name__)
 
-CORPORA: dict[str, Corpus] = {
-    corpus.name: corpus for corpus in (ESC10(), ESC50(), UrbanSound8K(), DCASE2013(), Synthetic(), AudioFolder())
-}
-CORPUS_NAMES = list(CORPORA)
 # What others must know of a corpus whose sound is in what they use.
 _FACTS = ("title", "licence", "licence_id", "homepage", "citation")
-_SYNTHETIC_OPTIONS = {f.name for f in fields(SyntheticConfig)} - {f.name for f in fields(datasets.BuilderConfig)}
 
 
 def corpus_facts(name: str) -> dict[str, str]:
@@ -53,14 +43,14 @@ def load_corpus(
     """Load a corpus with its official folds.
 
     Args:
-        name: esc10, esc50, urbansound8k, dcase2013, synthetic or audiofolder.
+        name: of a corpus, one of `CORPUS_NAMES`.
         data_dir: the corpus's folder; or its official archive, or a folder with its archives; or an export (a folder
             made by `python -m datasets_scripts export`, or the Hub id of one). None: the corpus is downloaded from
             its official address once (synthetic: generated).
         allow_partial: accept a copy that lacks clips, has files its metadata do not list, or clips of a wrong length.
         skip_unreadable: leave out files that cannot be decoded.
         cache_dir: where prepared data are kept; None: Hugging Face's place for them (`HF_DATASETS_CACHE`).
-        **synthetic_options: for synthetic only: num_classes, clips_per_class, clip_seconds, sampling_rate, seed.
+        **synthetic_options: for synthetic only, see `SyntheticConfig`.
 
     Returns:
         A dataset with the columns audio (`{"bytes", "path"}`, for `decode_audio`), label (ClassLabel, the official
@@ -71,9 +61,9 @@ def load_corpus(
     Raises:
         CorpusError: whatever is wrong with the name, the folder, a file in it or an option.
     """
-    if name not in CORPUS_NAMES:
+    if name not in CORPORA:
         raise CorpusError(f"there is no corpus {name!r}; choose one of {', '.join(CORPUS_NAMES)}")
-    unknown = set(synthetic_options) - (_SYNTHETIC_OPTIONS if name == "synthetic" else set())
+    unknown = synthetic_options.keys() - (LIMITS if name == "synthetic" else {})
     if unknown:
         raise CorpusError(f"{name} has no option {', '.join(sorted(unknown))}")
     cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser()

@@ -6,13 +6,12 @@ from concurrent.futures import ThreadPoolExecutor
 import datasets
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets.fingerprint import Hasher
 from datasets.utils import tqdm
 
 from .audio import opened_sound
 from .errors import CorpusError
-from .identity import STRETCH_COLUMNS, WHOLE
+from .identity import STRETCH_COLUMNS, stretches
 
 # A last window is dropped where less than this share of it would be new (files a few samples over length).
 MIN_NEW_SHARE = 0.1
@@ -52,10 +51,7 @@ def cut_into_windows(
         )
     facts = dataset.remove_columns("audio").with_format("arrow")[:]
     rates, frames = (facts[column].to_numpy() for column in ("sampling_rate", "num_frames"))
-    clips = np.tile(WHOLE, (len(facts), 1))
-    for place, column in enumerate(STRETCH_COLUMNS):
-        if column in facts.column_names:
-            clips[:, place] = pc.fill_null(facts[column], WHOLE[place]).to_numpy()
+    clips = stretches(dataset)
     windows = [_windows(*row, seconds, step) for row in zip(rates.tolist(), frames.tolist(), clips, strict=True)]
     left_out = 0
     if silence_db is not None:

@@ -7,7 +7,7 @@ on the seed, the epoch and the clip alone, not on the batch, the worker or the p
 import torch
 import torch.nn.functional as F
 
-from modeling_dls.feature_extraction_esresnet import POWER_FLOOR
+from modeling_dls.spectrogram_esresnet import POWER_FLOOR
 
 
 class WaveformAugmentation:

@@ -16,7 +16,8 @@ from torch.utils.data import DataLoader, Sampler
 
 from datasets_scripts import cut_into_windows, load_corpus
 from datasets_scripts.errors import UserError
-from modeling_dls.feature_extraction_esresnet import CPU_PART, POWER_FLOOR, ESResNetFeatureExtractor
+from modeling_dls import ESResNetFeatureExtractor
+from modeling_dls.spectrogram_esresnet import CPU_PART, POWER_FLOOR
 
 from .augmentation import NUM_DRAWS, SpectrogramAugmentation, WaveformAugmentation
 from .clips import ClipStore

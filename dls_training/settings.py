@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from runpy import run_path
 from typing import ClassVar
 
+from datasets_scripts import CORPUS_NAMES
 from datasets_scripts.errors import UserError
 from datasets_scripts.options import Options, flag, named_source, one_of, option, path, path_or_id, real, text, whole
 
-PRESETS = ("esresnet50", "esresnet18", "small", "small_mel", "tiny", "densenet121", "densenet_small")
+# Read by itself: importing its package would import transformers.
+PRESETS = tuple(run_path(str(Path(__file__).parents[1] / "modeling_dls" / "presets_esresnet.py"))["PRESETS"])
 PRECISIONS = ("auto", "no", "bf16", "fp16")
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 SCHEDULES = ("constant", "linear", "cosine", "multistep", "esresnet")
@@ -43,7 +46,7 @@ class DataOptions(Options):
 
     corpus: list[tuple[str, str | None]] = option(
         [("synthetic", None)], named_source, many=True, metavar="NAME[=DIR]",
-        help="esc10, esc50, urbansound8k, dcase2013, audiofolder or synthetic, and where it is (default: synthetic)",
+        help=f"{', '.join(CORPUS_NAMES)}, and where it is (default: synthetic)",
     )  # fmt: skip
     windows: float | str | None = option(
         None, window_length, bare=AS_LONG_AS_CLIPS, metavar="SECONDS",

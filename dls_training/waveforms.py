@@ -19,7 +19,8 @@ from datasets_scripts.audio import Sound, opened_sound
 from datasets_scripts.errors import AudioError
 from datasets_scripts.identity import WHOLE
 from datasets_scripts.windows import MIN_NEW_SHARE
-from modeling_dls.feature_extraction_esresnet import ESResNetFeatureExtractor, cached_tensors, fit_length
+from modeling_dls.feature_extraction_esresnet import ESResNetFeatureExtractor, fit_length
+from modeling_dls.spectrogram_esresnet import cached_tensors
 
 # Numbers in a resampler's filter. A rate without a common factor, such as 44101 Hz, would need gigabytes.
 LARGEST_FILTER = 2**25

@@ -6,38 +6,35 @@ Example:
     >>> model = AutoModelForAudioClassification.from_pretrained("runs/esc10")  # doctest: +SKIP
 """
 
+import re
 import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import (
-    AutoFeatureExtractor,
-    AutoModel,
-    AutoModelForAudioClassification,
-    AutoModelForAudioXVector,
-)
+import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from .configuration_esresnet import ESResNetConfig
-from .feature_extraction_esresnet import ESResNetFeatureExtractor, three_band_spectrogram
+from .configuration_esresnet import AUTO_MAP, ESResNetConfig
+from .feature_extraction_esresnet import ESResNetFeatureExtractor
+from .spectrogram_esresnet import three_band_spectrogram
 
 if TYPE_CHECKING:
-    from .modeling_esresnet import (
-        ESResNetForAudioClassification,
-        ESResNetForInstanceDiscrimination,
-        ESResNetModel,
-    )
+    from .modeling_esresnet import *  # noqa: F403
 
-MODELS = {
-    "ESResNetModel": AutoModel,
-    "ESResNetForAudioClassification": AutoModelForAudioClassification,
-    # "XVector" is transformers' name for a head that turns a recording into one embedding.
-    "ESResNetForInstanceDiscrimination": AutoModelForAudioXVector,
-}
+# The models and their Auto classes, as the last lines of their module name them. It is read, not imported, because
+# transformers' modelling code alone takes two seconds; and it is there to be read: checkpoints get copies of it.
+MODELS = dict(
+    re.findall(
+        r'^(\w+)\.register_for_auto_class\("(\w+)"\)$',
+        Path(__file__).with_name("modeling_esresnet.py").read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+)
 
 
 def __getattr__(name: str):
-    """Imports the models when they are first used: transformers' modelling code alone takes two seconds."""
+    """Imports the models when they are first used."""
     if name not in MODELS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(".modeling_esresnet", __name__), name)
@@ -47,19 +44,14 @@ def __getattr__(name: str):
 sys.modules[f"transformers.models.{ESResNetConfig.model_type}"] = sys.modules[__name__]
 CONFIG_MAPPING_NAMES[ESResNetConfig.model_type] = ESResNetConfig.__name__
 for _name, _auto_class in MODELS.items():
-    _auto_class._model_mapping._model_mapping[ESResNetConfig.model_type] = _name
-    _auto_class._model_mapping._reverse_config_mapping[ESResNetConfig.__name__] = ESResNetConfig.model_type
-AutoFeatureExtractor.register(ESResNetConfig, ESResNetFeatureExtractor)
+    _mapping = getattr(transformers, _auto_class)._model_mapping
+    _mapping._model_mapping[ESResNetConfig.model_type] = _name
+    _mapping._reverse_config_mapping[ESResNetConfig.__name__] = ESResNetConfig.model_type
+    AUTO_MAP[_auto_class] = f"modeling_esresnet.{_name}"
+transformers.AutoFeatureExtractor.register(ESResNetConfig, ESResNetFeatureExtractor)
 
 # A saved checkpoint carries its own code, so that trust_remote_code=True works where this package is not installed.
 ESResNetConfig.register_for_auto_class()
 ESResNetFeatureExtractor.register_for_auto_class("AutoFeatureExtractor")
 
-__all__ = [
-    "ESResNetConfig",
-    "ESResNetFeatureExtractor",
-    "ESResNetForAudioClassification",
-    "ESResNetForInstanceDiscrimination",
-    "ESResNetModel",
-    "three_band_spectrogram",
-]
+__all__ = ["ESResNetConfig", "ESResNetFeatureExtractor", "three_band_spectrogram", *MODELS]

@@ -2,46 +2,10 @@
 
 from transformers import PretrainedConfig
 
-PRESETS = {
-    # The network of the paper.
-    "esresnet50": {},
-    # Small enough to pre-train on a CPU within minutes.
-    "esresnet18": {"hidden_sizes": (64, 128, 256, 512), "depths": (2, 2, 2, 2), "layer_type": "basic"},
-    # Smaller still: for edge devices and for the demo.
-    "small": {
-        "embedding_size": 32,
-        "hidden_sizes": (32, 64, 128, 256),
-        "depths": (1, 1, 1, 1),
-        "layer_type": "basic",
-    },
-    # The same, but for what it makes of its stages: best on a few hundred clips (see results/).
-    "small_mel": {
-        "embedding_size": 32,
-        "hidden_sizes": (32, 64, 128, 256),
-        "depths": (1, 1, 1, 1),
-        "layer_type": "basic",
-        "pooling": "statistics",
-    },
-    # For tests.
-    "tiny": {
-        "embedding_size": 16,
-        "hidden_sizes": (16, 32, 64, 128),
-        "depths": (1, 1, 1, 1),
-        "layer_type": "basic",
-    },
-    # The other network that the DLS paper compares; both need timm.
-    "densenet121": {"depths": (6, 12, 24, 16), "growth_rate": 32},
-    # Half its width: the sizes of esresnet18's stages, and about the cost of its training step on a CPU.
-    "densenet_small": {"embedding_size": 32, "depths": (6, 12, 24, 16), "growth_rate": 16},
-}
+from .presets_esresnet import preset
 
-# Every checkpoint loads through any of these, whichever head it was saved with.
-AUTO_MAP = {
-    "AutoConfig": "configuration_esresnet.ESResNetConfig",
-    "AutoModel": "modeling_esresnet.ESResNetModel",
-    "AutoModelForAudioClassification": "modeling_esresnet.ESResNetForAudioClassification",
-    "AutoModelForAudioXVector": "modeling_esresnet.ESResNetForInstanceDiscrimination",
-}
+# Every checkpoint loads through any of these, whichever head it was saved with: this package adds its models here.
+AUTO_MAP = {"AutoConfig": "configuration_esresnet.ESResNetConfig"}
 
 
 def dense_hidden_sizes(embedding_size: int, depths: list[int], growth_rate: int) -> list[int]:
@@ -171,15 +135,13 @@ class ESResNetConfig(PretrainedConfig):
         """Builds the configuration of a named network.
 
         Args:
-            name: One of `PRESETS`; `"esresnet50"` is the paper's.
+            name: A key of `PRESETS` in presets_esresnet.py; `"esresnet50"` is the paper's.
             **overrides: Any argument of the constructor, `num_labels` and `id2label` included.
 
         Raises:
             ValueError: if the preset is unknown.
         """
-        if name not in PRESETS:
-            raise ValueError(f"unknown preset {name!r}: expected one of {', '.join(PRESETS)}")
-        return cls(**{**PRESETS[name], **overrides})
+        return cls(**preset(name)["network"] | overrides)
 
 
 __all__ = ["ESResNetConfig"]

@@ -24,6 +24,12 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
+import modeling_dls  # which imports the models late
+from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor
+
 # Our parameter names -> the original's, applied in order. Beside the attention, these are torchvision's and timm's.
 ORIGINAL_NAMES = (
     (r"^esresnet\.", ""),
@@ -109,51 +115,44 @@ def renamed(name: str, names: tuple) -> str:
     return name
 
 
-def check_names(state: dict, expected: dict, optional: str, what: str) -> None:
-    """Compares a file's tensors with those that are needed.
+def convert_state_dict(
+    state: dict,
+    model,
+    names: tuple = ORIGINAL_NAMES,
+    optional: str = r"window$",
+    network: str = "the original ESResNet-50",
+    new: str = r"$^",
+) -> dict:
+    """Renames a file's parameters and checks that they are exactly what `model` needs.
 
     Args:
-        state: Name -> tensor.
-        expected: Name -> shape.
-        optional: Pattern of names that may be in only one of the two.
-        what: What the file should be, for the message.
+        state: Parameter name -> tensor, as the file has them.
+        model: Of the same size.
+        names: Our parameter names -> the file's, applied in order.
+        optional: Pattern of the file's names that may be missing, or are left out.
+        network: What the file should be, for the message.
+        new: Pattern of our names that the file does not have.
+
+    Returns:
+        A state dict for `model`.
 
     Raises:
-        ConversionError: naming missing and unexpected keys, and tensors of another shape.
+        ConversionError: naming missing and unexpected keys, or tensors of another shape, under the file's names.
     """
-    problems = {
-        "missing": expected.keys() - state.keys(),
-        "unexpected": state.keys() - expected.keys(),
-    }
-    problems = {kind: sorted(n for n in names if not re.match(optional, n)) for kind, names in problems.items()}
+    own = {name: tensor.shape for name, tensor in model.state_dict().items() if not re.search(new, name)}
+    theirs = {name: renamed(name, names) for name in own}
+    expected = {theirs[name]: shape for name, shape in own.items()}
+    problems = {"missing": expected.keys() - state.keys(), "unexpected": state.keys() - expected.keys()}
+    problems = {kind: sorted(n for n in found if not re.match(optional, n)) for kind, found in problems.items()}
     problems["of another shape"] = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"
         for name, shape in expected.items()
         if name in state and state[name].shape != shape
     ]
     if any(problems.values()):
-        lines = [f"  {len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names]
-        raise ConversionError(f"not a complete checkpoint of {what}\n" + "\n".join(lines))
-
-
-def convert_state_dict(state: dict, model) -> dict:
-    """Renames the original's parameters and checks that they are exactly what `model` needs.
-
-    Args:
-        state: Parameter name -> tensor, as the original saves them; its analysis window is left out.
-        model: An [`ESResNetForAudioClassification`] of the same size.
-
-    Returns:
-        A state dict for `model`.
-
-    Raises:
-        ConversionError: naming missing and unexpected keys, or tensors of another shape, under the original's names.
-    """
-    own = model.state_dict()
-    originals = {name: renamed(name, ORIGINAL_NAMES) for name in own}
-    expected = {original: own[name].shape for name, original in originals.items()}
-    check_names(state, expected, r"window$", "the original ESResNet-50")
-    return {name: state[original] for name, original in originals.items()}
+        lines = [f"  {len(found)} {kind}: {', '.join(found)}" for kind, found in problems.items() if found]
+        raise ConversionError(f"not a complete checkpoint of {network}\n" + "\n".join(lines))
+    return {name: state[their] for name, their in theirs.items() if their in state}
 
 
 def find_layout(state: dict) -> ImageNetLayout | None:
@@ -221,9 +220,6 @@ def read_state_dict(source: Path) -> dict:
     Raises:
         ConversionError: if the file cannot be read, or holds something else.
     """
-    import torch
-    from safetensors.torch import load_file
-
     try:
         # Checkpoints come from strangers: nothing but tensors and plain containers is unpickled.
         if source.suffix == ".safetensors":
@@ -271,8 +267,6 @@ def read_labels(path: Path, num_labels: int) -> list[str]:
 
 def from_original(state: dict, labels: Path | None, signal_settings: dict) -> tuple:
     """The original ESResNet's classifier and its feature extractor. See `convert`."""
-    from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor, ESResNetForAudioClassification
-
     extractor = ESResNetFeatureExtractor(**signal_settings)
     if "window" in state and state["window"].numel() != extractor.win_length:
         raise ConversionError(
@@ -282,7 +276,7 @@ def from_original(state: dict, labels: Path | None, signal_settings: dict) -> tu
     classifier = state.get("classifier.weight")
     num_labels = classifier.shape[0] if classifier is not None and classifier.ndim else 0
     config = ESResNetConfig(attention=any(name.startswith("att") for name in state), num_labels=max(num_labels, 1))
-    model = ESResNetForAudioClassification(config)
+    model = modeling_dls.ESResNetForAudioClassification(config)
     model.load_state_dict(convert_state_dict(state, model))
     if labels is not None:
         config.id2label = dict(enumerate(read_labels(labels, num_labels)))
@@ -294,21 +288,15 @@ def from_imagenet(
     state: dict, layout: ImageNetLayout, preset: str | None, attention: bool, seed: int, signal_settings: dict
 ) -> tuple:
     """A backbone with ImageNet's weights and, where that is asked for, new attention; its extractor. See `convert`."""
-    import torch
-
-    from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor, ESResNetModel
-
     extractor = ESResNetFeatureExtractor.from_preset(preset or "esresnet50", **signal_settings, do_normalize=True)
     config = ESResNetConfig(attention=attention, initial_weights="imagenet", **network_settings(layout, state))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ESResNetModel(config)
-    own = {name: tensor.shape for name, tensor in model.state_dict().items() if "attention." not in name}
-    theirs = {name: renamed(name, layout.names) for name in own}
+        model = modeling_dls.ESResNetModel(config)
     # Old files do not count batches, which nothing here depends on.
     optional = rf"{layout.classifier}|.*num_batches_tracked$"
-    check_names(state, {theirs[name]: shape for name, shape in own.items()}, optional, layout.network)
-    model.load_state_dict({name: state[theirs[name]] for name in own if theirs[name] in state}, strict=False)
+    backbone = convert_state_dict(state, model, layout.names, optional, layout.network, new=r"attention\.")
+    model.load_state_dict(backbone, strict=False)
     return model, extractor
 
 

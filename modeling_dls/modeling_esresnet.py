@@ -377,14 +377,8 @@ class ESResNetForAudioClassification(ESResNetPreTrainedModel):
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
 
-# A saved checkpoint carries its own code, so that trust_remote_code=True works where this package is not installed.
+# The list of heads, which the package reads to register and export them. A saved checkpoint carries its own code, so
+# that trust_remote_code=True works where this package is not installed.
 ESResNetModel.register_for_auto_class("AutoModel")
 ESResNetForAudioClassification.register_for_auto_class("AutoModelForAudioClassification")
 ESResNetForInstanceDiscrimination.register_for_auto_class("AutoModelForAudioXVector")
-
-__all__ = [
-    "ESResNetForAudioClassification",
-    "ESResNetForInstanceDiscrimination",
-    "ESResNetModel",
-    "ESResNetPreTrainedModel",
-]

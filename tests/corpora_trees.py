@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import soundfile
 
-from datasets_scripts.dcase2013 import DCASE2013
-from datasets_scripts.esc import ESC10_CLASSES, ESC10_FOLDERS, ESC50_CLASSES
-from datasets_scripts.urbansound8k import UrbanSound8K
+from datasets_scripts.corpora.dcase2013 import DCASE2013
+from datasets_scripts.corpora.esc import ESC10_CLASSES, ESC10_FOLDERS, ESC50_CLASSES
+from datasets_scripts.corpora.urbansound8k import UrbanSound8K
 
 
 def wav(seconds: float, rate: int = 100, channels: int = 1, seed: int = 0, **options) -> bytes:

@@ -3,6 +3,7 @@
 import csv
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -24,8 +25,8 @@ from corpora_trees import (
 
 import datasets_scripts.builder
 from datasets_scripts import combine_corpora, corpus_report, decode_audio, load_corpus, train_test_folds
+from datasets_scripts.corpora.esc import ESC10_CLASSES, ESC50_CLASSES
 from datasets_scripts.errors import AudioError, CorpusError
-from datasets_scripts.esc import ESC10_CLASSES, ESC50_CLASSES
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 MAKERS = {"esc10": make_esc10, "esc50": make_esc50, "urbansound8k": make_urbansound8k, "dcase2013": make_dcase2013}
@@ -276,6 +277,48 @@ def test_wrong_names_and_options(cache):
         load_corpus("audiofolder")
     with pytest.raises(CorpusError, match="num_classes must be from 1 to"):
         load_corpus("synthetic", num_classes=99, cache_dir=cache)
+
+
+NEW_CORPUS = """
+from datasets_scripts.corpus import Clip, FolderCorpus, Listing, sound_files
+
+
+class Farm(FolderCorpus):
+    name, title, layout, marks = "farm", "A farm", "barn/*.wav", ("barn",)
+    columns = {"species": "string"}
+    class_sizes = {"cow": 1, "hen": 1}
+
+    @staticmethod
+    def published_identity(path, clip_id=None):
+        return f"farm/{clip_id}" if clip_id else None
+
+    def read(self, root):
+        return Listing([Clip(p, p.stem, 1, p.stem, p.stem, {"species": p.stem}) for p in sound_files(root)])
+"""
+LOAD_IT = """
+import sys
+from datasets_scripts import CORPUS_NAMES
+print(*CORPUS_NAMES, *sorted({"datasets", "numpy", "soundfile", "torch"} & set(sys.modules)))
+from datasets_scripts import ClipIdentities, load_corpus
+dataset = load_corpus("farm", sys.argv[1], cache_dir=sys.argv[2])
+print(dataset["species"][:], dataset.features["label"].names, ClipIdentities.of(dataset).is_published.all())
+"""
+
+
+def test_a_new_corpus_is_one_file(tmp_path):
+    shutil.copytree(REPOSITORY / "datasets_scripts", tmp_path / "datasets_scripts")
+    (tmp_path / "datasets_scripts" / "corpora" / "farm.py").write_text(NEW_CORPUS)
+    root = make_folder(tmp_path / "sounds", ["barn/cow.wav", "barn/hen.wav"])
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(
+        [sys.executable, "-c", LOAD_IT, root, tmp_path / "cache"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    names = "esc10 esc50 urbansound8k dcase2013 synthetic audiofolder farm"  # and nothing heavy was imported
+    assert ended.stdout == f"{names}\n['cow', 'hen'] ['cow', 'hen'] True\n", ended.stderr
 
 
 # ------------------------------------------------------------------------------------------------------- own sounds

@@ -4,30 +4,14 @@ import copy
 
 import pytest
 import torch
-from transformers import (
-    CONFIG_MAPPING,
-    MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING,
-    MODEL_FOR_AUDIO_XVECTOR_MAPPING,
-    MODEL_MAPPING,
-    AutoModel,
-    AutoModelForAudioClassification,
-    AutoModelForAudioXVector,
-    PreTrainedModel,
-)
+import transformers
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoModel, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from modeling_dls import (
-    ESResNetConfig,
-    ESResNetForAudioClassification,
-    ESResNetForInstanceDiscrimination,
-    ESResNetModel,
-)
+import modeling_dls
+from modeling_dls import ESResNetConfig, ESResNetForAudioClassification, ESResNetModel, modeling_esresnet
 
-HEADS = {
-    ESResNetModel: (AutoModel, MODEL_MAPPING),
-    ESResNetForAudioClassification: (AutoModelForAudioClassification, MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING),
-    ESResNetForInstanceDiscrimination: (AutoModelForAudioXVector, MODEL_FOR_AUDIO_XVECTOR_MAPPING),
-}
+HEADS = {getattr(modeling_dls, name): getattr(transformers, auto) for name, auto in modeling_dls.MODELS.items()}
 NETWORKS = {
     "mean": {},
     "mean without attention": {"attention": False},
@@ -162,10 +146,20 @@ def test_a_new_label_set(network, tmp_path):
 # Auto classes
 
 
+def test_every_head_is_registered_and_exported():
+    found = [each for each in vars(modeling_esresnet).values() if isinstance(each, type)]
+    registered = [each for each in found if issubclass(each, PreTrainedModel) and each._auto_class]
+    assert {each.__name__: each._auto_class for each in registered} == modeling_dls.MODELS
+    assert modeling_dls.MODELS["ESResNetModel"] == "AutoModel"
+    assert modeling_dls.MODELS["ESResNetForAudioClassification"] == "AutoModelForAudioClassification"
+    assert modeling_dls.MODELS["ESResNetForInstanceDiscrimination"] == "AutoModelForAudioXVector"
+    assert set(modeling_dls.__all__) >= set(modeling_dls.MODELS) and AutoModel._model_mapping is MODEL_MAPPING
+
+
 @every_head
 def test_auto_mappings_hold_the_class_itself(head):
-    auto_class, mapping = HEADS[head]
-    model = make_model(head, {})
+    auto_class, model = HEADS[head], make_model(head, {})
+    mapping = auto_class._model_mapping
     assert mapping[ESResNetConfig] is head and mapping.get(ESResNetConfig, None) is head
     assert ESResNetConfig in mapping and ESResNetConfig in list(mapping)
     assert type(auto_class.from_config(model.config)) is head
@@ -180,8 +174,7 @@ def test_auto_mappings_hold_the_class_itself(head):
 )
 @every_head
 def test_auto_mappings_can_be_copied(head):
-    _, mapping = HEADS[head]
-    copied = copy.deepcopy(mapping)
+    copied = copy.deepcopy(HEADS[head]._model_mapping)
     assert ESResNetConfig in copied and copied[ESResNetConfig] is head
 
 
@@ -190,8 +183,7 @@ def test_auto_mappings_can_be_copied(head):
 def test_auto_classes_load_whether_a_checkpoints_code_is_trusted_or_not(head, trust, tmp_path):
     model = used_model(head, {})
     model.save_pretrained(tmp_path)
-    auto_class, _ = HEADS[head]
-    loaded = auto_class.from_pretrained(tmp_path, trust_remote_code=trust)
+    loaded = HEADS[head].from_pretrained(tmp_path, trust_remote_code=trust)
     # The first transformers 5 take the checkpoint's copy of this package where it is trusted.
     assert type(loaded) is head or (trust and type(loaded).__name__ == head.__name__)
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Presets of networks: the same everywhere, and told apart from one another."""
+"""Networks that cannot be had: of another preset than the checkpoint, or without timm."""
 
 import sys
 from argparse import Namespace
@@ -6,18 +6,8 @@ from argparse import Namespace
 import pytest
 
 from datasets_scripts.errors import UserError
-from dls_training import settings
-from dls_training.networks import make_config, make_model, structure
-from modeling_dls import ESResNetConfig, ESResNetModel, configuration_esresnet, feature_extraction_esresnet
-
-
-def test_every_part_knows_the_same_presets():
-    assert settings.PRESETS == tuple(configuration_esresnet.PRESETS) == tuple(feature_extraction_esresnet.PRESETS)
-
-
-def test_structures_of_presets_differ():
-    structures = [structure(ESResNetConfig.from_preset(preset)) for preset in settings.PRESETS]
-    assert all(first not in structures[:i] for i, first in enumerate(structures))
+from dls_training.networks import make_config, make_model
+from modeling_dls import ESResNetConfig, ESResNetModel
 
 
 def test_a_checkpoint_of_another_preset_is_refused_by_what_differs(tmp_path):

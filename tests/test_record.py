@@ -24,7 +24,7 @@ import train_classification
 import train_npid
 from datasets_scripts import ClipIdentities, combine_corpora, load_corpus
 from datasets_scripts.builder import FolderBuilder
-from datasets_scripts.esc import ESC10_FOLDERS, ESC50_CLASSES
+from datasets_scripts.corpora.esc import ESC10_FOLDERS, ESC50_CLASSES
 from datasets_scripts.exporting import export_corpus
 from datasets_scripts.files import file_digest, json_digest, write_json
 from datasets_scripts.loading import CORPORA

@@ -1,12 +1,21 @@
 """ESC-50, and ESC-10 in either of its two layouts (K. J. Piczak, "ESC", 2015)."""
 
+import os
 import re
 from pathlib import Path
 
-import datasets
-
-from .corpus import Archive, Clip, FolderCorpus, Listing, first_with, read_table, sound_files, whole_number
-from .errors import CorpusError
+from ..corpus import (
+    Archive,
+    Clip,
+    FolderCorpus,
+    Listing,
+    listed_clips,
+    read_table,
+    relative_name,
+    sound_files,
+    whole_number,
+)
+from ..errors import CorpusError
 
 # Position = the official target number.
 # fmt: off
@@ -41,8 +50,13 @@ ESC10_CLASSES = sorted(ESC10_FOLDERS.values(), key=ESC50_CLASSES.index)
 
 _ESC50_NAME = re.compile(r"(\d+)-(\d+)-([A-Z]+)-(\d+)\.\w+", re.IGNORECASE)
 _ESC10_NAME = re.compile(r"([1-5])-(\d+)-([A-Z]+)\.\w+", re.IGNORECASE)
+# Files of either, and of the older ESC-10 with their folders, wherever they lie: a file of anybody's own may be called
+# 1-2-A.wav.
+_PATH = re.compile(
+    r"(?:.*/)?(?:([1-5]-\d{3,}-[A-Z])-[0-4]?\d|0(?:0[1-9]|10) - [A-Z][a-z ]+/([1-5]-\d{3,}-[A-Z]))\.\w+"
+)
 _TABLE = "meta/esc50.csv"
-_COLUMNS = {"esc10": datasets.Value("bool"), "take": datasets.Value("string")}
+_TABLE_COLUMNS = ["filename", "fold", "target", "category", "esc10", "src_file", "take"]
 
 
 class ESC50(FolderCorpus):
@@ -59,36 +73,27 @@ class ESC50(FolderCorpus):
   pages = {1015--1018},
   doi = {10.1145/2733373.2806390}
 }"""
-    columns = _COLUMNS
+    columns = {"esc10": "bool", "take": "string"}
     fold_sizes = dict.fromkeys(range(1, 6), 400)
     class_sizes = dict.fromkeys(ESC50_CLASSES, 40)
     # The archive is made anew by its host from time to time: neither its size nor its digest can be relied on.
     archives = (Archive("https://github.com/karoldvl/ESC-50/archive/master.zip", "ESC-50-master.zip"),)
     layout = "meta/esc50.csv and audio/{fold}-{clip}-{take}-{target}.wav"
-
-    def find_root(self, folder: Path) -> Path | None:
-        return first_with(folder, _TABLE)
+    marks = (_TABLE,)
 
     def read(self, root: Path) -> Listing:
-        return self._listing(root, list(ESC50_CLASSES), esc10_only=False)
+        clips = [self._clip(row, root) for row in read_table(root / _TABLE, _TABLE_COLUMNS)]
+        return Listing(*listed_clips(root, root / _TABLE, clips, self._has), seconds=(4.95, 5.05))
 
-    def _listing(self, root: Path, class_names: list[str], esc10_only: bool) -> Listing:
-        listed, clips, missing = set(), [], []
-        on_disk = {path.relative_to(root).as_posix(): path for path in sound_files(root)}
-        for row in read_table(root / _TABLE, ["filename", "fold", "target", "category", "esc10", "src_file", "take"]):
-            name = f"audio/{row['filename']}"
-            if name in listed:
-                raise CorpusError(f"{root / _TABLE}: {row['filename']} is listed twice")
-            listed.add(name)
-            clip = self._clip(row, root)
-            if esc10_only and not clip.extra["esc10"]:
-                continue
-            if name in on_disk:
-                clips.append(clip)
-            else:
-                missing.append(name)
-        unlisted = [name for name in on_disk if name not in listed]
-        return Listing(clips, class_names, missing, unlisted, seconds=(4.95, 5.05))
+    def _has(self, clip: Clip) -> bool:
+        return True
+
+    @staticmethod
+    def published_identity(path: str, clip_id: str | None = None) -> str | None:
+        if clip_id is None:
+            name = _PATH.fullmatch(path.replace(os.sep, "/"))
+            clip_id = name and (name[1] or name[2])
+        return clip_id and f"esc/{clip_id.upper()}"
 
     @staticmethod
     def _clip(row: dict[str, str], root: Path) -> Clip:
@@ -128,17 +133,14 @@ class ESC10(ESC50):
     class_sizes = dict.fromkeys(ESC10_CLASSES, 40)
     layout = f"{ESC50.layout}, or the ten folders '001 - Dog bark' … '010 - Fire crackling'"
 
-    def find_root(self, folder: Path) -> Path | None:
-        return super().find_root(folder) or self._find_class_folders(folder)
+    marks = (_TABLE, *ESC10_FOLDERS)
 
-    @staticmethod
-    def _find_class_folders(folder: Path) -> Path | None:
-        # Any one of them is enough to know the layout; what else is lacking is then reported by name.
-        return next((root for name in ESC10_FOLDERS if (root := first_with(folder, name))), None)
+    def _has(self, clip: Clip) -> bool:
+        return clip.extra["esc10"]
 
     def read(self, root: Path) -> Listing:
         if (root / _TABLE).exists():
-            return self._listing(root, list(ESC10_CLASSES), esc10_only=True)
+            return super().read(root)
         clips, unlisted = [], []
         for path in sound_files(root):
             name = _ESC10_NAME.fullmatch(path.name)
@@ -147,6 +149,6 @@ class ESC10(ESC50):
                 fold, source, take = int(name[1]), name[2], name[3]
                 clips.append(Clip(path, label, fold, f"{fold}-{source}-{take}", source, {"esc10": True, "take": take}))
             else:
-                unlisted.append(path.relative_to(root).as_posix())
+                unlisted.append(relative_name(path, root))
         # Lengths in this edition are looser: 3.6 s to 7.2 s in the published files.
-        return Listing(clips, list(ESC10_CLASSES), unlisted=unlisted, seconds=(3.5, 7.5))
+        return Listing(clips, unlisted=unlisted, seconds=(3.5, 7.5))

@@ -3,35 +3,12 @@
 import re
 from pathlib import Path
 
-import datasets
-
-from .corpus import Archive, Clip, FolderCorpus, Listing, first_with, read_table, sound_files, whole_number
-from .errors import CorpusError
+from ..corpus import Archive, Clip, FolderCorpus, Listing, listed_clips, read_table, whole_number
+from ..errors import CorpusError
 
 _TABLE = "metadata/UrbanSound8K.csv"
 _TABLE_COLUMNS = ["slice_file_name", "fsID", "start", "end", "salience", "fold", "classID", "class"]
 _NAME = re.compile(r"(\d+)-(\d+)-(\d+)-(\d+)\.\w+")
-
-_COLUMNS = {
-    "salience": datasets.Value("int64"),
-    "start": datasets.Value("float64"),
-    "end": datasets.Value("float64"),
-}
-_FOLD_SIZES = dict(enumerate([873, 888, 925, 990, 936, 823, 838, 806, 816, 837], 1))
-_CLASS_SIZES = {
-    "air_conditioner": 1000,
-    "car_horn": 429,
-    "children_playing": 1000,
-    "dog_bark": 1000,
-    "drilling": 1000,
-    "engine_idling": 1000,
-    "gun_shot": 374,
-    "jackhammer": 1000,
-    "siren": 929,
-    "street_music": 1000,
-}
-# Five recordings have slices in two folds in the publisher's own split: {folds: how many recordings}.
-_KNOWN_CROSSINGS = {(1, 4): 2, (1, 8): 1, (1, 9): 1, (2, 7): 1}
 
 
 class UrbanSound8K(FolderCorpus):
@@ -48,10 +25,22 @@ class UrbanSound8K(FolderCorpus):
   pages = {1041--1044},
   doi = {10.1145/2647868.2655045}
 }"""
-    columns = _COLUMNS
-    fold_sizes = _FOLD_SIZES
-    class_sizes = _CLASS_SIZES
-    known_crossings = _KNOWN_CROSSINGS
+    columns = {"salience": "int64", "start": "float64", "end": "float64"}
+    fold_sizes = dict(enumerate([873, 888, 925, 990, 936, 823, 838, 806, 816, 837], 1))
+    class_sizes = {
+        "air_conditioner": 1000,
+        "car_horn": 429,
+        "children_playing": 1000,
+        "dog_bark": 1000,
+        "drilling": 1000,
+        "engine_idling": 1000,
+        "gun_shot": 374,
+        "jackhammer": 1000,
+        "siren": 929,
+        "street_music": 1000,
+    }
+    # Five recordings have slices in two folds in the publisher's own split.
+    known_crossings = {(1, 4): 2, (1, 8): 1, (1, 9): 1, (2, 7): 1}
     archives = (
         Archive(
             "https://zenodo.org/record/1203745/files/UrbanSound8K.tar.gz",
@@ -60,25 +49,12 @@ class UrbanSound8K(FolderCorpus):
         ),
     )
     layout = f"{_TABLE} and audio/fold1 … fold10/{{fsID}}-{{classID}}-{{occurrence}}-{{slice}}.wav"
-
-    def find_root(self, folder: Path) -> Path | None:
-        return first_with(folder, _TABLE)
+    marks = (_TABLE,)
 
     def read(self, root: Path) -> Listing:
-        on_disk = {path.relative_to(root).as_posix(): path for path in sound_files(root)}
-        table, listed, clips, missing = root / _TABLE, set(), [], []
-        for row in read_table(table, _TABLE_COLUMNS):
-            clip = self._clip(row, root)
-            if clip.clip_id in listed:
-                raise CorpusError(f"{table}: {row['slice_file_name']} is listed twice")
-            listed.add(clip.clip_id)
-            name = clip.path.relative_to(root).as_posix()
-            if on_disk.pop(name, None):
-                clips.append(clip)
-            else:
-                missing.append(name)
+        clips = [self._clip(row, root) for row in read_table(root / _TABLE, _TABLE_COLUMNS)]
         # Slices are at most 4 s; a little more is rounding at the recordings' own rates.
-        return Listing(clips, list(self.class_sizes), missing, list(on_disk), seconds=(0.0, 4.05))
+        return Listing(*listed_clips(root, root / _TABLE, clips), seconds=(0.0, 4.05))
 
     def _clip(self, row: dict[str, str], root: Path) -> Clip:
         table, file = root / _TABLE, row["slice_file_name"]

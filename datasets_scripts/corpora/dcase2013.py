@@ -3,27 +3,15 @@
 import re
 from pathlib import Path
 
-import datasets
-
-from .corpus import Archive, Clip, FolderCorpus, Listing, sound_files
+from ..corpus import Archive, Clip, FolderCorpus, Listing, relative_name, sound_files
 
 # Both parts use the same file names, so the part belongs to a clip's identity.
 _PARTS = {"scenes_stereo": ("development", 1), "scenes_stereo_testset": ("evaluation", 2)}
 _NAME = re.compile(r"([a-z]+)\d\d\.\w+", re.IGNORECASE)
-_CLASSES = [
-    "bus",
-    "busystreet",
-    "office",
-    "openairmarket",
-    "park",
-    "quietstreet",
-    "restaurant",
-    "supermarket",
-    "tube",
+_CLASSES = (
+    "bus", "busystreet", "office", "openairmarket", "park", "quietstreet", "restaurant", "supermarket", "tube",
     "tubestation",
-]
-_COLUMNS = {"subset": datasets.Value("string")}
-_FOLD_SIZES = {1: 100, 2: 100}
+)  # fmt: skip
 
 
 class DCASE2013(FolderCorpus):
@@ -40,8 +28,8 @@ class DCASE2013(FolderCorpus):
   year = {2013},
   doi = {10.1109/WASPAA.2013.6701819}
 }"""
-    columns = _COLUMNS
-    fold_sizes = _FOLD_SIZES
+    columns = {"subset": "string"}
+    fold_sizes = {1: 100, 2: 100}
     class_sizes = dict.fromkeys(_CLASSES, 20)
     archives = (
         Archive(
@@ -57,19 +45,16 @@ class DCASE2013(FolderCorpus):
         ),
     )
     layout = "scenes_stereo/bus01.wav … (development) and scenes_stereo_testset/bus01.wav … (evaluation)"
-
-    def find_root(self, folder: Path) -> Path | None:
-        inside = sorted(entry for entry in folder.iterdir() if entry.is_dir())
-        return next((place for place in (folder, *inside) if any((place / part).is_dir() for part in _PARTS)), None)
+    marks = tuple(_PARTS)
 
     def read(self, root: Path) -> Listing:
         clips, unlisted = [], []
         for path in sound_files(root):
             name, part = _NAME.fullmatch(path.name), _PARTS.get(path.parent.name)
             if not name or not part or name[1].lower() not in _CLASSES:
-                unlisted.append(path.relative_to(root).as_posix())
+                unlisted.append(relative_name(path, root))
                 continue
             subset, fold = part
             clip_id = f"{subset}/{path.stem}"
             clips.append(Clip(path, name[1].lower(), fold, clip_id, clip_id, {"subset": subset}))
-        return Listing(clips, list(_CLASSES), unlisted=unlisted, seconds=(29.5, 30.5))
+        return Listing(clips, unlisted=unlisted, seconds=(29.5, 30.5))
