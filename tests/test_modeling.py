@@ -26,7 +26,7 @@ from modeling_dls import (
 )
 from modeling_dls.configuration_esresnet import AUTO_MAP
 from modeling_dls.convert_esresnet_checkpoint import convert_state_dict
-from modeling_dls.modeling_esresnet import ESResNetAttention, max_pool_to
+from modeling_dls.modeling_esresnet import ESResNetAttention, RowStatistics, averaged_rows, max_pool_to
 
 HEADS = {getattr(modeling_dls, name): getattr(transformers, auto) for name, auto in modeling_dls.MODELS.items()}
 every_head = pytest.mark.parametrize("head", HEADS)
@@ -243,6 +243,44 @@ def test_statistics_equal_a_slow_version(height, width):
         expected = (np.array(numbers) - mean) / np.sqrt(variance + 1e-5)
         np.testing.assert_allclose(outputs.pooler_output[clip].detach().numpy(), expected, rtol=1e-9, atol=1e-9)
     assert outputs.pooler_output.shape[1] == model.config.hidden_size == 4 * (16 * 3 + 8 * (16 + 4 * 16))
+
+
+def slow_row_statistics(picture):
+    """(batch, channels, height, width) -> (batch, 4, channels, height), by torch's own operators."""
+    picture = picture if picture.dtype == torch.float64 else picture.float()
+    variance, mean = torch.var_mean(picture, dim=3, correction=0)
+    change = picture.diff(dim=3).abs().sum(dim=3) / max(picture.shape[3] - 1, 1)
+    return torch.stack([mean, (variance + 1e-4).sqrt(), picture.amax(dim=3), change], dim=1)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(3, 5, 4, 7), (2, 4, 1, 6), (2, 1, 3, 4), (2, 3, 4, 1)])
+def test_row_statistics_have_the_gradients_that_finite_differences_have(size, layout):
+    x = torch.randn(size, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+    assert torch.autograd.gradcheck(RowStatistics.apply, x)
+    torch.testing.assert_close(RowStatistics.apply(x), slow_row_statistics(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2**-8)])
+def test_row_statistics_equal_a_slow_version(dtype, tolerance, layout):
+    """Frames that share a maximum, frames that do not change, and rows where nothing does, included."""
+    x = torch.randn(4, 6, 5, 33).relu() + 3
+    x[0], x[1, 2], x[2, ..., 10:20] = 3, 5, 0
+    x = x.to(dtype, memory_format=layout).requires_grad_()
+    ours, slow = RowStatistics.apply(x), slow_row_statistics(x)
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours, slow, rtol=1e-5, atol=1e-5)
+    of_statistics = torch.randn(4, 4, 6, 5)
+    gradient, expected = (torch.autograd.grad(found, x, of_statistics)[0] for found in (ours, slow))
+    assert gradient.dtype == dtype and gradient.is_contiguous(memory_format=layout)
+    torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("rows", [16, 8, 5, 3, 1, 40])
+def test_averaged_rows_are_adaptive_average_pooling(rows):
+    x = torch.randn(2, 3, 16, 7, dtype=torch.float64)
+    torch.testing.assert_close(averaged_rows(x, rows), F.adaptive_avg_pool2d(x, (rows, 7)), rtol=1e-12, atol=1e-12)
 
 
 def test_statistics_of_constant_pictures_have_gradients():
