@@ -20,7 +20,7 @@ from test_remote_code import BEFORE, HERE
 
 from datasets_scripts.__main__ import main as export_or_describe
 
-CODE = {"configuration_esresnet.py", "feature_extraction_esresnet.py", "modeling_esresnet.py"}
+CODE = {path.name for path in (ROOT / "modeling_dls").glob("*_esresnet.py")}
 RECORD = {"record.json", "heard_clips.safetensors"}
 PUBLISHED = {
     "README.md",
