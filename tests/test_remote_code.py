@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from scripts import ROOT
 
 from modeling_dls import (
     ESResNetConfig,
