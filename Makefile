@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PARALLEL := -n 2 --dist loadfile
 CODE := modeling_dls datasets_scripts dls_training dls_comparison hub_cards benchmarks tests *.py
 
-.PHONY: demo test test-fast test-browser docs/space.png quality style benchmark clean
+.PHONY: demo test test-fast test-benchmarks test-browser docs/space.png quality style benchmark clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -17,11 +17,15 @@ demo: $(BIN)/.installed
 	$(BIN)/python demo.py
 
 test: quality
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not alone and not browser" $(PARALLEL)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not alone and not browser and not benchmark" $(PARALLEL)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m alone
 
 test-fast: $(BIN)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not alone and not browser" $(PARALLEL)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not alone and not browser and not benchmark" $(PARALLEL)
+
+# Whether the benchmarks measure what they say.
+test-benchmarks: $(BIN)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m benchmark
 
 # Needs a browser: on Debian, apt-get install chromium chromium-driver.
 test-browser: $(BIN)/.installed-browser

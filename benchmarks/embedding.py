@@ -1,23 +1,20 @@
 """Embedding a folder with embed.py, beside the network's forward pass alone; folded batch norm; latency of a clip.
 
-    python benchmarks/embedding.py /data/ESC-10
+    python benchmarks/embedding.py --corpus esc10=/data/ESC-10
 
 The folder is embedded by a process that does nothing else, once warmed up by itself; its clips per second are those
 that it prints, without the start of the process. The forward pass alone gets pictures that lie ready.
 """
 
-import argparse
 import re
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from measuring import REPOSITORY, Arm, ceilings, measured_on, paired, ratio_line, summarise, take_turns, write_table
+from measuring import Arm, ceilings, finish, paired, ratio_line, run, start, summarise, take_turns
 from training_step import gigaflops_per_clip
 
 BATCH = 32
-PRESETS = ("esresnet50", "esresnet18")
+PRESETS = {"esresnet50": 2, "esresnet18": 20}  # and batches of the forward pass alone
 
 
 def save_network(preset: str, folder: Path) -> None:
@@ -32,18 +29,29 @@ def save_network(preset: str, folder: Path) -> None:
     extractor.save_pretrained(folder)
 
 
+def sounds(corpus: str, folder: Path) -> Path:
+    """The corpus's folder; the generated corpus is written into one."""
+    from datasets_scripts import load_corpus
+    from datasets_scripts.options import named_source
+
+    name, source = named_source(corpus)
+    if source is None:
+        folder.mkdir()
+        for row in load_corpus(name):
+            (folder / f"{row['clip_id']}.wav").write_bytes(row["audio"]["bytes"])
+    return Path(source or folder)
+
+
 def folder_arm(preset: str, recordings: Path, model: Path) -> dict[str, Arm]:
     files = sum(1 for _ in recordings.rglob("*.*"))
-    log = Path(f"{model}.log")
 
-    def run():
-        command = [sys.executable, REPOSITORY / "embed.py", recordings, "--model", model, "--batch_size", str(BATCH),
-                   "--output", model.with_suffix(".parquet")]  # fmt: skip
-        ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=True)
-        with log.open("a") as file:
-            file.write(re.search(r"rows, ([\d.]+) clips/s", ended.stderr)[1] + "\n")
+    def embed():
+        options = ["--model", model, "--batch_size", BATCH, "--output", model.with_suffix(".parquet")]
+        log = finish(start("embed.py", recordings, *options))
+        with Path(f"{model}.log").open("a") as file:
+            file.write(re.search(r"rows, ([\d.]+) clips/s", log)[1] + "\n")
 
-    return {f"{preset}, embed.py, whole process": Arm(run, files, "clips")}
+    return {f"{preset}, embed.py, whole process": Arm(embed, files, "clips")}
 
 
 def forward_arms(preset: str, model: Path, batches: int) -> dict[str, Arm]:
@@ -81,41 +89,34 @@ def forward_arms(preset: str, model: Path, batches: int) -> dict[str, Arm]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="five-second sounds")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=3, help="default: 3")
-    args = parser.parse_args()
-    provenance = measured_on()
+def measure(args) -> list[dict]:
     lines = []
     with tempfile.TemporaryDirectory() as temporary:
-        for preset in PRESETS:
+        recordings = sounds(args.corpus, Path(temporary) / "sounds")
+        for preset, batches in PRESETS.items():
             model = Path(temporary) / preset
             save_network(preset, model)
-            batches = {"esresnet50": 2, "esresnet18": 20}[preset]
             makers = [
-                (folder_arm, (preset, args.folder, model)),
+                (folder_arm, (preset, recordings, model)),
                 (forward_arms, (preset, model, batches)),
                 (ceilings, ()),
             ]
             arms, seconds = take_turns(makers, args.rounds)
-            lines += [line for line in summarise(arms, seconds) if line["what"].startswith(preset)]
             alone, unfolded = f"{preset}, forward pass alone", f"{preset}, forward pass, batch norm not folded"
             printed = [float(rate) for rate in Path(f"{model}.log").read_text().split()][1:]
             shares = [rate * own / arms[alone].amount for rate, own in zip(printed, seconds[alone], strict=True)]
             product = "bf16 matrix product"
             gigaflops = arms[alone].amount * gigaflops_per_clip(preset, backward=False) / arms[product].amount
             of_product = [gigaflops * best / own for own, best in paired(seconds, alone, product)]
+            folding = (without / own for own, without in paired(seconds, alone, unfolded))
             lines += [
+                *(line for line in summarise(arms, seconds) if line["what"].startswith(preset)),
                 ratio_line(f"{alone}, share of the {product}", of_product),
                 ratio_line(f"{preset}, embed.py as it prints / forward pass alone, in clips/s", shares, ">= 0.9"),
-                ratio_line(
-                    f"{preset}, folding batch norm, times faster", (b / a for a, b in paired(seconds, alone, unfolded))
-                ),
+                ratio_line(f"{preset}, folding batch norm, times faster", folding),
             ]
-    write_table(args.output, lines, provenance)
+    return lines
 
 
 if __name__ == "__main__":
-    main()
+    run(measure, corpus=("synthetic", "NAME[=DIR] of five-second sounds"), rounds=3)

@@ -1,6 +1,6 @@
-"""How long UrbanSound8K takes to load and to read, and how much memory: the table of docs/datasets.md.
+"""How long UrbanSound8K takes to load and to read, and how much memory.
 
-    python benchmarks/load_corpora.py --output benchmarks/load_corpora.json
+    python benchmarks/load_corpora.py
 
 A complete tree with the official names, counts and folds is made of noise (8732 files, 4 s, 22.05 kHz, 16 bit, mono).
 Every measurement is a process of its own, so that its peak memory is its own, and all run one after another on the
@@ -8,23 +8,16 @@ same files, which the operating system has in memory by then; "cold" means that 
 --data_dir a real copy is measured instead.
 """
 
-import argparse
 import csv
-import json
 import os
-import platform
 import resource
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import soundfile
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(REPOSITORY))
+from measuring import apart, run
 
 
 def make_tree(root: Path) -> None:
@@ -103,8 +96,8 @@ MEASUREMENTS = {
 }
 
 
-def measure(name: str, root: Path, cache: Path) -> dict:
-    """Run one measurement in this process. Times leave Python's imports out."""
+def measure_one(name: str, root: Path, cache: Path) -> dict:
+    """In a process of its own. Times leave Python's imports out."""
     import datasets_scripts  # noqa: F401 (imported before the clock starts)
 
     if "DataLoader" in name:
@@ -115,7 +108,7 @@ def measure(name: str, root: Path, cache: Path) -> dict:
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
-        "measurement": name,
+        "what": name,
         "clips": clips,
         "seconds": round(seconds, 2),
         "clips_per_second": round(clips / seconds),
@@ -125,63 +118,25 @@ def measure(name: str, root: Path, cache: Path) -> dict:
     }
 
 
-def as_table(results: dict) -> str:
-    """The results in Markdown."""
-    lines = [
-        "| | seconds | clips/s | peak memory, MiB | of which after the imports, MiB |",
-        "| --- " + "| ---: " * 4 + "|",
-    ]
-    for row in results["results"]:
-        own = row["peak_mib"] - row["peak_mib_before"]
-        worker = f" (worker: {row['peak_mib_of_a_worker']})" if row["peak_mib_of_a_worker"] else ""
-        lines.append(
-            f"| {row['measurement']} | {row['seconds']:.2f} | {row['clips_per_second']:,} "
-            f"| {row['peak_mib']}{worker} | {own} |"
-        )
-    return "\n".join(lines)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--data_dir", type=Path, help="a complete UrbanSound8K; default: one is made of noise (1.5 GB)"
-    )
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
-    parser.add_argument("--measure", nargs=3, metavar=("NAME", "ROOT", "CACHE"), help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.measure:
-        name, root, cache = arguments.measure
-        print(json.dumps(measure(name, Path(root), Path(cache))))
-        return
-    load_average = os.getloadavg()[0]
+def measure(args) -> list[dict]:
+    circumstances = {"load_average_before": os.getloadavg()[0], "files": "real" if args.data_dir else "noise"}
     with tempfile.TemporaryDirectory() as place:
-        root = arguments.data_dir or Path(place) / "UrbanSound8K"
-        if arguments.data_dir is None:
+        root, cache = Path(args.data_dir or f"{place}/UrbanSound8K"), Path(place) / "cache"
+        if not args.data_dir:
             make_tree(root)
-        read_plainly(root, Path(place))  # so that the first measurement does not pay for the disk
-        results = []
-        for name in MEASUREMENTS:
-            command = [sys.executable, __file__, "--measure", name, str(root), f"{place}/cache"]
-            output = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-            results.append(json.loads(output.stdout.splitlines()[-1]))
-            print(results[-1], file=sys.stderr)
-    # Only now: a process's peak memory counts what its parent had when it was started.
-    import torch
+        read_plainly(root, cache)  # so that the first measurement does not pay for the disk
+        return [apart(measure_one, [(name, root, cache)])[0] | circumstances for name in MEASUREMENTS]
 
-    from dls_training.runtime import hardware, source_commit
 
-    machine = {
-        "hardware": hardware(torch.device("cpu")),
-        "python": platform.python_version(),
-        "commit": source_commit(),
-        "load_average_before": load_average,
-    }
-    made = {"files": "real" if arguments.data_dir else "noise, 4 s, 22.05 kHz, 16 bit, mono", "machine": machine}
-    summary = made | {"results": results}
-    if arguments.output:
-        arguments.output.write_text(json.dumps(summary, indent=2) + "\n")
-    print(as_table(summary))
+def rows(lines: list[dict]) -> list[list[str]]:
+    table = [["", "seconds", "clips/s", "peak memory, MiB", "of which after the imports, MiB"]]
+    for line in lines:
+        own = int(line["peak_mib"]) - int(line["peak_mib_before"])
+        worker = f" (worker: {line['peak_mib_of_a_worker']})" if int(line["peak_mib_of_a_worker"]) else ""
+        rate = f"{int(line['clips_per_second']):,}"
+        table.append([line["what"], f"{float(line['seconds']):.2f}", rate, f"{line['peak_mib']}{worker}", f"{own}"])
+    return table
 
 
 if __name__ == "__main__":
-    main()
+    run(measure, data_dir=("", "a complete UrbanSound8K; without, one is made of noise, 1.5 GB"))

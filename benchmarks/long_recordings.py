@@ -6,17 +6,15 @@ Anonymous and shared memory at its peak (see memory.py), of train_npid.py with -
 with --windows; and the k-NN accuracy of both ways of pre-training on labelled recordings of several minutes.
 """
 
-import argparse
 import csv
 import json
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from measuring import REPOSITORY, measured_on, write_table
+from measuring import finish, run, start
 from memory import peak_mib
-from pretraining import finish, train
+from pretraining import train
 
 SECONDS = 5.0
 RATE = 44100
@@ -68,54 +66,46 @@ def classes(clips_per_recording: int):
 
 
 def pretrain(folder: Path, output: Path, *options) -> subprocess.Popen:
-    environment = {"HF_DATASETS_CACHE": str(output.parent / "cache")}
-    return train("--corpus", f"audiofolder={folder}", "--output_dir", output, *options, environment=environment)
+    corpus = ["--corpus", f"audiofolder={folder}", "--output_dir", output]
+    return train(*corpus, *options, HF_DATASETS_CACHE=str(output.parent / "cache"))
 
 
-def embed(folder: Path, model: Path, output: Path) -> subprocess.Popen:
-    command = [sys.executable, REPOSITORY / "embed.py", folder, "--model", model, "--output", output, "--windows"]
-    return subprocess.Popen([str(word) for word in command], stderr=subprocess.PIPE, text=True)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
-    parser.add_argument("--hours", type=float, default=3.0, help="of the long recording (default: %(default)s)")
-    parser.add_argument("--epochs", type=int, default=20, help="of pre-training for k-NN (default: %(default)s)")
-    args = parser.parse_args()
-    provenance, lines = measured_on(), []
-    with tempfile.TemporaryDirectory() as temporary:
-        place = Path(temporary)
-        (place / "night").mkdir()
-        long, cut = write_both(place / "night", [("", 0, night(args.hours))])
-        for folder in (long, cut):
-            (folder / "metadata.csv").unlink()  # it has no labels
-        once = ["--num_train_epochs", 1]
-        ways = {"one file": (long, ["--windows", SECONDS]), "files of 5 s": (cut, [])}
-        peaks = {}
-        for way, (folder, windows) in ways.items():
-            model = place / folder.name
-            peaks["pre-training", way] = peak_mib(pretrain(folder, model, *once, *windows))
-            peaks["embedding", way] = peak_mib(embed(folder, place / "long", place / f"{folder.name}.parquet"))
-        for (what, way), peak in peaks.items():
-            lines.append({"what": f"{what}, {args.hours:g} h in {way}", "rate": peak, "unit": "MiB"})
+def peaks(place: Path, hours: float) -> list[dict]:
+    """Memory that one recording takes, and the same sound in short files."""
+    long, cut = write_both(place, [("", 0, night(hours))])
+    lines, mib = [], {}
+    for way, folder, windows in (("one file", long, ["--windows", SECONDS]), ("files of 5 s", cut, [])):
+        (folder / "metadata.csv").unlink()  # it has no labels
+        model = place / f"network-{folder.name}"
+        mib["pre-training", way] = peak_mib(pretrain(folder, model, "--num_train_epochs", 1, *windows))
+        embedding = ["--model", model, "--output", place / f"{folder.name}.parquet", "--windows"]
+        mib["embedding", way] = peak_mib(start("embed.py", folder, *embedding))
         for what in ("pre-training", "embedding"):
-            more = (peaks[what, "one file"] - peaks[what, "files of 5 s"]) * 2**20 / 1e6
-            what = f"{what}, one file less files of 5 s"
-            lines.append({"what": what, "rate": more, "unit": "MB", "reach": "<= 150 MB"})
-        (place / "classes").mkdir()
-        long, cut = write_both(place / "classes", list(classes(20)))
-        for way, (folder, windows) in {
-            "long files": (long, ["--windows", SECONDS]),
-            "files of 5 s": (cut, []),
-        }.items():
-            output = place / f"knn-{folder.name}"
-            finish(pretrain(folder, output, "--num_train_epochs", args.epochs, *windows))
-            history = json.loads((output / "all_results.json").read_text())["history"]
-            knn = history[-1]["knn_accuracy"]["audiofolder"]
-            lines.append({"what": f"k-NN accuracy, pre-trained on {way}", "rate": knn, "unit": ""})
-    write_table(args.output, lines, provenance)
+            lines.append({"what": f"{what}, {hours:g} h in {way}", "rate": mib[what, way], "unit": "MiB"})
+    for what in ("pre-training", "embedding"):
+        more = (mib[what, "one file"] - mib[what, "files of 5 s"]) * 2**20 / 1e6
+        what = f"{what}, one file less files of 5 s"
+        lines.append({"what": what, "rate": more, "unit": "MB", "reach": "<= 150 MB"})
+    return lines
+
+
+def accuracies(place: Path, epochs: int) -> list[dict]:
+    """k-NN accuracy after pre-training on labelled recordings, and on the same sound in short files."""
+    long, cut = write_both(place, list(classes(20)))
+    lines = []
+    for way, folder, windows in (("long files", long, ["--windows", SECONDS]), ("files of 5 s", cut, [])):
+        output = place / f"network-{folder.name}"
+        finish(pretrain(folder, output, "--num_train_epochs", epochs, *windows))
+        history = json.loads((output / "all_results.json").read_text())["history"]
+        knn = history[-1]["knn_accuracy"]["audiofolder"]
+        lines.append({"what": f"k-NN accuracy, pre-trained on {way}", "rate": knn, "unit": ""})
+    return lines
+
+
+def measure(args) -> list[dict]:
+    with tempfile.TemporaryDirectory() as one, tempfile.TemporaryDirectory() as other:
+        return peaks(Path(one), args.hours) + accuracies(Path(other), args.epochs)
 
 
 if __name__ == "__main__":
-    main()
+    run(measure, hours=(3.0, "of the long recording"), epochs=(20, "of pre-training for k-NN"))

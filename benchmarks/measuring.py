@@ -1,14 +1,18 @@
-"""What the benchmarks share: fair turns, the machine's ceilings, and tables that say where they come from."""
+"""What the benchmarks share: their shell, fair turns, the machine's ceilings, tables that say where they come from."""
 
+import argparse
 import csv
 import multiprocessing
 import os
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(REPOSITORY))  # a benchmark measures the checkout that it lies in
@@ -16,6 +20,51 @@ sys.path.insert(0, str(REPOSITORY))  # a benchmark measures the checkout that it
 MATRIX = 4096
 COPIED_FLOATS = 64 << 20
 FRAMES_PER_CLIP, FRAME_LENGTH = 394, 2048  # of a five-second clip
+FRESH = multiprocessing.get_context("spawn")
+
+
+def run(measure: Callable[[argparse.Namespace], list[dict]], **options) -> None:
+    """The shell around a benchmark: its options, its table on the screen, its CSV beside it.
+
+    Args:
+        measure: Options -> lines of the table. The first line of its module's docstring says what it measures.
+        **options: Their defaults, or (default, help).
+    """
+    module = sys.modules[measure.__module__]
+    parser = argparse.ArgumentParser(description=module.__doc__.splitlines()[0])
+    options["output"] = Path(module.__file__).with_suffix(".csv"), "a CSV, the picture beside it"
+    for name, about in options.items():
+        default, about = about if isinstance(about, tuple) else (about, "")
+        kind = {"action": "store_true"} if default is False else {"type": type(default)}
+        if isinstance(default, list):
+            kind = {"type": type(default[0]), "nargs": "+"}
+        parser.add_argument(f"--{name}", default=default, help=f"{about} (default: %(default)s)", **kind)
+    args = parser.parse_args()
+    (provenance,) = apart(measured_on, [()])  # before: what is measured later belongs to this commit
+    write_table(args.output, measure(args), provenance)
+    print(markdown(args.output, module), flush=True)
+
+
+def apart(function: Callable, arguments: list[tuple]) -> list:
+    """What a function returns, called at the same time in as many fresh processes as there are arguments."""
+    with ProcessPoolExecutor(len(arguments), FRESH) as processes:
+        return [called.result() for called in [processes.submit(function, *each) for each in arguments]]
+
+
+def start(script: str, *options, **environment: str) -> subprocess.Popen:
+    """One of the project's scripts, in a process of its own; its log is for `finish`."""
+    words = [sys.executable, REPOSITORY / script, *options]
+    return subprocess.Popen(
+        [str(word) for word in words], stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    """The log of a script that ended well; ends this process where it did not."""
+    _, log = process.communicate()
+    if process.returncode:
+        raise SystemExit(log)
+    return log
 
 
 @dataclass
@@ -57,12 +106,11 @@ def take_turns(
     Returns:
         The arms, and the seconds of each in each round.
     """
-    context = multiprocessing.get_context("spawn")
     arms, owner, processes = {}, {}, []
     try:
         for make_arms, arguments in makers:
-            connection, other_end = context.Pipe()
-            process = context.Process(target=serve, args=(make_arms, arguments, other_end), daemon=True)
+            connection, other_end = FRESH.Pipe()
+            process = FRESH.Process(target=serve, args=(make_arms, arguments, other_end), daemon=True)
             process.start()
             processes.append((process, connection))
             other_end.close()
@@ -112,15 +160,8 @@ def summarise(arms: dict[str, Arm], seconds: dict[str, list[float]]) -> list[dic
     """A line per arm: median, smallest and largest seconds, the rate, and its share of the arm's ceiling."""
     lines = []
     for name, arm in arms.items():
-        median = statistics.median(seconds[name])
-        line = {
-            "what": name,
-            "seconds": median,
-            "seconds_min": min(seconds[name]),
-            "seconds_max": max(seconds[name]),
-            "rate": arm.amount / median,
-            "unit": f"{arm.unit}/s",
-        }
+        line = {"what": name, **spread("seconds", seconds[name])}
+        line |= {"rate": arm.amount / line["seconds"], "unit": f"{arm.unit}/s"}
         if arm.ceiling:
             shares = (best / own for own, best in paired(seconds, name, arm.ceiling))
             scale = arm.amount / arms[arm.ceiling].amount
@@ -158,34 +199,95 @@ def measured_on() -> dict:
         "torchaudio": torchaudio.__version__,
         "transformers": transformers.__version__,
         "commit": source_commit(),
-        "command": " ".join(["python", os.path.relpath(sys.argv[0], REPOSITORY), *sys.argv[1:]]),
+        "command": " ".join(["python", *map(anywhere, sys.argv)]),
     }
 
 
+def anywhere(word: str) -> str:
+    """A command's word as others can read it: files of the repository as seen from there, no other place by name."""
+    name, equals, place = word.rpartition("=")
+    if os.sep not in place:
+        return word
+    found = Path(place).expanduser().resolve()
+    return name + equals + (str(found.relative_to(REPOSITORY)) if found.is_relative_to(REPOSITORY) else "DIR")
+
+
 def write_table(path: Path, lines: list[dict], provenance: dict) -> None:
-    """Writes a CSV, moves it into place, and prints it as a table."""
-    print_table(lines)
-    print(", ".join(f"{name}: {value}" for name, value in provenance.items()), flush=True)
+    """Writes a CSV and moves it into place."""
     unfinished = path.with_suffix(".unfinished")
-    names = list(dict.fromkeys(name for line in lines for name in line))
+    names = dict.fromkeys(name for line in lines for name in line)
     with unfinished.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*names, *provenance], restval="")
+        writer = csv.DictWriter(file, [*names, *provenance], restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows({**line, **provenance} for line in lines)
     unfinished.replace(path)
 
 
-def print_table(lines: list[dict]) -> None:
+def markdown(path: Path, module: ModuleType) -> str:
+    """A CSV as a table, and where its numbers come from.
+
+    Args:
+        path: The CSV.
+        module: The benchmark. It may have a function `rows` of its own, which makes of the CSV's lines those of the
+            table, the first of which names the columns.
+    """
+    with path.open(newline="", encoding="utf-8") as file:
+        lines = [{name: text for name, text in line.items() if text} for line in csv.DictReader(file)]
+    names, *rows = getattr(module, "rows", measured_rows)(lines)
+    text = "\n".join(f"| {' | '.join(row)} |" for row in (names, [":---"] * len(names), *rows))
+    origin = lines[0]
+    threads = f", {origin['threads']} threads" if "threads" in origin else ""
+    versions = "".join(f", {name} {origin[name]}" for name in ("python", "torch") if name in origin)
+    return f"{text}\n\n`{origin['command']}`: {origin['hardware']}{threads}{versions}, commit {origin['commit']}.\n"
+
+
+def measured_rows(lines: list[dict]) -> list[list[str]]:
+    """What was measured: its ratio, or its seconds and its rate, and what it was to reach."""
+    rows = [["what", "median (smallest–largest)", "rate", "reach"]]
     for line in lines:
-        parts = []
+        measured = f"**{with_spread(line, 'ratio')}**" if "ratio" in line else ""
         if "seconds" in line:
-            parts.append(f"{line['seconds']:.4g} s ({line['seconds_min']:.4g}–{line['seconds_max']:.4g})")
-        if "rate" in line:
-            parts.append(f"{line['rate']:.4g} {line['unit']}")
-        for name in ("share_of_ceiling", "ratio"):
-            if name in line:
-                of = f" of {line['ceiling']}" if name == "share_of_ceiling" else ""
-                parts.append(f"{line[name]:.3g} ({line[f'{name}_min']:.3g}–{line[f'{name}_max']:.3g}){of}")
-        if line.get("reach"):
-            parts.append(f"reach {line['reach']}")
-        print(f"{line['what']:60s} {'  '.join(parts)}")
+            measured = f"{with_spread(line, 'seconds')} s"
+        rate = f"{number(line['rate'])} {line.get('unit', '')}".rstrip() if "rate" in line else ""
+        if "share_of_ceiling" in line:
+            rate += f", {number(line['share_of_ceiling'])} of {line['ceiling']}"
+        rows.append([line["what"], measured, rate, line.get("reach", "")])
+    return rows
+
+
+def with_spread(line: dict, name: str, shown: Callable[[str], str] | None = None) -> str:
+    """Median (smallest–largest), each as `shown` writes it."""
+    middle, low, high = map(shown or number, (line[name], line[f"{name}_min"], line[f"{name}_max"]))
+    return f"{middle} ({low}–{high})"
+
+
+def number(text: str) -> str:
+    value = float(text)
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def draw(path: Path, panels: dict[str, tuple[list[tuple], dict]], xlabel: str, marker: str | None = None) -> None:
+    """Curves side by side.
+
+    Args:
+        path: A .png file.
+        panels: Title -> curves (label, x, y), those of one label in one colour; and settings of the axes.
+        xlabel: Of all.
+        marker: On every point.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(panels), figsize=(13, 4), layout="constrained")
+    colours = {}
+    for axis, (title, (curves, settings)) in zip(axes, panels.items(), strict=True):
+        for label, x, y in curves:
+            known = label in axis.get_legend_handles_labels()[1]
+            colour = colours.setdefault(label, f"C{len(colours)}")
+            axis.plot(x, y, color=colour, marker=marker, label=None if known else label)
+        axis.set(title=title, xlabel=xlabel, **settings)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=100)

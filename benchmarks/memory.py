@@ -6,14 +6,13 @@ Anonymous and shared memory (RssAnon + RssShmem) of the process and all its chil
 epoch over 800 and over 8,000 generated clips of a second.
 """
 
-import argparse
 import subprocess
 import tempfile
 import time
 from pathlib import Path
 
-from measuring import measured_on, write_table
-from pretraining import finish, train
+from measuring import finish, run
+from pretraining import train
 
 
 def make_clips(folder: Path, count: int) -> None:
@@ -41,12 +40,6 @@ def memory_mib(pid: int) -> float:
     return total + sum(memory_mib(int(child)) for child in children)
 
 
-def run_once(folder: Path, options: list, environment: dict) -> subprocess.Popen:
-    """One epoch over a folder of second-long clips."""
-    return train(*options, "--corpus", f"audiofolder={folder}", "--clip_seconds", 1, "--num_train_epochs", 1,
-                 "--output_dir", tempfile.mkdtemp(dir=folder.parent), environment=environment)  # fmt: skip
-
-
 def peak_mib(process: subprocess.Popen) -> float:
     """The most that a process has had until it ended well."""
     peak = 0.0
@@ -57,26 +50,23 @@ def peak_mib(process: subprocess.Popen) -> float:
     return peak
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
-    parser.add_argument("--clips", type=int, nargs=2, default=[800, 8000], help="default: 800 8000")
-    args = parser.parse_args()
-    provenance, lines = measured_on(), []
-    with tempfile.TemporaryDirectory() as folder:
-        few, many = (Path(folder) / str(count) for count in args.clips)
-        make_clips(few, args.clips[0])
-        make_clips(many, args.clips[1])
-        for kept in ([], ["--keep_spectrograms"], ["--keep_waveforms"]):
-            environment = {"HF_DATASETS_CACHE": str(Path(folder) / "cache")}
-            peaks = [peak_mib(run_once(clips, kept, environment)) for clips in (few, many)]
-            how = kept[0] if kept else "decoding in every epoch"
-            for count, peak in zip(args.clips, peaks, strict=True):
-                lines.append({"what": f"peak memory, {count} clips, {how}", "rate": peak, "unit": "MiB"})
+def measure(args) -> list[dict]:
+    lines = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for count in args.clips:
+            make_clips(Path(temporary) / str(count), count)
+        for cached in ([], ["--keep_spectrograms"], ["--keep_waveforms"]):
+            how, peaks = cached[0] if cached else "decoding in every epoch", []
+            for count in args.clips:
+                output = tempfile.mkdtemp(dir=temporary)
+                corpus = ["--corpus", f"audiofolder={temporary}/{count}", "--clip_seconds", 1, "--num_train_epochs", 1]
+                process = train(*cached, *corpus, "--output_dir", output, HF_DATASETS_CACHE=f"{temporary}/cache")
+                peaks.append(peak_mib(process))
+                lines.append({"what": f"peak memory, {count} clips, {how}", "rate": peaks[-1], "unit": "MiB"})
             growth = (peaks[1] - peaks[0]) * 2**20 / 1e6
             lines.append({"what": f"growth, {how}", "rate": growth, "unit": "MB", "reach": "<= 100 MB"})
-    write_table(args.output, lines, provenance)
+    return lines
 
 
 if __name__ == "__main__":
-    main()
+    run(measure, clips=([800, 8000], "of both corpora"))

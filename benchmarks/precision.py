@@ -5,15 +5,13 @@
 Each seed pre-trains the small preset in either precision, and then fine-tunes from it with fold 1 held out.
 """
 
-import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from measuring import REPOSITORY, measured_on, spread, write_table
+from measuring import draw, finish, run, spread, start, with_spread
 
 PRECISIONS = {"bf16": "bf16", "fp32": "no"}
 PRETRAINING = [
@@ -25,10 +23,16 @@ FINE_TUNING = ["--fold", "1", "--num_train_epochs", "10", "--learning_rate", "1e
                "--report_to", "none"]  # fmt: skip
 
 
+WHAT = {
+    "loss": "pre-training loss",
+    "k-NN accuracy": "k-NN accuracy",
+    "accuracy": "fine-tuning accuracy, fold 1",
+}
+
+
 def train(script: str, output: Path, *options) -> dict:
     """Runs a train script and returns its results."""
-    command = [sys.executable, REPOSITORY / script, *options, "--output_dir", output]
-    subprocess.run([str(word) for word in command], check=True, stderr=subprocess.DEVNULL)
+    finish(start(script, *options, "--output_dir", output))
     return json.loads((output / "all_results.json").read_text())
 
 
@@ -51,52 +55,33 @@ def curves(corpus: str, precision: str, seed: int, epochs: int, folder: Path) ->
     ]
 
 
-def draw(lines: list[dict], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 3, figsize=(13, 4), layout="constrained")
-    titles = {
-        "loss": "pre-training loss",
-        "k-NN accuracy": "k-NN accuracy",
-        "accuracy": "fine-tuning accuracy, fold 1",
-    }
-    for axis, (what, title) in zip(axes, titles.items(), strict=True):
-        for colour, precision in enumerate(PRECISIONS):
-            for seed in sorted({line["seed"] for line in lines}):
-                own = [x for x in lines if (x["what"], x["precision"], x["seed"]) == (what, precision, seed)]
-                label = precision if seed == lines[0]["seed"] else None
-                axis.plot([x["epoch"] for x in own], [x["value"] for x in own], color=f"C{colour}", label=label)
-        axis.set(title=title, xlabel="epoch")
-        axis.grid(alpha=0.3)
-    axes[0].legend()
-    figure.savefig(path, dpi=100)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--corpus", default="synthetic", metavar="NAME[=DIR]", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
-    parser.add_argument("--epochs", type=int, default=60, help="of pre-training (default: 60)")
-    parser.add_argument("--seeds", type=int, default=3, help="default: 3")
-    args = parser.parse_args()
-    provenance = measured_on()
+def measure(args) -> list[dict]:
     lines = []
     with tempfile.TemporaryDirectory() as temporary:
         for seed in range(args.seeds):
             for precision in PRECISIONS:
                 folder = Path(temporary) / f"{precision}-{seed}"
                 lines += curves(args.corpus, precision, seed, args.epochs, folder)
-    draw(lines, args.output.with_suffix(".png"))
-    last = {x["what"]: max(y["epoch"] for y in lines if y["what"] == x["what"]) for x in lines}
-    for what, epoch in last.items():
-        for precision in PRECISIONS:
-            ends = [x["value"] for x in lines if (x["what"], x["precision"], x["epoch"]) == (what, precision, epoch)]
-            print(f"{what} at the end, {precision}: {spread('value', ends)}")
-    write_table(args.output, lines, provenance)
+    panels = {title: ([], {}) for title in WHAT.values()}
+    for what, precision, seed in dict.fromkeys((x["what"], x["precision"], x["seed"]) for x in lines):
+        own = [x for x in lines if (x["what"], x["precision"], x["seed"]) == (what, precision, seed)]
+        panels[WHAT[what]][0].append((precision, [x["epoch"] for x in own], [x["value"] for x in own]))
+    draw(args.output.with_suffix(".png"), panels, "epoch")
+    return lines
+
+
+def rows(lines: list[dict]) -> list[list[str]]:
+    """What both precisions come to in the end."""
+    seeds = len({line["seed"] for line in lines})
+    table = [[f"at the end, median of {seeds} seeds (smallest–largest)", *PRECISIONS]]
+    for what, title in WHAT.items():
+        last = max(int(line["epoch"]) for line in lines if line["what"] == what)
+        ends = [line for line in lines if (line["what"], line["epoch"]) == (what, str(last))]
+        of = {precision: [float(x["value"]) for x in ends if x["precision"] == precision] for precision in PRECISIONS}
+        shown = [with_spread(spread("value", values), "value", "{:.3f}".format) for values in of.values()]
+        table.append([f"{title}, {last} epochs", *shown])
+    return table
 
 
 if __name__ == "__main__":
-    main()
+    run(measure, corpus=("synthetic", "NAME[=DIR]"), epochs=(60, "of pre-training"), seeds=3)

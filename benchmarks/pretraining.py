@@ -6,15 +6,12 @@ A run over real files with the preset for CPUs, from the start of the process to
 steps of the network alone on pictures that lie ready (forward, exact softmax over the bank, backward, AdamW).
 """
 
-import argparse
 import json
-import os
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
-from measuring import REPOSITORY, Arm, measured_on, paired, ratio_line, summarise, take_turns, write_table
+from measuring import Arm, finish, paired, ratio_line, run, start, summarise, take_turns
 
 BATCH, PRESET = 32, "esresnet18"
 RECIPE = [
@@ -24,33 +21,23 @@ RECIPE = [
 ]  # fmt: skip
 
 
-def train(*options, environment: dict | None = None) -> subprocess.Popen:
-    command = [sys.executable, REPOSITORY / "train_npid.py", *RECIPE, *options]
-    return subprocess.Popen(
-        [str(word) for word in command], stderr=subprocess.PIPE, text=True, env={**os.environ, **(environment or {})}
-    )
-
-
-def finish(process: subprocess.Popen) -> None:
-    _, log = process.communicate()
-    if process.returncode:
-        raise SystemExit(log)
+def train(*options, **environment: str) -> subprocess.Popen:
+    return start("train_npid.py", *RECIPE, *options, **environment)
 
 
 def run_arm(corpus: str, epochs: int, folder: str) -> dict[str, Arm]:
     """The script as a user starts it."""
-    runs = iter(range(1000))
+    rates = []
 
-    def run():
-        output = Path(folder) / f"run-{next(runs)}"
+    def whole_run():
+        output = Path(folder) / f"run-{len(rates)}"
         options = ["--corpus", corpus, "--keep_spectrograms", "--num_train_epochs", epochs, "--knn_interval", 20]
         finish(train(*options, "--output_dir", output))
         history = json.loads((output / "all_results.json").read_text())["history"]
         rates.append([entry["clips_per_second"] for entry in history[1:]])
         (Path(folder) / "rates.json").write_text(json.dumps(rates))
 
-    rates = []
-    return {"train_npid.py, whole run": Arm(run, epochs * number_of_clips(corpus), "clips")}
+    return {"train_npid.py, whole run": Arm(whole_run, epochs * number_of_clips(corpus), "clips")}
 
 
 def number_of_clips(corpus: str) -> int:
@@ -79,7 +66,7 @@ def step_arm(corpus: str, epochs: int) -> dict[str, Arm]:
     objective = InstanceDiscrimination(MemoryBank(clips, 128), "softmax", temperature=0.1)
     pictures, indices = torch.randn(BATCH, 1, 3, 64, 128), torch.arange(BATCH)
 
-    def run():
+    def steps():
         for _ in range(epochs * clips // BATCH):
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 embeddings = model(pictures).embeddings
@@ -87,34 +74,26 @@ def step_arm(corpus: str, epochs: int) -> dict[str, Arm]:
             optimizer.step()
             optimizer.zero_grad()
 
-    return {"the network's step alone": Arm(run, epochs * clips // BATCH * BATCH, "clips")}
+    return {"the network's step alone": Arm(steps, epochs * clips // BATCH * BATCH, "clips")}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--corpus", default="synthetic", metavar="NAME[=DIR]", help="default: %(default)s")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
-    parser.add_argument("--epochs", type=int, default=40, help="of a run (default: 40)")
-    parser.add_argument("--rounds", type=int, default=2, help="default: 2")
-    args = parser.parse_args()
-    provenance = measured_on()
+def measure(args) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         makers = [(run_arm, (args.corpus, args.epochs, folder)), (step_arm, (args.corpus, args.epochs))]
         arms, seconds = take_turns(makers, args.rounds)
         rates = json.loads((Path(folder) / "rates.json").read_text())[1:]
-    lines = summarise(arms, seconds)
-    run, step = "train_npid.py, whole run", "the network's step alone"
-    scale = arms[run].amount / arms[step].amount
-    lines.append(
-        ratio_line(
-            "whole run / step alone, in clips/s", (scale * b / a for a, b in paired(seconds, run, step)), ">= 0.9"
-        )
+    whole, step = arms
+    scale = arms[whole].amount / arms[step].amount
+    ratios = (scale * b / a for a, b in paired(seconds, whole, step))
+    epochs = (
+        sorted(own)[len(own) // 2] * alone / arms[step].amount for own, alone in zip(rates, seconds[step], strict=True)
     )
-    alone = [arms[step].amount / s for s in seconds[step]]
-    epochs = [sorted(own)[len(own) // 2] / rate for own, rate in zip(rates, alone, strict=True)]
-    lines.append(ratio_line("the run's epochs (median) / step alone, in clips/s", epochs))
-    write_table(args.output, lines, provenance)
+    return [
+        *summarise(arms, seconds),
+        ratio_line("whole run / step alone, in clips/s", ratios, ">= 0.9"),
+        ratio_line("the run's epochs (median) / step alone, in clips/s", epochs),
+    ]
 
 
 if __name__ == "__main__":
-    main()
+    run(measure, corpus=("synthetic", "NAME[=DIR]"), epochs=(40, "of a run"), rounds=2)

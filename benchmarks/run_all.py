@@ -1,53 +1,58 @@
-"""Runs every benchmark of speed, one after the other, and puts what they measured into docs/speed.md.
+"""Runs every benchmark of speed, one after the other, and puts what was measured into the documents.
 
     python benchmarks/run_all.py --esc10 /data/ESC-10
+    python benchmarks/run_all.py --report       # only the documents, from the CSVs
 
-Without ESC-10 the generated corpus is used, and a folder of it.
+Without ESC-10 the generated corpus is used. The tables of memory_bank.py and load_corpora.py are written from the CSVs
+that are there.
 """
 
 import argparse
+import re
 import subprocess
 import sys
-import tempfile
 import time
-from pathlib import Path
+from importlib import import_module
 
-from measuring import REPOSITORY
+from measuring import REPOSITORY, markdown
+
+BENCHMARKS = (
+    "start_up",
+    "spectrogram",
+    "training_step",
+    "embedding",
+    "pretraining",
+    "memory",
+    "long_recordings",
+    "precision",
+)
+DOCUMENTS = [REPOSITORY / "docs" / name for name in ("speed.md", "scaling.md", "datasets.md")]
+MARKED = re.compile(r"(<!-- (\w+)\.csv -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def write_synthetic(folder: Path) -> None:
-    """The generated corpus as files."""
-    from datasets_scripts import load_corpus
-
-    for row in load_corpus("synthetic"):
-        (folder / f"{row['clip_id']}.wav").write_bytes(row["audio"]["bytes"])
+def filled(document: str) -> str:
+    """The document with every marked table as its CSV has it."""
+    folder = REPOSITORY / "benchmarks"
+    return MARKED.sub(
+        lambda found: found[1] + markdown(folder / f"{found[2]}.csv", import_module(found[2])) + found[3], document
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--esc10", type=Path, help="the 400 real clips")
+    parser.add_argument("--esc10", help="the 400 real clips")
+    parser.add_argument("--report", action="store_true", help="measure nothing, write the documents")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as temporary:
-        recordings = args.esc10 or Path(temporary)
-        if not args.esc10:
-            write_synthetic(recordings)
-        corpus = f"esc10={args.esc10}" if args.esc10 else "synthetic"
-        for name, *options in (
-            ["start_up"],
-            ["spectrogram"],
-            ["training_step", "--compile"],
-            ["embedding", recordings],
-            ["pretraining", "--corpus", corpus],
-            ["memory"],
-            ["long_recordings"],
-            ["precision", "--corpus", corpus],
-            ["report"],
-        ):
-            print(f"\n== {name}", flush=True)
-            started = time.perf_counter()
-            command = [sys.executable, REPOSITORY / "benchmarks" / f"{name}.py", *options]
-            subprocess.run([str(word) for word in command], check=True)
-            print(f"({time.perf_counter() - started:.0f} s)", flush=True)
+    corpus = ["--corpus", f"esc10={args.esc10}" if args.esc10 else "synthetic"]
+    options = {"training_step": ["--compile"], **dict.fromkeys(("embedding", "pretraining", "precision"), corpus)}
+    for name in BENCHMARKS if not args.report else ():
+        print(f"\n== {name}", flush=True)
+        started = time.perf_counter()
+        command = [sys.executable, REPOSITORY / "benchmarks" / f"{name}.py", *options.get(name, [])]
+        subprocess.run([str(word) for word in command], check=True)
+        print(f"({time.perf_counter() - started:.0f} s)", flush=True)
+    for document in DOCUMENTS:
+        document.write_text(filled(document.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

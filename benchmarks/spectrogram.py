@@ -5,10 +5,7 @@
 Twice: in an ordinary process, and in one that keeps freed memory for itself, as training and embedding do.
 """
 
-import argparse
-from pathlib import Path
-
-from measuring import Arm, ceilings, measured_on, paired, ratio_line, summarise, take_turns, write_table
+from measuring import Arm, ceilings, paired, ratio_line, run, summarise, take_turns
 
 CLIPS, SAMPLES = 64, 220500
 
@@ -37,15 +34,10 @@ def spectrogram_arms(process: str, keep_memory: bool) -> dict[str, Arm]:
         "extractor(list of arrays)": lambda: full(clips, sampling_rate=44100, return_tensors="pt"),
         "extractor.spectrogram, 64 x 128": lambda: small.spectrogram(waveform),
     }
-    return {f"{name}, {process}": Arm(run, CLIPS, "clips", "bare FFT") for name, run in work.items()}
+    return {f"{name}, {process}": Arm(call, CLIPS, "clips", "bare FFT") for name, call in work.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=15, help="default: 15")
-    args = parser.parse_args()
-    provenance = measured_on()
+def measure(args) -> list[dict]:
     processes = {"ordinary process": False, "memory kept": True}
     makers = [(spectrogram_arms, (process, keep)) for process, keep in processes.items()]
     arms, seconds = take_turns([*makers, (ceilings, ())], args.rounds)
@@ -55,8 +47,8 @@ def main() -> None:
             ratios = (a / b for a, b in paired(seconds, f"{name}, {process}", f"torch.stft, {process}"))
             reach = "<= 1.7" if name == "extractor.spectrogram" else ""
             lines.append(ratio_line(f"{name} / torch.stft, {process}", ratios, reach))
-    write_table(args.output, lines, provenance)
+    return lines
 
 
 if __name__ == "__main__":
-    main()
+    run(measure, rounds=15)

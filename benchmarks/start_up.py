@@ -3,12 +3,10 @@
 python benchmarks/start_up.py
 """
 
-import argparse
 import subprocess
 import sys
-from pathlib import Path
 
-from measuring import REPOSITORY, Arm, measured_on, paired, ratio_line, summarise, take_turns, write_table
+from measuring import REPOSITORY, Arm, paired, ratio_line, run, summarise, take_turns
 
 TRANSFORMERS = "from transformers import AutoModelForAudioClassification"
 COMMANDS = {
@@ -20,27 +18,21 @@ COMMANDS = {
 
 
 def process_arms() -> dict[str, Arm]:
-    def run(arguments: list[str]) -> None:
+    def call(arguments: list[str]) -> None:
         subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, check=True, stdout=subprocess.DEVNULL)
 
-    return {name: Arm(lambda words=words: run(words), 1, "starts") for name, words in COMMANDS.items()}
+    return {name: Arm(lambda words=words: call(words), 1, "starts") for name, words in COMMANDS.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=7, help="default: 7")
-    args = parser.parse_args()
-    provenance = measured_on()
+def measure(args) -> list[dict]:
     arms, seconds = take_turns([(process_arms, ())], args.rounds)
     lines = summarise(arms, seconds)
     for line in lines:
         if line["what"].endswith("--help"):
             line["reach"] = "<= 4 s"
     ratios = (ours / plain for ours, plain in paired(seconds, "the same, and import modeling_dls", TRANSFORMERS))
-    lines.append(ratio_line("import modeling_dls beside transformers / transformers alone", ratios))
-    write_table(args.output, lines, provenance)
+    return [*lines, ratio_line("import modeling_dls beside transformers / transformers alone", ratios)]
 
 
 if __name__ == "__main__":
-    main()
+    run(measure, rounds=7)

@@ -7,10 +7,7 @@ bank. The plain step is the same network in fp32, contiguous, eager, with torch'
 written down as its definition reads. Then each measure is taken away in turn.
 """
 
-import argparse
-from pathlib import Path
-
-from measuring import Arm, ceilings, measured_on, paired, ratio_line, summarise, take_turns, write_table
+from measuring import Arm, ceilings, paired, ratio_line, run, summarise, take_turns
 
 CLIPS, SAMPLES, BANK = 16, 220500, 10**4
 FAST = {"precision": "bf16", "memory_format": "channels_last", "fused": True, "keep_memory": True, "compiled": False}
@@ -102,40 +99,27 @@ def gigaflops_per_clip(preset: str = "esresnet50", backward: bool = True) -> flo
     return counter.get_total_flops() / 2e9
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".csv"), help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
-    parser.add_argument("--compile", action="store_true", help="torch.compile too, which takes minutes")
-    args = parser.parse_args()
-    provenance = measured_on()
+def measure(args) -> list[dict]:
     fast = (step_arms, ("fast", *FAST.values()))
     arms, seconds = take_turns([fast, (ceilings, ())], 2 * args.rounds)
-    lines = summarise(arms, seconds)
     relative = CLIPS * gigaflops_per_clip() / arms["bf16 matrix product"].amount
-    lines += [
-        ratio_line(
-            "fast step, share of the bf16 matrix product",
-            (relative * best / own for own, best in paired(seconds, "fast", "bf16 matrix product")),
-            ">= 0.75",
-        ),
-        ratio_line(
-            "bank, loss and update, share of the fast step",
-            (bank / own for bank, own in paired(seconds, "bank, loss and update", "fast")),
-            "<= 0.01",
-        ),
-    ]  # fmt: skip
+    shares = (relative * best / own for own, best in paired(seconds, "fast", "bf16 matrix product"))
+    of_bank = (bank / own for bank, own in paired(seconds, "bank, loss and update", "fast"))
+    lines = [
+        *summarise(arms, seconds),
+        ratio_line("fast step, share of the bf16 matrix product", shares, ">= 0.75"),
+        ratio_line("bank, loss and update, share of the fast step", of_bank, "<= 0.01"),
+    ]
     arms, seconds = take_turns([(step_arms, ("plain", *PLAIN.values())), fast], args.rounds)
     lines += [line for line in summarise(arms, seconds) if line["what"] == "plain"]
     ratios = (plain / own for plain, own in paired(seconds, "plain", "fast"))
     lines.append(ratio_line("fast step, times faster than plain", ratios, ">= 4.5"))
     for name, change in {**WITHOUT, **(COMPILED if args.compile else {})}.items():
         _, seconds = take_turns([fast, (step_arms, (name, *(FAST | change).values()))], args.rounds)
-        lines.append(
-            ratio_line(f"fast step with {name}, times slower", (b / a for a, b in paired(seconds, "fast", name)))
-        )
-    write_table(args.output, lines, provenance)
+        ratios = (without / own for own, without in paired(seconds, "fast", name))
+        lines.append(ratio_line(f"fast step with {name}, times slower", ratios))
+    return lines
 
 
 if __name__ == "__main__":
-    main()
+    run(measure, rounds=5, compile=(False, "torch.compile too, which takes minutes"))

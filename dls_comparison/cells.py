@@ -1,6 +1,5 @@
 """What is there of a plan's cells: results that count, weights to start from, and what an interrupted run left."""
 
-import json
 import shlex
 import shutil
 import time
@@ -8,17 +7,18 @@ from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
 
-from datasets_scripts.files import files_moved_into_place, write_json
+from datasets_scripts.files import files_moved_into_place, read_object, write_json
 from dls_training.checkpoints import PREFIX
+from dls_training.networks import STRUCTURE
 
-from .plan import CONVERSION, FINE_TUNING, PRETRAINING, Cell, Plan
+from .plan import CONVERSION, FINE_TUNING, Cell, Plan
+from .results import add_result, read_results
 
-# What the report needs of a script's all_results.json. The rest is as long as the corpus, or stands elsewhere.
-KEPT = {
-    PRETRAINING: ("clips", "excluded_folds", "objective", "knn", "history", "seconds", "options", "environment"),
-    FINE_TUNING: ("corpus", "folds", "options", "environment"),
-    CONVERSION: (),
-}
+# A script's options that may differ between the arms, seeds and machines of one setting.
+DIFFERENT_OPTIONS = {
+    "corpus", "model_name_or_path", "preset", "init", "fold", "seed", "output_dir", "resume_from_checkpoint",
+    "dataloader_num_workers", "report_to", "cache_gigabytes", "push_to_hub", "hub_model_id", "hub_private_repo",
+}  # fmt: skip
 
 
 class CellStore:
@@ -26,21 +26,24 @@ class CellStore:
 
     Attributes:
         plan: The plan.
-        results: Folder of the report, with `cells` and `logs` below it.
+        csv: Of results, see results.py.
         work: Folder of weights and checkpoints. For each cell: its output folder, what it printed so far (`CELL.log`)
             and, in `CELL.json`, the key that it was started with and, until it is finished, the seconds that it took.
+        results: The CSV's content when it was last read.
     """
 
-    def __init__(self, plan: Plan, results: Path, work: Path):
-        self.plan, self.results, self.work = plan, results, work
+    def __init__(self, plan: Plan, work: Path):
+        self.plan, self.work = plan, work
+        self.csv = plan.file.with_suffix("") / "cells.csv"
+        self.read()
 
-    def result_file(self, cell: Cell) -> Path:
-        return self.results / "cells" / f"{cell.name}.json"
+    def read(self) -> None:
+        self.results = read_results(self.csv)
 
     def result(self, cell: Cell) -> dict | None:
         """What a finished cell measured; None where it has not run, or was something else when it ran."""
-        found = read_json(self.result_file(cell))
-        return found if found.get("key") == cell.key else None
+        found = self.results.get(cell.name)
+        return found if found and found["key"] == cell.key else None
 
     def state(self, cell: Cell) -> str:
         """Why a cell is to be run."""
@@ -48,15 +51,11 @@ class CellStore:
             return "goes on"
         if self.result(cell):
             return "again: its weights are gone"
-        return "again: the plan has changed" if self.result_file(cell).exists() else "new"
-
-    def folder(self, cell: Cell) -> str:
-        """Where its weights are, or will be; or a Hub id."""
-        return cell.ready or str(self.work / cell.name)
+        return "again: the plan has changed" if cell.name in self.results else "new"
 
     def attempt(self, cell: Cell) -> dict:
         """What is noted of the cell's last run, if it was the same cell then."""
-        noted = read_json(self.work / f"{cell.name}.json")
+        noted = read_object(self.work / f"{cell.name}.json") or {}
         return noted if noted.get("key") == cell.key else {}
 
     def unfinished(self, cell: Cell) -> bool:
@@ -70,25 +69,22 @@ class CellStore:
 
     def command(self, cell: Cell) -> list[str]:
         """What a user would type, in the repository's folder."""
-        if cell.script == CONVERSION:
-            return ["python", *CONVERSION.split(), cell.options[0], self.folder(cell), *cell.options[1:]]
-        words = []
-        for name in cell.corpora:
-            source = self.plan.directories[name]
-            words += ["--corpus", f"{name}={source}" if source else name]
-        if cell.start:
-            words += ["--model_name_or_path", self.folder(cell.start)]
-        elif cell.script == FINE_TUNING:
-            words += ["--init", "scratch"]
-        return ["python", cell.script, *words, *cell.options, "--output_dir", self.folder(cell)]
+        return command(cell, self.plan.directories, self.work)
+
+    def log(self, cell: Cell) -> Path:
+        return self.work / f"{cell.name}.log"
+
+    def note(self, cell: Cell, **attempt) -> None:
+        with files_moved_into_place(self.work) as folder:
+            write_json(folder / f"{cell.name}.json", {"key": cell.key, **attempt})
 
     def begin(self, cell: Cell) -> float:
-        """Makes room for a run, or keeps what an interrupted one left.
+        """Makes room for a run, or leaves what an interrupted one saved.
 
         Returns:
             Seconds of the earlier attempts that this one goes on from.
         """
-        attempt, log = self.attempt(cell), self.work / f"{cell.name}.log"
+        attempt, log = self.attempt(cell), self.log(cell)
         if not self.unfinished(cell):
             shutil.rmtree(self.work / cell.name, ignore_errors=True)
             log.unlink(missing_ok=True)
@@ -98,38 +94,29 @@ class CellStore:
         self.note(cell, seconds=attempt["seconds"], started=time.time())
         return attempt["seconds"]
 
-    def note(self, cell: Cell, **attempt) -> None:
-        with files_moved_into_place(self.work) as folder:
-            write_json(folder / f"{cell.name}.json", {"key": cell.key, **attempt})
-
-    def keep_log(self, cell: Cell, lines: list[str]) -> None:
-        with files_moved_into_place(self.results / "logs") as folder:
-            (folder / f"{cell.name}.log").write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-
     def finish(self, cell: Cell, seconds: float) -> None:
-        """Writes a cell's result, and deletes its checkpoints, which nothing needs any more.
+        """Saves a cell's result, and deletes its checkpoints, which nothing needs any more.
 
         Args:
             cell: Its script has ended well.
             seconds: That it took, starting and all attempts included.
         """
         folder = self.work / cell.name
-        said = read_json(folder / "all_results.json")
+        # Where corpora and weights are on this machine is nobody else's business.
+        anywhere = {name: source and "DIR" for name, source in self.plan.directories.items()}
         result = {
             "cell": cell.name,
-            "key": cell.key,
             "kind": cell.kind,
             **cell.facts,
-            "command": shlex.join(self.command(cell)),
             "starts_from": cell.start and cell.start.name,
             "wall_seconds": round(seconds, 2),
+            **measured(read_object(folder / "all_results.json") or {}),
             "network": network(folder),
-            **{name: said[name] for name in KEPT[cell.script] if name in said},
+            "command": shlex.join(command(cell, anywhere, Path("runs") / self.plan.file.stem)),
+            "key": cell.key,
         }
-        for run in result.get("folds", {}).values():
-            run.pop("confusion_matrix", None)  # as long as all else together, and not compared
-        with files_moved_into_place(self.result_file(cell).parent) as unfinished:
-            write_json(unfinished / self.result_file(cell).name, result)
+        add_result(self.csv, result, [other.name for other in self.plan.cells])
+        self.read()
         for checkpoint in [*folder.glob(f"{PREFIX}*"), *folder.glob(f"fold-*/{PREFIX}*")]:
             shutil.rmtree(checkpoint)
         self.note(cell)
@@ -143,7 +130,7 @@ class CellStore:
 
     def clear_leftovers(self) -> None:
         """Deletes what a run that was killed had not yet moved into place."""
-        for leftover in [*self.results.glob("**/.unfinished.*"), *self.work.glob(".unfinished.*")]:
+        for leftover in [*self.csv.parent.glob(".unfinished.*"), *self.work.glob(".unfinished.*")]:
             shutil.rmtree(leftover)
 
     def find_imagenet(self) -> None:
@@ -162,23 +149,59 @@ class CellStore:
             return cell.problem
         return self.blocked(cell.start)
 
+    def skipped(self) -> dict[str, str]:
+        """{arm or pre-training: why it cannot be run}"""
+        reasons = {}
+        for cell in self.plan.cells:
+            if cell.kind != "imagenet" and not self.result(cell) and (reason := self.blocked(cell)):
+                arm = self.plan.arms.get(cell.facts.get("arm"))
+                reasons[arm["label"] if arm else f"pre-training {cell.facts['pretraining']}"] = reason
+        return reasons
 
-def read_json(path: Path) -> dict:
-    """A file's content; nothing where there is none, or none that was written here."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+
+def command(cell: Cell, directories: dict[str, str | None], work: Path) -> list[str]:
+    """The words of a cell's command, with corpora in `directories` and output folders in `work`."""
+    output = cell.ready or str(work / cell.name)
+    if cell.script == CONVERSION:
+        return ["python", *CONVERSION.split(), cell.options[0], output, *cell.options[1:]]
+    words = ["python", cell.script]
+    for name in cell.corpora:
+        words += ["--corpus", f"{name}={directories[name]}" if directories[name] else name]
+    if cell.start:
+        words += ["--model_name_or_path", cell.start.ready or str(work / cell.start.name)]
+    elif cell.script == FINE_TUNING:
+        words += ["--init", "scratch"]
+    return [*words, *cell.options, "--output_dir", output]
+
+
+def measured(results: dict) -> dict:
+    """What the report needs of a script's all_results.json, as it stands in the CSV."""
+    found = {}
+    if runs := list(results.get("folds", {}).values()):
+        found = {name: [run[name] for run in runs] for name in ("test_clips", "test_clips_heard_in_pretraining")}
+        found["folds"] = [int(fold) for fold in results["folds"]]
+        start = "accuracy_at_start" in runs[0]
+        found["epochs"] = list(range(0 if start else 1, len(runs[0]["accuracy_per_epoch"]) + 1))
+        for name in ("accuracy", "seconds"):
+            found[name] = [([run[f"{name}_at_start"]] if start else []) + run[f"{name}_per_epoch"] for run in runs]
+    elif history := [entry for entry in results.get("history", []) if "knn_accuracy" in entry]:
+        found = {name: results[name] for name in ("clips", "excluded_folds", "knn")}
+        found["epochs"] = [entry["epoch"] for entry in history]
+        corpora = history[0]["knn_accuracy"]
+        found["knn_accuracy"] = {name: [entry["knn_accuracy"][name] for entry in history] for name in corpora}
+    if environment := results.get("environment"):
+        found |= {name: environment[name] for name in ("hardware", "threads", "precision", "commit")}
+        found["versions"] = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+        options = results["options"].items()
+        found["options"] = {name: value for name, value in options if name not in DIFFERENT_OPTIONS}
+    return found
 
 
 def network(folder: Path) -> dict:
     """What must be the same for two runs to be comparable: the network's structure and the signal settings."""
-    from dls_training.networks import STRUCTURE  # loads the models, which nothing else here needs
-
-    config, signal_settings = read_json(folder / "config.json"), read_json(folder / "preprocessor_config.json")
-    told = {name: config.get(name) for name in STRUCTURE} | signal_settings
-    return {name: value for name, value in told.items() if name not in ("auto_map", "feature_extractor_type")}
+    config, signal = (read_object(folder / name) or {} for name in ("config.json", "preprocessor_config.json"))
+    found = {name: config.get(name) for name in STRUCTURE} | signal
+    return {name: value for name, value in found.items() if name not in ("auto_map", "feature_extractor_type")}
 
 
 def find_weights(given: str) -> tuple[str | None, str | None]:
@@ -193,9 +216,9 @@ def find_weights(given: str) -> tuple[str | None, str | None]:
     path = Path(given)
     try:
         config = path / "config.json" if path.exists() else Path(hf_hub_download(given, "config.json"))
-    except Exception as error:  # the Hub's client has many ways to fail, which all mean that there are no weights
-        return None, f"{given} is neither here nor to be had from the Hub ({type(error).__name__})"
-    return (given if read_json(config).get("model_type") == "esresnet" else None), None
+    except Exception:  # the Hub's client has many ways to fail, which all mean that there are no weights
+        return None, f"{given} is neither here nor to be had from the Hub"
+    return (given if (read_object(config) or {}).get("model_type") == "esresnet" else None), None
 
 
 def local_weights(given: str) -> str:

@@ -8,7 +8,6 @@ import numpy as np
 
 from .plan import IMAGENET, Plan
 
-EPOCH_COLUMNS = ("cell", "arm", "setting", "seed", "fold", "epoch", "accuracy", "seconds")
 RESAMPLES = 10_000
 # Differences are averaged over the epochs that pre-training is meant to save.
 FIRST_EPOCHS = 3
@@ -24,30 +23,51 @@ class Runs:
         label: Of the arm.
         seeds: Those of which every fold is there.
         folds: Held out in turn.
-        by_run: (seed, fold) -> what train_classification.py says of a fold.
-        origin: (seed, fold) -> name of the cell whose weights the run started from; None from scratch.
+        epochs: (epochs,), after which was measured; 0 is the closed-form classifier, before any step.
+        accuracy: (seeds, folds, epochs), 0..1
+        seconds: (seeds, folds, epochs), since a fold's fine-tuning began.
+        clips: (seeds, folds), how many were held out.
+        heard: (seeds, folds), how many of them pre-training had heard; None where that is not known.
+        origin: (seeds, folds), the cell whose weights a run started from; None from scratch.
     """
 
     label: str
     seeds: list[int]
     folds: list[int]
-    by_run: dict[tuple[int, int], dict]
-    origin: dict[tuple[int, int], str | None]
-
-    def values(self, measure: Callable[[dict], object]) -> np.ndarray:
-        """(seeds, folds, …) of something that is measured in every run."""
-        return np.array([[measure(self.by_run[seed, fold]) for fold in self.folds] for seed in self.seeds])
-
-    @property
-    def accuracy(self) -> np.ndarray:
-        """(seeds, folds, epochs), 0..1"""
-        epochs = min(len(run["accuracy_per_epoch"]) for run in self.by_run.values())
-        return self.values(lambda run: run["accuracy_per_epoch"][:epochs])
+    epochs: np.ndarray
+    accuracy: np.ndarray
+    seconds: np.ndarray
+    clips: np.ndarray
+    heard: np.ndarray
+    origin: np.ndarray
 
     @property
     def has_start(self) -> bool:
-        """Whether the closed-form head was scored before any step."""
-        return all("accuracy_at_start" in run for run in self.by_run.values())
+        """Whether the closed-form classifier was scored."""
+        return self.epochs[0] == 0
+
+    @property
+    def trained(self) -> np.ndarray:
+        """(seeds, folds, epochs): accuracy after epoch 1, 2, …"""
+        return self.accuracy[:, :, self.epochs > 0]
+
+    def early(self, seeds: list[int]) -> np.ndarray:
+        """(seeds, folds): mean of the first epochs; of the closed-form classifier, where no epoch was trained."""
+        accuracy = self.trained if self.trained.size else self.accuracy
+        return accuracy[[self.seeds.index(seed) for seed in seeds], :, :FIRST_EPOCHS].mean(axis=2)
+
+    def seconds_to(self, target: float) -> np.ndarray:
+        """(seeds, folds): until the accuracy was first seen to be at least `target`; infinite if it never was."""
+        return np.where(self.accuracy >= target, self.seconds, math.inf).min(axis=2)
+
+    def curve(self) -> dict:
+        """What `draw_curves` takes: means over folds and seeds, and how the means over seeds differ between folds."""
+        by_fold = self.accuracy.mean(axis=0)
+        mean, spread = by_fold.mean(axis=0), by_fold.std(axis=0)
+        return {
+            "epochs": self.epochs, "mean_accuracy_per_epoch": mean, "std_accuracy_per_epoch": spread,
+            "folds": self.folds,
+        }  # fmt: skip
 
 
 def gather(plan: Plan, results: list[dict]) -> dict[str, dict[str, Runs]]:
@@ -55,48 +75,51 @@ def gather(plan: Plan, results: list[dict]) -> dict[str, dict[str, Runs]]:
 
     Args:
         plan: Of the results.
-        results: Of its finished cells, as `CellStore` keeps them.
+        results: Of its finished cells, see results.py.
     """
-    settings = {}
-    for setting in plan.settings:
-        found = [r for r in results if r["kind"] == "finetune" and r["setting"] == setting]
-        folds = sorted({int(fold) for result in found for fold in result["folds"]})
-        arms = {
-            arm: runs_of(plan.arms[arm]["label"], folds, [r for r in found if r["arm"] == arm]) for arm in plan.arms
-        }
-        settings[setting] = {arm: runs for arm, runs in arms.items() if runs.seeds}
+    settings = {name: {} for name in plan.settings}
+    for setting, arms in settings.items():
+        found = [result for result in results if result["kind"] == "finetune" and result["setting"] == setting]
+        folds = sorted({fold for result in found for fold in result["folds"]})
+        for arm, declared in plan.arms.items():
+            runs = runs_of(declared["label"], folds, [result for result in found if result["arm"] == arm])
+            if runs:
+                arms[arm] = runs
     return settings
 
 
-def runs_of(label: str, folds: list[int], results: list[dict]) -> Runs:
-    """What one arm's cells of one setting say, seeds with a missing fold left out."""
-    by_run = {(r["seed"], int(fold)): run for r in results for fold, run in r["folds"].items()}
-    origin = {(r["seed"], int(fold)): r["starts_from"] for r in results for fold in r["folds"]}
-    seeds = sorted({seed for seed, _ in by_run if all((seed, fold) in by_run for fold in folds)})
-    complete = {key: run for key, run in by_run.items() if key[0] in seeds}
-    return Runs(label, seeds, folds, complete, origin)
+def runs_of(label: str, folds: list[int], results: list[dict]) -> Runs | None:
+    """What one arm's cells of one setting say, seeds with a missing fold left out; None without a complete seed."""
+    place = {(result["seed"], fold): (result, i) for result in results for i, fold in enumerate(result["folds"])}
+    seeds = sorted({seed for seed, _ in place if all((seed, fold) in place for fold in folds)})
+    if not seeds:
+        return None
+    runs = [[place[seed, fold] for fold in folds] for seed in seeds]
+    cells = [result for row in runs for result, _ in row]
+    first, last = max(cell["epochs"][0] for cell in cells), min(cell["epochs"][-1] for cell in cells)
 
+    def between(values: list, epochs: list[int]) -> list:
+        return values[epochs.index(first) : epochs.index(last) + 1]
 
-def curve(runs: Runs) -> dict:
-    """What `draw_curves` takes: mean over folds and seeds, standard deviation over folds of the mean over seeds."""
-    by_fold = runs.accuracy.mean(axis=0)
-    if runs.has_start:
-        by_fold = np.column_stack([runs.values(lambda run: run["accuracy_at_start"]).mean(axis=0), by_fold])
-    return {
-        "epochs": np.arange(by_fold.shape[1]) + (0 if runs.has_start else 1),
-        "mean_accuracy_per_epoch": by_fold.mean(axis=0),
-        "std_accuracy_per_epoch": by_fold.std(axis=0),
-        "folds": runs.folds,
-    }
+    def of_runs(measure: Callable[[dict, int], object], kind: type | None = None) -> np.ndarray:
+        return np.array([[measure(cell, i) for cell, i in row] for row in runs], kind)
+
+    return Runs(
+        label, seeds, folds, np.arange(first, last + 1),
+        of_runs(lambda cell, i: between(cell["accuracy"][i], cell["epochs"])),
+        of_runs(lambda cell, i: between(cell["seconds"][i], cell["epochs"])),
+        of_runs(lambda cell, i: cell["test_clips"][i]),
+        of_runs(lambda cell, i: cell["test_clips_heard_in_pretraining"][i], object),
+        of_runs(lambda cell, i: cell.get("starts_from"), object),
+    )  # fmt: skip
 
 
 def curves(by_setting: dict[str, dict[str, Runs]]) -> dict[str, dict[str, dict]]:
-    """{setting: {arm's label: see `curve`}}, where a picture shows more than the tables: several arms and points."""
-    panels = {name: {runs.label: curve(runs) for runs in arms.values()} for name, arms in by_setting.items()}
+    """{setting: {arm's label: its curve}}, where a picture shows more than the tables: several arms and points."""
     return {
-        name: arms
-        for name, arms in panels.items()
-        if 1 < len(arms) <= MOST_LINES and any(len(found["mean_accuracy_per_epoch"]) > 1 for found in arms.values())
+        name: {runs.label: runs.curve() for runs in arms.values()}
+        for name, arms in by_setting.items()
+        if 1 < len(arms) <= MOST_LINES and any(len(runs.epochs) > 1 for runs in arms.values())
     }
 
 
@@ -110,20 +133,11 @@ def paired_difference(one: Runs, other: Runs) -> tuple[float, float, float, int,
         The difference, both ends of the interval, seeds, folds. The ends are NaN where there is but one run.
     """
     seeds = [seed for seed in one.seeds if seed in other.seeds]
-    means = [
-        np.array([[early_accuracy(runs.by_run[seed, fold]) for fold in one.folds] for seed in seeds])
-        for runs in (one, other)
-    ]
     if not seeds:
         return math.nan, math.nan, math.nan, 0, len(one.folds)
-    difference = means[0] - means[1]
+    difference = one.early(seeds) - other.early(seeds)
     low, high = crossed_bootstrap(difference) if difference.size > 1 else (math.nan, math.nan)
     return difference.mean(), low, high, *difference.shape
-
-
-def early_accuracy(run: dict) -> float:
-    """Mean of the first epochs; of the closed-form classifier, where no epoch was trained."""
-    return np.mean(run["accuracy_per_epoch"][:FIRST_EPOCHS] or [run["accuracy_at_start"]])
 
 
 def crossed_bootstrap(values: np.ndarray) -> tuple[float, float]:
@@ -137,39 +151,15 @@ def crossed_bootstrap(values: np.ndarray) -> tuple[float, float]:
 
 def epoch_that_reaches(runs: Runs, accuracy: float) -> str:
     """The first epoch after which the mean over folds and seeds is at least `accuracy`."""
-    means = runs.accuracy.mean(axis=(0, 1))
+    means = runs.trained.mean(axis=(0, 1))
     reached = np.flatnonzero(means >= accuracy)
     return str(reached[0] + 1) if len(reached) else f"not within {len(means)}"
 
 
-def seconds_to(run: dict, target: float) -> float:
-    """Seconds of fine-tuning until a fold's accuracy was first seen to be at least `target`; infinite if never."""
-    if run.get("accuracy_at_start", 0.0) >= target:
-        return run["seconds_at_start"]
-    epochs = zip(run["accuracy_per_epoch"], run["seconds_per_epoch"], strict=True)
-    return next((seconds for accuracy, seconds in epochs if accuracy >= target), math.inf)
-
-
-def seconds_before(name: str | None, cells: dict[str, dict]) -> float | None:
-    """Wall seconds of all pre-training that led to a cell's weights; None where some of it happened elsewhere."""
+def seconds_before(name: str | None, cells: dict[str, dict]) -> float:
+    """Wall seconds of all pre-training that led to a cell's weights; NaN where some of it happened elsewhere."""
     if name is None:
         return 0.0
     if name == IMAGENET or name not in cells:
-        return None
-    earlier = seconds_before(cells[name]["starts_from"], cells)
-    return None if earlier is None else earlier + cells[name]["wall_seconds"]
-
-
-def epoch_lines(results: list[dict]) -> list[dict]:
-    """Every epoch of every fold; epoch 0 is the closed-form head."""
-    lines = []
-    for result in (result for result in results if result["kind"] == "finetune"):
-        told = {"cell": result["cell"]} | {name: result[name] for name in ("arm", "setting", "seed")}
-        for fold, run in result["folds"].items():
-            if "accuracy_at_start" in run:
-                at_start = {"epoch": 0, "accuracy": run["accuracy_at_start"], "seconds": run["seconds_at_start"]}
-                lines.append(told | {"fold": int(fold)} | at_start)
-            for i, accuracy in enumerate(run["accuracy_per_epoch"]):
-                measured = {"epoch": i + 1, "accuracy": accuracy, "seconds": run["seconds_per_epoch"][i]}
-                lines.append(told | {"fold": int(fold)} | measured)
-    return lines
+        return math.nan
+    return cells[name]["wall_seconds"] + seconds_before(cells[name].get("starts_from"), cells)

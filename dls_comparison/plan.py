@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import shlex
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise, product
 from pathlib import Path
@@ -75,59 +76,52 @@ class Plan:
     file: Path
     title: str
     notes: str
-    directories: dict[str, str | None]
-    corpus: str
-    target: float
-    arms: dict[str, dict]
-    settings: dict[str, str]
-    cells: list[Cell]
+    directories: dict[str, str | None] = field(default_factory=dict)
+    corpus: str = ""
+    target: float = 0.8
+    arms: dict[str, dict] = field(default_factory=dict)
+    settings: dict[str, str] = field(default_factory=dict)
+    cells: list[Cell] = field(default_factory=list)
+
+
+def read_plan(file: Path, directories: dict[str, str | None]) -> Plan:
+    """What a file, which docs/reproduce.md describes, declares; with corpora in `directories`, as far as named there.
+
+    Raises:
+        UserError: naming the file and the key, or --corpus.
+    """
+    return Planner(read_yaml(file), directories).plan
 
 
 class Planner:
-    """Reads the file from top to bottom and makes the cells.
+    """Takes the file's keys from top to bottom and makes the cells.
 
     Attributes:
         plan: The outcome.
+        starts: Whatever can be started from -> for each of its seeds, {fold that it left out, None if none: its cell}.
     """
 
-    def __init__(self, file: Path, directories: dict[str, str | None]):
-        """
-        Args:
-            file: YAML; docs/reproduce.md describes it.
-            directories: Corpus -> folder, instead of what the file says.
-
-        Raises:
-            UserError: naming the file and the key, or --corpus.
-        """
-        self.top = top = Section(read_yaml(file), file, "")
-        title, notes = top.take("title", str, file.stem), top.take("notes", str, "").strip()
-        target = top.take("target", float, 0.8)
-        self.common = top.options()
-        self.directories = self.read_corpora(directories)
-        self.corpus = top.take("corpus", str)
-        top.check_known(self.corpus, self.directories, "corpus")
+    def __init__(self, top: Section, directories: dict[str, str | None]):
+        self.plan = plan = Plan(top.file, top.take("title", str, top.file.stem), top.take("notes", str, "").strip())
+        plan.target = top.take("target", float, 0.8)
+        self.top, self.common, self.cells = top, top.options(), {}
+        plan.directories = self.read_corpora(directories)
+        plan.corpus = top.take("corpus", str)
+        top.check_known(plan.corpus, plan.directories, "corpus")
         self.folds, self.each_fold = self.read_folds()
-        self.imagenet = self.read_imagenet()
-        self.pretrained: dict[str, list[dict[int | None, Cell]]] = {}
+        self.starts: dict[str, list[dict[int | None, Cell]]] = {IMAGENET: [{None: self.read_imagenet()}]}
         for name, section in top.sections("pretraining").items():
-            self.pretrained[name] = self.read_pretraining(name, section)
-        arms = {}
+            self.starts[name] = self.read_pretraining(name, section)
         for name, section in top.sections("arms").items():
-            arms[name] = self.read_arm(name, section, [arm["label"] for arm in arms.values()])
-        settings, fine_tuned = {}, []
+            plan.arms[name] = self.read_arm(name, section)
         for number, content in enumerate(top.take("fine_tuning", list, [])):
-            section = top.section(f"fine_tuning[{number}]", content)
-            name, options = section.take("name", str), section.options()
-            section.check_name(name)
-            if name in settings:
-                section.fail(f"there is another {name!r}", "name")
-            settings[name] = shlex.join(options)
-            fine_tuned += self.read_setting(name, section, options, arms)
-        cells = ordered([*fine_tuned, *self.pretraining_cells(), *self.read_search()])
+            self.read_setting(top.section(f"fine_tuning[{number}]", content))
+        if (search := top.take("search", dict, None)) is not None:
+            self.read_search(top.section("search", search))
         top.close()
-        if not cells:
+        if not self.cells:
             top.fail("there is nothing to run in it: expected pretraining, fine_tuning or search")
-        self.plan = Plan(file, title, notes, self.directories, self.corpus, target, arms, settings, cells)
+        plan.cells = ordered(self.cells.values())
 
     def read_corpora(self, directories: dict[str, str | None]) -> dict[str, str | None]:
         from datasets_scripts import CORPUS_NAMES
@@ -149,109 +143,104 @@ class Planner:
         if isinstance(self.top.content.get("folds"), list):
             return self.top.numbers("folds", minimum=1), True
         number = self.top.take("folds", int, None)
-        return list(CORPORA[self.corpus].fold_sizes) if number is None else list(range(1, number + 1)), False
+        return list(CORPORA[self.plan.corpus].fold_sizes) if number is None else list(range(1, number + 1)), False
 
     def known_folds(self, section: Section) -> list[int]:
         if not self.folds:
-            section.fail(f"the file must say how many folds {self.corpus} has (folds: N)", "folds")
+            section.fail(f"the file must say how many folds {self.plan.corpus} has (folds: N)", "folds")
         return self.folds
 
     def read_imagenet(self) -> Cell:
         """Weights from elsewhere: a folder that can be used as it is, one to convert, or none."""
-        section = self.top.section("imagenet", self.top.take("imagenet", dict, {}))
+        section = self.top.section(IMAGENET, self.top.take(IMAGENET, dict, {}))
         given, options = section.take("path", str, None), section.options()
         section.close()
-        cell = Cell(IMAGENET, "imagenet", "imagenet", CONVERSION, [given or "", *options])
+        cell = Cell(IMAGENET, "imagenet", IMAGENET, CONVERSION, [given or "", *options])
         if given is None:
             cell.problem = f"{self.top.file} names no ImageNet weights (imagenet.path)"
         return cell
 
-    def starts(self, name: str) -> list[dict[int | None, Cell]]:
-        """For each seed of a pre-training, {fold that it left out, None if none: its cell}."""
-        return [{None: self.imagenet}] if name == IMAGENET else self.pretrained[name]
+    def make(self, what: list[str], where: str, script: str, words, corpora, start, turn, **facts) -> Cell:
+        """A cell, see `Cell`; `what` it is, its seed and its fold make its name, of which there may be one already."""
+        seed, fold = facts["seed"], facts["fold"] if what[0] != "search" else None
+        name = ".".join([*what, f"seed{seed}", *([f"fold{fold}"] if fold else [])])
+        cell = Cell(name, what[0], where, script, [*words, "--seed", str(seed)], corpora, start, facts, turn)
+        return self.cells.setdefault(name, cell)
 
     def read_pretraining(self, name: str, section: Section) -> list[dict[int | None, Cell]]:
         if name in (IMAGENET, SCRATCH):
             section.fail("this name is taken: choose another")
-        corpora, seeds = section.choices("corpora", self.directories), section.numbers("seeds", [0])
+        corpora, seeds = section.choices("corpora", self.plan.directories), section.numbers("seeds", [0])
         options, folds = section.options(), section.take("folds", str, "none")
         section.check_known(folds, ("none", "all", "excluded"), "folds")
-        if folds != "none" and self.corpus not in corpora:
-            section.fail(f"its corpora do not include {self.corpus}, so it has no fold to leave out", "folds")
+        if folds != "none" and self.plan.corpus not in corpora:
+            section.fail(f"its corpora do not include {self.plan.corpus}, so it has no fold to leave out", "folds")
         if folds == "excluded":
             options += self.left_out(*self.known_folds(section))
         held_out = self.known_folds(section) if folds == "all" else [None]
         start = section.take("start", str, None)
         if start is not None:
-            section.check_known(start, [IMAGENET, *self.pretrained], "start")
-            if folds == "none" and None not in self.starts(start)[0]:
+            section.check_known(start, self.starts, "start")
+            if folds == "none" and None not in self.starts[start][0]:
                 section.fail(f"{start} leaves folds out, which this would hear again (folds: all)", "start")
         section.close()
-        return [
-            {fold: self.pretraining_cell(name, index, seed, fold, corpora, options, start) for fold in held_out}
-            for index, seed in enumerate(seeds)
-        ]
-
-    def pretraining_cell(self, name, index, seed, fold, corpora, options, start) -> Cell:
-        words = [*self.common, *options, *self.left_out(fold), "--seed", str(seed)]
-        facts = {"pretraining": name, "seed": seed, "fold": fold}
-        begins = start and self.start_cell(start, index, fold)
-        cell_name = joined("pretrain", name, f"seed{seed}", fold and f"fold{fold}")
-        return Cell(cell_name, "pretrain", f"pretraining.{name}", PRETRAINING, words, corpora, begins, facts, index)
+        cells = [{} for _ in seeds]
+        for (turn, seed), fold in product(enumerate(seeds), held_out):
+            cells[turn][fold] = self.make(
+                ["pretrain", name], f"pretraining.{name}", PRETRAINING,
+                [*self.common, *options, *self.left_out(fold)], corpora, self.start_cell(start, turn, fold), turn,
+                pretraining=name, seed=seed, fold=fold,
+            )  # fmt: skip
+        return cells
 
     def left_out(self, *folds: int | None) -> list[str]:
-        return [word for fold in folds if fold for word in ("--exclude_fold", f"{self.corpus}={fold}")]
+        return [word for fold in folds if fold for word in ("--exclude_fold", f"{self.plan.corpus}={fold}")]
 
-    def start_cell(self, name: str, index: int, fold: int | None) -> Cell:
-        """What the run number `index` starts from: seeds of a pre-training take turns."""
-        runs = self.starts(name)
-        by_fold = runs[index % len(runs)]
+    def start_cell(self, name: str | None, turn: int, fold: int | None) -> Cell | None:
+        """What the run of a seed starts from: seeds of a pre-training take turns."""
+        if name in (None, SCRATCH):
+            return None
+        by_fold = self.starts[name][turn % len(self.starts[name])]
         return by_fold.get(fold) or by_fold[None]
 
-    def read_arm(self, name: str, section: Section, labels: list[str]) -> dict:
+    def read_arm(self, name: str, section: Section) -> dict:
         arm = {"label": section.take("label", str, name), "pretraining": section.take("pretraining", str)}
         arm["seeds"] = section.numbers("seeds") if "seeds" in section.content else None
-        if arm["label"] in labels:
+        if any(arm["label"] == other["label"] for other in self.plan.arms.values()):
             section.fail(f"another arm is called {arm['label']!r}", "label")
-        section.check_known(arm["pretraining"], [SCRATCH, IMAGENET, *self.pretrained], "pretraining")
+        section.check_known(arm["pretraining"], [SCRATCH, *self.starts], "pretraining")
         section.close()
         return arm
 
-    def read_setting(self, name: str, section: Section, options: list[str], arms: dict[str, dict]) -> list[Cell]:
-        chosen, seeds = section.choices("arms", arms), section.numbers("seeds", [0])
+    def read_setting(self, section: Section) -> None:
+        name, options = section.take("name", str), section.options()
+        section.check_name(name)
+        if name in self.plan.settings:
+            section.fail(f"there is another {name!r}", "name")
+        self.plan.settings[name] = shlex.join(options)
+        chosen, seeds = section.choices("arms", self.plan.arms), section.numbers("seeds", [0])
         section.close()
         for arm in chosen:
-            if not set(seeds).intersection(arms[arm]["seeds"] or seeds):
-                section.fail(f"arm {arm} is for seeds {arms[arm]['seeds']}, none of which is here", "seeds")
-        cells = []
-        for (index, seed), arm in product(enumerate(seeds), chosen):
-            if seed not in (arms[arm]["seeds"] or seeds):
-                continue
-            source = arms[arm]["pretraining"]
-            per_fold = source != SCRATCH and None not in self.starts(source)[0]
-            for fold in self.folds if self.each_fold or per_fold else [None]:
-                start = None if source == SCRATCH else self.start_cell(source, index, fold)
-                words = [*self.common, *options, "--fold", str(fold or "all"), "--seed", str(seed)]
-                facts = {"arm": arm, "setting": name, "seed": seed, "fold": fold}
-                cell_name = joined("finetune", name, arm, f"seed{seed}", fold and f"fold{fold}")
-                where = f"{section.where} ({name}), arm {arm}"
-                cells.append(
-                    Cell(cell_name, "finetune", where, FINE_TUNING, words, [self.corpus], start, facts, index)
+            own, source = self.plan.arms[arm]["seeds"] or seeds, self.plan.arms[arm]["pretraining"]
+            if not set(seeds).intersection(own):
+                section.fail(f"arm {arm} is for seeds {own}, none of which is here", "seeds")
+            where = f"{section.where} ({name}), arm {arm}"
+            per_fold = source != SCRATCH and None not in self.starts[source][0]
+            folds = self.folds if self.each_fold or per_fold else [None]
+            own_turns = [(turn, seed) for turn, seed in enumerate(seeds) if seed in own]
+            for (turn, seed), fold in product(own_turns, folds):
+                words, start = (
+                    [*self.common, *options, "--fold", str(fold or "all")],
+                    self.start_cell(source, turn, fold),
                 )
-        return cells
+                facts = {"arm": arm, "setting": name, "seed": seed, "fold": fold}
+                self.make(["finetune", name, arm], where, FINE_TUNING, words, [self.plan.corpus], start, turn, **facts)
 
-    def pretraining_cells(self) -> list[Cell]:
-        return [cell for runs in self.pretrained.values() for by_fold in runs for cell in by_fold.values()]
-
-    def read_search(self) -> list[Cell]:
+    def read_search(self, section: Section) -> None:
         """The base, and one change at a time, or all combinations."""
-        content = self.top.take("search", dict, None)
-        if content is None:
-            return []
-        section = self.top.section("search", content)
-        corpora, seeds = section.choices("corpora", self.directories), section.numbers("seeds", [0])
-        if self.corpus not in corpora:
-            section.fail(f"must include {self.corpus}, one fold of which decides", "corpora")
+        corpora, seeds = section.choices("corpora", self.plan.directories), section.numbers("seeds", [0])
+        if self.plan.corpus not in corpora:
+            section.fail(f"must include {self.plan.corpus}, one fold of which decides", "corpora")
         fold, base, grid = section.take("fold", int, 1), section.options(), section.take("grid", bool, False)
         vary = section.section("vary", section.take("vary", dict))
         lists = {option: [str(value) for value in vary.take(option, list)] for option in list(vary.content)}
@@ -262,20 +251,11 @@ class Planner:
                 vary.fail(f"values can have letters, digits and _.+- only, not {values}", option)
         section.close()
         words = [*self.common, *base]
-        cells = {}
-        for (index, seed), change in product(enumerate(seeds), changes(words, lists, grid)):
+        for (turn, seed), change in product(enumerate(seeds), changes(words, lists, grid)):
             options = [*with_changes(words, change), *self.left_out(fold)]
-            said = ",".join(f"{option.lstrip('-')}={value}" for option, value in change.items()) or "base"
+            changed = ",".join(f"{option.lstrip('-')}={value}" for option, value in change.items()) or "base"
             facts = {"change": change, "seed": seed, "fold": fold}
-            name = joined("search", said, f"seed{seed}")
-            options += ["--seed", str(seed)]
-            cells[name] = Cell(name, "search", "search", PRETRAINING, options, corpora, None, facts, index)
-        return list(cells.values())
-
-
-def joined(*parts: str | None) -> str:
-    """A cell's name."""
-    return ".".join(part for part in parts if part)
+            self.make(["search", changed], "search", PRETRAINING, options, corpora, None, turn, **facts)
 
 
 def changes(base: list[str], lists: dict[str, list[str]], grid: bool) -> list[dict[str, str]]:
@@ -299,8 +279,11 @@ def with_changes(words: list[str], change: dict[str, str]) -> list[str]:
     return words
 
 
-def ordered(targets: list[Cell]) -> list[Cell]:
-    """Each after what it starts from, and of each thing the first seed before anything's second."""
+def ordered(targets: Iterable[Cell]) -> list[Cell]:
+    """Each after what it starts from, and of each thing the first seed before anything's second.
+
+    Kinds follow the alphabet: fine-tuning comes first, and a pre-training when it is needed.
+    """
     cells: dict[str, Cell] = {}
 
     def add(cell: Cell) -> None:
@@ -308,6 +291,6 @@ def ordered(targets: list[Cell]) -> list[Cell]:
             add(cell.start)
         cells.setdefault(cell.name, cell)
 
-    for cell in sorted(targets, key=lambda cell: cell.turn):
+    for cell in sorted(targets, key=lambda cell: (cell.turn, cell.kind)):
         add(cell)
     return list(cells.values())

@@ -7,6 +7,7 @@ from pathlib import Path
 import yaml
 
 from datasets_scripts.errors import UserError
+from datasets_scripts.files import reason
 
 # They become parts of file names, between dots.
 NAME = re.compile(r"[\w+-]+", re.ASCII)
@@ -32,7 +33,7 @@ class Section:
         self.content = {str(key): value for key, value in content.items()}
 
     def fail(self, problem: str, key: str = ""):
-        place = ".".join(part for part in (self.where, key) if part)
+        place = ".".join(filter(None, (self.where, key)))
         raise UserError(f"{self.file}: {place + ': ' if place else ''}{problem}")
 
     def take(self, key: str, kind: type, default=REQUIRED):
@@ -45,7 +46,7 @@ class Section:
         return value
 
     def section(self, key: str, content) -> "Section":
-        return Section(content, self.file, f"{self.where}.{key}" if self.where else key)
+        return Section(content, self.file, ".".join(filter(None, (self.where, key))))
 
     def sections(self, key: str) -> dict[str, "Section"]:
         """{name: section} of a key that holds named things; nothing where there is no such key."""
@@ -58,6 +59,10 @@ class Section:
         if not NAME.fullmatch(name):
             self.fail(f"{name!r} is no name: letters, digits, _, + and - make one")
 
+    def check_known(self, name: str, known, key: str) -> None:
+        if name not in known:
+            self.fail(f"there is no {name!r}; choose from {', '.join(known)}", key)
+
     def choices(self, key: str, known) -> list[str]:
         """A list of names, each of which must be known."""
         names = [str(name) for name in self.take(key, list)]
@@ -66,10 +71,6 @@ class Section:
         if len(set(names)) < len(names) or not names:
             self.fail("must name one thing or several, each once", key)
         return names
-
-    def check_known(self, name: str, known, key: str) -> None:
-        if name not in known:
-            self.fail(f"there is no {name!r}; choose from {', '.join(known)}", key)
 
     def numbers(self, key: str, default: list[int] | None = None, minimum: int = 0) -> list[int]:
         values = self.take(key, list, default)
@@ -89,8 +90,8 @@ class Section:
         return words
 
     def close(self) -> None:
-        if self.content:
-            self.fail("is unknown", next(iter(self.content)))
+        for key in self.content:
+            self.fail("is unknown", key)
 
 
 class UniqueKeys(yaml.SafeLoader):
@@ -104,16 +105,16 @@ class UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def read_yaml(file: Path):
+def read_yaml(file: Path) -> Section:
     """The file's content.
 
     Raises:
         UserError: naming the file and, where there is one, the line.
     """
     try:
-        return yaml.load(file.read_text(encoding="utf-8"), UniqueKeys)
+        return Section(yaml.load(file.read_text(encoding="utf-8"), UniqueKeys), file, "")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raise UserError(f"{file} cannot be read: {reason(error)}") from error
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{file}{line}: {error.problem}") from error

@@ -3,7 +3,7 @@
 from importlib import import_module
 
 # Imported on demand: `python -m hub_cards --help` and a mistyped option are answered at once.
-_HOMES = {"final_accuracy": "tasks", "write_card": "card", "write_comparison": "comparison"}
+_HOMES = {"final_accuracy": "tasks", "write_card": "card"}
 __all__ = list(_HOMES)
 
 

@@ -15,11 +15,14 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import measuring
 import memory
+import memory_bank
 import training_step
 from measuring import Arm
 
 from dls_training.augmentation import SpectrogramAugmentation
 from modeling_dls import ESResNetFeatureExtractor
+
+pytestmark = pytest.mark.benchmark
 
 
 def sleeping_arms(seconds: float, name: str) -> dict[str, Arm]:
@@ -38,15 +41,36 @@ def test_arms_take_turns_in_processes_of_their_own():
     assert 2 < line["ratio_min"] <= line["ratio"] <= line["ratio_max"] < 9 and line["reach"] == "< 9"
 
 
-def test_a_table_says_where_it_comes_from(tmp_path, capsys):
+def test_a_table_says_where_it_comes_from(tmp_path):
     lines = [{"what": "a", **measuring.spread("ratio", [3.0, 1.0, 2.0])}, {"what": "b", "rate": 5.0, "unit": "MiB"}]
     measuring.write_table(tmp_path / "t.csv", lines, measuring.measured_on())
     with open(tmp_path / "t.csv", newline="") as file:
         first, second = csv.DictReader(file)
     assert (first["ratio"], first["ratio_min"], first["ratio_max"], first["rate"]) == ("2.0", "1.0", "3.0", "")
     assert second["rate"] == "5.0" and second["torch"] == torch.__version__ and second["commit"] and second["command"]
-    assert "2 (1–3)" in capsys.readouterr().out
+    text = measuring.markdown(tmp_path / "t.csv", measuring)
+    assert "| a | **2 (1–3)** |  |  |" in text and f"torch {torch.__version__}, commit {first['commit']}." in text
     assert [path.name for path in tmp_path.iterdir()] == ["t.csv"]
+
+
+def test_commands_name_no_place_on_this_machine(tmp_path, monkeypatch):
+    words = {
+        str(ROOT / "benchmarks" / "memory.py"): "benchmarks/memory.py",
+        "--corpus": "--corpus",
+        f"esc10={tmp_path}": "esc10=DIR",
+        "../shared/data/ESC-10": "DIR",
+        "synthetic": "synthetic",
+        "30": "30",
+    }
+    assert [measuring.anywhere(word) for word in words] == list(words.values())
+    monkeypatch.chdir(ROOT)
+    assert measuring.anywhere("benchmarks/memory.py") == "benchmarks/memory.py"
+
+
+def test_fresh_processes_answer_and_fail():
+    assert measuring.apart(divmod, [(7, 2), (9, 4)]) == [(3, 1), (2, 1)]
+    with pytest.raises(ZeroDivisionError):
+        measuring.apart(divmod, [(1, 0)])
 
 
 def test_the_plain_step_computes_the_same_pictures():
@@ -74,14 +98,30 @@ def test_memory_of_children_counts():
     assert memory.memory_mib(child.pid) == 0
 
 
+def measured(name: str, output: Path, *options) -> list[dict[str, str]]:
+    """The lines of a benchmark that is run as a user starts it."""
+    command = [sys.executable, ROOT / "benchmarks" / f"{name}.py", *options, "--output", output]
+    ended = subprocess.run([str(word) for word in command], check=True, capture_output=True, text=True)
+    assert ended.stdout.rstrip().endswith(".") and f"`python benchmarks/{name}.py" in ended.stdout
+    with open(output, newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_start_up(tmp_path):
-    """The benchmark itself, as a user starts it; and --help answers at once."""
-    command = [sys.executable, ROOT / "benchmarks" / "start_up.py", "--rounds", "1", "--output", tmp_path / "s.csv"]
-    subprocess.run([str(word) for word in command], check=True, capture_output=True)
-    with open(tmp_path / "s.csv", newline="") as file:
-        lines = {line["what"]: line for line in csv.DictReader(file)}
+    """And --help answers at once."""
+    lines = {line["what"]: line for line in measured("start_up", tmp_path / "s.csv", "--rounds", "1")}
     scripts = [name for name in lines if name.endswith("--help")]
     assert len(scripts) == 3 and all(float(lines[name]["seconds"]) < 4 for name in scripts)
+
+
+def test_the_bank_in_two_processes(tmp_path):
+    lines = measured("memory_bank", tmp_path / "b.csv", "--rows", "2000", "400000", "--steps", "1", "--repeats", "1")
+    assert len(lines) == 6 and (tmp_path / "b.png").stat().st_size > 10_000
+    mib = {(line["processes"], line["bank"]): float(line["bank_mib"]) for line in lines if line["rows"] == "400000"}
+    assert mib["1", "whole"] == pytest.approx(400_000 * (4 * 128 + 16) / 2**20, rel=0.1)
+    assert mib["2", "sharded"] == pytest.approx(mib["2", "whole"] / 2, rel=0.1)
+    header, *rows = memory_bank.rows(lines)
+    assert header[0] == "rows" and rows[0][:3] == ["2,000", "1", "whole"]
 
 
 def test_every_augmentation_has_its_picture(tmp_path):
@@ -104,4 +144,4 @@ def test_every_benchmark_explains_itself(name):
     ended = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--help"], capture_output=True, text=True, check=True
     )
-    assert ended.stdout.startswith("usage:") and ("--output" in ended.stdout) == (name not in ("report", "run_all"))
+    assert ended.stdout.startswith("usage:") and ("--output" in ended.stdout) == (name != "run_all")

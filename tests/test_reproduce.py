@@ -1,6 +1,8 @@
-"""reproduce.py through the command line: a miniature that is killed on its way, its report, and mistakes."""
+"""reproduce.py: a miniature that is killed on its way, its report, the committed reports, and mistakes."""
 
+import contextlib
 import csv
+import io
 import json
 import os
 import re
@@ -9,21 +11,64 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from pathlib import Path
+from unittest import mock
 
+import matplotlib.image
 import numpy as np
 import pytest
-from scripts import ROOT, fail, run_script, start, succeed
+from scripts import ROOT, run_script
 from transformers import ResNetConfig, ResNetForImageClassification
 
+import reproduce
+from datasets_scripts.command_line import run_command
 from datasets_scripts.errors import UserError
-from dls_comparison.plan import Planner
+from dls_comparison import running
+from dls_comparison.plan import read_plan
+from dls_comparison.results import add_result, read_results
 
 EXAMPLE = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8"), re.DOTALL)[1]
 
 
+def call(folder: Path, *options, printed: io.StringIO | None = None) -> tuple[int, str]:
+    """Exit code and output of reproduce.py, called in this process and in a folder."""
+    printed, here = printed or io.StringIO(), Path.cwd()
+    os.chdir(folder)
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            settings = reproduce.ComparisonSettings.parsed([str(option) for option in options])
+            return run_command(reproduce.main, settings), printed.getvalue()
+    except SystemExit as end:
+        return end.code, printed.getvalue()
+    finally:
+        os.chdir(here)
+
+
+def run_here(command: list[str], log: Path, *_) -> tuple[int, bool]:
+    """`running.run_script` without a process, whose imports take longer than what the miniature trains."""
+    if command[1] == "-m":
+        code, output = import_module(command[2]).main(command[3:]), ""
+    else:
+        code, output = run_script(command[1], *command[2:])
+    with log.open("a") as file:
+        file.write(output)
+    return code, False
+
+
 def cells_of(folder: Path) -> dict[str, dict]:
-    return {path.stem: json.loads(path.read_text()) for path in sorted((folder / "cells").glob("*.json"))}
+    """The lines of cells.csv, numbers and lists as what they are."""
+
+    def value(text: str):
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+
+    with (folder / "cells.csv").open(newline="", encoding="utf-8") as file:
+        rows = [{name: value(text) for name, text in row.items() if text} for row in csv.DictReader(file)]
+    return {row["cell"]: row for row in rows}
 
 
 def table(report: str, title: str) -> list[dict[str, str]]:
@@ -39,7 +84,7 @@ def table(report: str, title: str) -> list[dict[str, str]]:
 
 
 class Miniature:
-    """The example of docs/reproduce.md in a folder of its own, started anew each time as a user would."""
+    """The example of docs/reproduce.md in a folder of its own."""
 
     def __init__(self, folder: Path, sounds: Path):
         self.folder, self.results, self.work = folder, folder / "results" / "mini", folder / "runs" / "mini"
@@ -50,11 +95,6 @@ class Miniature:
     def write(self, text: str) -> None:
         (self.folder / "results" / "mini.yaml").write_text(text)
 
-    def start(self, *options, **popen_options) -> subprocess.Popen:
-        return start(
-            [sys.executable, ROOT / "reproduce.py", *self.options, *options], cwd=self.folder, **popen_options
-        )
-
     def copy(self, folder: Path) -> "Miniature":
         """The same, as far as it is done, for what the others should not see."""
         copy = Miniature(folder, self.options[-1].partition("=")[2])
@@ -62,8 +102,20 @@ class Miniature:
         shutil.copytree(self.work, copy.work)
         return copy
 
-    def run(self, *options) -> tuple[int, str]:
-        return run_script("reproduce.py", *self.options, *options, cwd=self.folder)
+    def run(self, *options, **call_options) -> tuple[int, str]:
+        """reproduce.py and the scripts that it runs, all in this process."""
+        with mock.patch.object(running, "run_script", run_here):
+            return call(self.folder, *self.options, *options, **call_options)
+
+    def start(self, hold: str = "", stderr: int = subprocess.STDOUT) -> subprocess.Popen:
+        """As a user does, in a process; a script waits for SIGTERM behind its first checkpoint below `hold`."""
+        (self.folder / "sitecustomize.py").write_text(HOLD)
+        paths = os.pathsep.join([str(self.folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = {**os.environ, "PYTHONPATH": paths, "HOLD": hold, "HF_HUB_OFFLINE": "1"}
+        return subprocess.Popen(
+            [sys.executable, ROOT / "reproduce.py", *self.options], cwd=self.folder, env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=stderr,
+        )  # fmt: skip
 
     def wait_for(self, pattern: str, process: subprocess.Popen) -> None:
         while not list(self.work.glob(pattern)):
@@ -71,69 +123,87 @@ class Miniature:
             time.sleep(0.005)
 
 
-def killed_on_a_terminal(miniature: Miniature) -> str:
-    """SIGKILL in the middle of the first cell. Returns what the terminal showed of it."""
-    ours, terminal = os.openpty()
-    command = [sys.executable, str(ROOT / "reproduce.py"), *miniature.options]
-    process = subprocess.Popen(command, cwd=miniature.folder, stdout=subprocess.DEVNULL, stderr=terminal)
-    os.close(terminal)
-    miniature.wait_for("finetune.*/checkpoint-*", process)
-    time.sleep(0.3)  # longer than reproduce.py looks away
-    process.kill()
-    process.wait()
-    shown = b""
-    try:
-        while part := os.read(ours, 4096):
-            shown += part
-    except OSError:  # the other end is closed
-        return shown.decode()
-    finally:
-        os.close(ours)
-    return shown.decode()
+# What starts before any script of a test's processes. However busy the machine, a run that is to be interrupted is
+# neither too early nor at its end: SignalWatch gives the signal back once it has noted it.
+HOLD = """
+import os, pathlib, signal, time
+rename, hold = pathlib.Path.rename, os.environ.get("HOLD")
+
+def rename_and_wait(path, target):
+    moved = rename(path, target)
+    if hold and f"{hold}/checkpoint-" in str(target):
+        while signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+            time.sleep(0.01)
+    return moved
+
+pathlib.Path.rename = rename_and_wait
+"""
+FIRST = "finetune.from-ridge.scratch.seed0.fold2"
+
+
+def read_until(text: str, read) -> str:
+    """What `read` gives, again and again, until `text` is in it."""
+    said = ""
+    while not re.search(text, said):
+        said += (part := read())
+        assert part, said
+    return said
 
 
 @pytest.fixture(scope="module")
 def finished(sound_folder, tmp_path_factory):
     """The miniature, killed in its first cell and terminated in a later one; and what each start printed."""
     miniature = Miniature(tmp_path_factory.mktemp("mini"), sound_folder)
-    printed = {"killed": killed_on_a_terminal(miniature)}
-    second = miniature.start()
-    first_lines = [second.stdout.readline(), second.stdout.readline()]
-    third = miniature.start()  # waits until the second has left
-    miniature.wait_for("pretrain.dls.seed0/checkpoint-*", second)
-    second.send_signal(signal.SIGTERM)
-    printed["terminated"] = "".join(first_lines) + second.communicate(timeout=60)[0]
-    assert second.returncode == 143, printed["terminated"]
-    printed["finished"] = third.communicate(timeout=300)[0]
-    assert third.returncode == 0, printed["finished"]
+    ours, terminal = os.openpty()
+    killed = miniature.start(FIRST, stderr=terminal)
+    os.close(terminal)
+    printed = {"killed": read_until(r"fold 2/epoch \d+/8: .*clips/s\]", lambda: os.read(ours, 4096).decode())}
+    miniature.wait_for(f"{FIRST}/checkpoint-*", killed)
+    killed.kill()
+    killed.communicate()
+    os.close(ours)
+    terminated = miniature.start("pretrain.dls.seed0")
+    miniature.wait_for("pretrain.dls.seed0/checkpoint-*", terminated)
+    seen = io.StringIO()
+
+    def terminate():
+        """Once the run in this process has seen that it has to wait; or it never will."""
+        deadline = time.monotonic() + 300
+        while "waiting for another run to leave" not in seen.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        terminated.send_signal(signal.SIGTERM)
+
+    with ThreadPoolExecutor() as threads:
+        threads.submit(terminate)
+        code, printed["finished"] = miniature.run(printed=seen)
+    printed["terminated"] = terminated.communicate(timeout=300)[0]
+    assert terminated.returncode == 143, printed["terminated"]
+    assert code == 0, printed["finished"]
     return miniature, printed
 
 
 def test_goes_on_after_a_kill(finished):
     """Killed, terminated, or waiting for another: every cell is run to its end, and none twice."""
     miniature, printed = finished
-    assert re.search(r"fold 2/epoch \d+/8: .*clips/s\]", printed["killed"]), "a terminal shows the script's progress"
-    assert "[1/7] finetune.from-ridge.scratch.seed0.fold2 (goes on)" in printed["terminated"]
+    assert f"[1/7] {FIRST} (goes on)" in printed["terminated"]
     assert "SIGTERM: saved; the same command goes on from here" in printed["terminated"]
     assert "waiting for another run to leave" in printed["finished"]
     assert "[1/6] pretrain.dls.seed0 (goes on)" in printed["finished"]
     assert re.search(r"\[6/6\] .*: \d+ (s|min) so far, about \d+ s left", printed["finished"])
-    for name in ("finetune.from-ridge.scratch.seed0.fold2", "pretrain.dls.seed0"):
-        log = (miniature.results / "logs" / f"{name}.log").read_text()
+    for name in (FIRST, "pretrain.dls.seed0"):
+        log = (miniature.work / f"{name}.log").read_text()
         assert log.startswith("$ python train_") and "going on from" in log
-        assert "\r" not in log and "[00:" not in log, "progress bars are left out"
-        result = cells_of(miniature.results)[name]
-        measured = result["history"] if "history" in result else result["folds"]["2"]
-        assert result["wall_seconds"] > (
-            measured[-1]["seconds"] if isinstance(measured, list) else measured["seconds"]
-        )
+        results = json.loads((miniature.work / name / "all_results.json").read_text())
+        seconds = results["seconds"] if "history" in results else results["folds"]["2"]["seconds"]
+        assert cells_of(miniature.results)[name]["wall_seconds"] > seconds
     assert not list(miniature.work.glob("*/**/checkpoint-*")) and not list(miniature.results.rglob(".*"))
+    assert sorted(path.name for path in miniature.results.iterdir()) == ["README.md", "accuracy.png", "cells.csv"]
 
 
 def test_second_run_does_nothing(finished):
     miniature, _ = finished
     files = [path for path in miniature.results.rglob("*") if path.is_file()]
-    (miniature.results / "cells" / ".unfinished.left").mkdir()
+    (miniature.results / ".unfinished.left").mkdir()
     before = {path: path.read_bytes() for path in files}
     code, output = miniature.run()
     assert code == 0 and "[1/" not in output
@@ -146,26 +216,39 @@ def test_cells_say_what_was_run(finished):
     miniature, _ = finished
     cells = cells_of(miniature.results)
     assert len(cells) == 7
-    sounds = miniature.options[-1]
     assert cells["pretrain.dls-train.seed0.fold2"]["command"] == (
-        f"python train_npid.py --corpus {sounds} --preset tiny --clip_seconds 0.5 --per_device_train_batch_size 8 "
-        "--report_to none --num_train_epochs 2 --exclude_fold audiofolder=2 --seed 0 "
+        "python train_npid.py --corpus audiofolder=DIR --preset tiny --clip_seconds 0.5 "
+        "--per_device_train_batch_size 8 --report_to none --num_train_epochs 2 --exclude_fold audiofolder=2 --seed 0 "
         "--output_dir runs/mini/pretrain.dls-train.seed0.fold2"
     )
+    sounds = miniature.options[-1]
+    log = (miniature.work / "pretrain.dls-train.seed0.fold2.log").read_text()
+    assert log.startswith(f"$ python train_npid.py --corpus {sounds} --preset tiny")
+    written = (miniature.results / "cells.csv").read_text() + (miniature.results / "README.md").read_text()
+    assert str(miniature.folder) not in written and sounds.partition("=")[2] not in written
     assert cells["pretrain.dls-train.seed0.fold2"]["excluded_folds"] == {"audiofolder": [2]}
-    commands = (miniature.results / "commands.txt").read_text().splitlines()
-    assert {cell["command"] for cell in cells.values()} <= set(commands) and len(commands) == 9
-    heard = {
-        name: [run["test_clips_heard_in_pretraining"] for run in cell["folds"].values()]
-        for name, cell in cells.items()
-        if cell["kind"] == "finetune"
-    }
+    assert cells["pretrain.dls.seed0"]["epochs"] == [0, 4, 8] and cells[FIRST]["epochs"] == list(range(9))
+    heard = {name: cell["test_clips_heard_in_pretraining"] for name, cell in cells.items() if "folds" in cell}
     assert heard == {
-        "finetune.from-ridge.scratch.seed0.fold2": [None],
+        FIRST: [None],
         "finetune.from-ridge.dls.seed0.fold2": [20],
         "finetune.from-ridge.dls-train.seed0.fold2": [0],
     }
-    assert all(cell["environment"]["commit"] and cell["wall_seconds"] > 0 for cell in cells.values())
+    assert all(cell["commit"] and cell["wall_seconds"] > 0 for cell in cells.values())
+
+
+def test_other_work_folders_add_to_the_same_results(finished, tmp_path):
+    """As on another machine: what is there stays, in the order of the plan."""
+    copy = finished[0].copy(tmp_path)
+    names = list(cells_of(copy.results))
+    lines = (copy.results / "cells.csv").read_text().splitlines(keepends=True)
+    (copy.results / "cells.csv").write_text("".join([*lines[:1], *lines[2:]]))
+    code, output = copy.run("--work_dir", "elsewhere")
+    assert code == 0 and f"[1/1] {FIRST} (new)" in output, output
+    assert (
+        list(cells_of(copy.results)) == names and "7 of 8 cells are done" in (copy.results / "README.md").read_text()
+    )
+    assert (copy.folder / "elsewhere" / f"{FIRST}.log").exists()
 
 
 def test_report_of_the_miniature(finished):
@@ -181,7 +264,7 @@ def test_report_of_the_miniature(finished):
     )
     rows = table(report, "## Search")
     for row, name in zip(rows, ("base", "embedding_dim=16"), strict=True):
-        knn = [entry["knn_accuracy"]["audiofolder"] for entry in cells[f"search.{name}.seed0"]["history"]]
+        knn = cells[f"search.{name}.seed0"]["knn_accuracy"]["audiofolder"]
         assert row["k-NN before"] == f"{knn[0]:.3f}" and row["k-NN after"].strip("*") == f"{knn[-1]:.3f}"
     assert rows[1]["change"] == "`--embedding_dim 16`"
     assert report.count("(the 5 nearest clips vote, each with exp(similarity / 0.1))") == 2
@@ -209,7 +292,8 @@ def test_only_what_changed_is_run_again(finished, tmp_path):
     assert "5 of 8 cells are done" in report and "training folds only" not in table(report, "Accuracy on")
     missing = "`pretrain.dls-train.seed0.fold2`, `finetune.from-ridge.dls-train.seed0.fold2`"
     assert missing in report or ", ".join(reversed(missing.split(", "))) in report
-    assert "lower --learning_rate" in (copy.results / "logs" / "pretrain.dls-train.seed0.fold2.log").read_text()
+    log = "runs/mini/pretrain.dls-train.seed0.fold2.log"
+    assert f"see {log}" in output and "lower --learning_rate" in (copy.folder / log).read_text()
 
 
 def test_weights_that_are_gone_are_made_again(finished, tmp_path):
@@ -236,7 +320,6 @@ def test_weights_that_are_gone_are_made_again(finished, tmp_path):
     assert "--model_name_or_path weights/imagenet" in output, "an ESResNet folder is used as it is"
 
 
-@pytest.mark.slow
 def test_imagenet_weights_are_converted(sound_folder, tmp_path):
     """Where they are no ESResNet's: by a cell of its own, from which its arm then starts."""
     miniature = Miniature(tmp_path, sound_folder)
@@ -260,8 +343,8 @@ def test_imagenet_weights_are_converted(sound_folder, tmp_path):
 def test_ends_in_time(finished, tmp_path):
     copy = finished[0].copy(tmp_path)
     copy.write(EXAMPLE.replace("--num_train_epochs 8 --knn_interval 4", "--num_train_epochs 100000"))
-    code, output = copy.run("--only", "pretrain.dls.*", "--max_minutes", "0.2")
-    assert code == 0 and "0.2 minutes are over; the same command goes on from here" in output
+    code, output = call(copy.folder, *copy.options, "--only", "pretrain.dls.*", "--max_minutes", "0.02")
+    assert code == 0 and "0.02 minutes are over; the same command goes on from here" in output
     assert "`pretrain.dls.seed0`" in (copy.results / "README.md").read_text(), "it is not run yet"
     assert json.loads((copy.work / "pretrain.dls.seed0.json").read_text())["seconds"] > 0
 
@@ -301,45 +384,51 @@ def test_mistakes_in_the_file(right, wrong, message, tmp_path):
     file = tmp_path / "plan.yaml"
     file.write_text(EXAMPLE.replace(right, wrong))
     with pytest.raises(UserError) as error:
-        Planner(file, {})
+        read_plan(file, {})
     assert str(error.value).startswith(f"{file}{message}") and "\n" not in str(error.value)
 
 
 def test_pretraining_that_hears_none_of_the_labelled_corpus(tmp_path):
     file = tmp_path / "plan.yaml"
     file.write_text(DECLARED.replace("{corpora: [urbansound8k]}", "{corpora: [esc10, urbansound8k], folds: excluded}"))
-    (cell,) = [cell for cell in Planner(file, {}).plan.cells if cell.name == "pretrain.other.seed0"]
+    (cell,) = [cell for cell in read_plan(file, {}).cells if cell.name == "pretrain.other.seed0"]
     left_out = [word for fold in range(1, 6) for word in ("--exclude_fold", f"esc10={fold}")]
     assert cell.options == [*left_out, "--seed", "0"]
     file.write_text(DECLARED.replace("{corpora: [urbansound8k]}", "{corpora: [urbansound8k], folds: excluded}"))
     with pytest.raises(UserError, match=r"pretraining\.other\.folds: its corpora do not include esc10"):
-        Planner(file, {})
+        read_plan(file, {})
 
 
 def test_arm_of_some_seeds(tmp_path):
     file = tmp_path / "plan.yaml"
     file.write_text(DECLARED.replace("{pretraining: further}", "{pretraining: further, seeds: [2, 0]}"))
-    cells = [cell for cell in Planner(file, {}).plan.cells if cell.facts.get("setting") == "default"]
+    cells = [cell for cell in read_plan(file, {}).cells if cell.facts.get("setting") == "default"]
     assert sorted(cell.facts["seed"] for cell in cells if cell.facts["arm"] == "further") == [0, 2]
     assert sorted(cell.facts["seed"] for cell in cells if cell.facts["arm"] == "dls") == [0, 1, 2]
 
 
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(UserError, match=r"nowhere.yaml cannot be read: No such file"):
-        Planner(tmp_path / "nowhere.yaml", {})
+        read_plan(tmp_path / "nowhere.yaml", {})
 
 
 def test_mistakes_are_answered_before_anything_is_run(sound_folder, tmp_path):
     miniature = Miniature(tmp_path, sound_folder)
 
     def answer(*options):
-        message = fail("reproduce.py", *(options or miniature.options), cwd=tmp_path)
-        assert message.startswith("error: ") and not miniature.results.exists() and not miniature.work.exists()
-        return message
+        code, output = call(tmp_path, *(options or miniature.options))
+        assert code == 2 and "Traceback" not in output, output
+        assert not miniature.results.exists() and not miniature.work.exists()
+        return output.splitlines()[-1]
 
-    assert "expected a .yaml file" in answer("results")
-    assert "--corpus esc50: results/mini.yaml has audiofolder" in answer(
-        "results/mini.yaml", "--corpus", "esc50=/data"
+    assert answer("results") == (
+        "reproduce.py: error: results: expected a .yaml file, beside which a folder of its name can be"
+    )
+    assert answer("results/mini.yaml", "--max_minutes", "nan").endswith(
+        "error: argument --max_minutes: must be a finite number, not 'nan'"
+    )
+    assert answer("results/mini.yaml", "--corpus", "esc50=/data").startswith(
+        "error: --corpus esc50: results/mini.yaml has audiofolder"
     )
     assert "corpora.audiofolder: there is no ./sounds here" in answer(*miniature.options[:2], "audiofolder=./sounds")
     assert "--only nothing: there is no such cell" in answer(*miniature.options, "--only", "nothing")
@@ -348,6 +437,14 @@ def test_mistakes_are_answered_before_anything_is_run(sound_folder, tmp_path):
     assert answer().startswith(f"error: {expected}invalid choice: 'rigde'")
     miniature.write("- a list")
     assert answer() == "error: results/mini.yaml: must have keys, not ['a list']"
+
+
+def test_mistakes_in_a_process(tmp_path):
+    """As a user meets them."""
+    ended = subprocess.run(
+        [sys.executable, ROOT / "reproduce.py", "nowhere.yaml"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (ended.returncode, ended.stderr) == (2, "error: nowhere.yaml cannot be read: No such file or directory\n")
 
 
 # The report, from numbers that were made up: three seeds, five folds, everything that a file can declare.
@@ -379,31 +476,37 @@ EPOCHS = 6
 
 
 def made_up(cell, random: np.random.Generator) -> dict:
-    """A result as CellStore.finish writes it."""
+    """A result as CellStore.finish makes it."""
     result = {
-        "cell": cell.name, "key": cell.key, "kind": cell.kind, **cell.facts, "command": "", "network": {"depths": [1]},
+        "cell": cell.name, "key": cell.key, "kind": cell.kind, **cell.facts, "network": {"depths": [1]},
         "starts_from": cell.start and cell.start.name, "wall_seconds": random.uniform(50, 500), "options": {},
-        "environment": {"hardware": "abacus", "threads": 2, "precision": "no", "commit": "1", "versions": {"a": "1"}},
+        "hardware": "abacus", "threads": 2, "precision": "no", "commit": "1", "versions": "a 1",
     }  # fmt: skip
     if cell.kind in ("pretrain", "search"):
-        corpora = dict.fromkeys(cell.corpora)
-        history = [
-            {"epoch": epoch, "knn_accuracy": {c: random.integers(80) / 80 for c in corpora}} for epoch in (0, 9)
-        ]
+        knn = {corpus: [random.integers(80) / 80 for _ in range(2)] for corpus in dict.fromkeys(cell.corpora)}
         fold = cell.facts["fold"]
-        excluded = {"esc10": [fold]} if fold else {}
-        return result | {"history": history, "clips": dict.fromkeys(corpora, 400), "excluded_folds": excluded}
-    folds = {}
-    for fold in [cell.facts["fold"]] if cell.facts["fold"] else range(1, 6):
-        epochs = 0 if cell.facts["setting"] == "head" else EPOCHS
+        return result | {
+            "epochs": [0, 9], "knn_accuracy": knn, "clips": dict.fromkeys(knn, 400),
+            "knn": {"k": 5, "sigma": "the run's temperature"}, "excluded_folds": {"esc10": [fold]} if fold else {},
+        }  # fmt: skip
+    folds = [cell.facts["fold"]] if cell.facts["fold"] else list(FOLDS)
+    heard = 80 if cell.facts["arm"] == "dls" else None
+    result |= {
+        "folds": folds,
+        "test_clips": [80] * len(folds),
+        "test_clips_heard_in_pretraining": [heard] * len(folds),
+    }
+    if cell.facts["setting"] == "head":
+        result["epochs"] = [0]
+        accuracy, seconds = [[random.integers(80) / 80] for _ in folds], [[random.uniform(1, 9)] for _ in folds]
+    else:
+        result["epochs"] = list(range(1, EPOCHS + 1))
         level = 0.2 + 0.1 * len(cell.facts["arm"]) / 4
-        accuracy = [round(80 * (level + random.uniform(0, 0.1 * i))) / 80 for i in range(epochs)]
-        run = {"accuracy_per_epoch": accuracy, "seconds_per_epoch": np.cumsum(random.uniform(5, 9, epochs)).tolist()}
-        run |= {"test_clips": 80, "test_clips_heard_in_pretraining": 80 if cell.facts["arm"] == "dls" else None}
-        if not epochs:
-            run |= {"accuracy_at_start": random.integers(80) / 80, "seconds_at_start": random.uniform(1, 9)}
-        folds[str(fold)] = run
-    return result | {"folds": folds}
+        accuracy = [
+            [round(80 * (level + random.uniform(0, 0.1 * i))) / 80 for i in range(EPOCHS)] for _ in folds
+        ]  # fmt: skip
+        seconds = [np.cumsum(random.uniform(5, 9, EPOCHS)).tolist() for _ in folds]
+    return result | {"accuracy": accuracy, "seconds": seconds}
 
 
 @pytest.fixture(scope="module")
@@ -411,20 +514,24 @@ def reported(tmp_path_factory):
     """The folder of the report, and the cells' results; one fold of one seed of one arm has not been run."""
     folder = tmp_path_factory.mktemp("report")
     (folder / "all.yaml").write_text(DECLARED)
-    (folder / "all" / "cells").mkdir(parents=True)
     random = np.random.default_rng(5)
-    for cell in Planner(folder / "all.yaml", {}).plan.cells:
+    cells = read_plan(folder / "all.yaml", {}).cells
+    for cell in reversed(cells):
         of_imagenet = cell.kind == "imagenet" or cell.facts.get("arm") == "imagenet"
         if not of_imagenet and cell.name != "finetune.default.dls-train.seed2.fold4":
-            path = folder / "all" / "cells" / f"{cell.name}.json"
-            path.write_text(json.dumps(made_up(cell, random)))
-    succeed("reproduce.py", folder / "all.yaml", "--report")
+            add_result(folder / "all" / "cells.csv", made_up(cell, random), [cell.name for cell in cells])
+    code, output = call(folder, folder / "all.yaml", "--report")
+    assert code == 0, output
     return folder / "all", cells_of(folder / "all")
 
 
 def fold_results(cells: dict[str, dict], setting: str, arm: str) -> dict[tuple[int, int], dict]:
     found = [c for c in cells.values() if (c["kind"], c.get("setting"), c.get("arm")) == ("finetune", setting, arm)]
-    return {(c["seed"], int(fold)): run for c in found for fold, run in c["folds"].items()}
+    return {
+        (cell["seed"], fold): {"accuracy": cell["accuracy"][i], "seconds": cell["seconds"][i]}
+        for cell in found
+        for i, fold in enumerate(cell["folds"])
+    }
 
 
 SEEDS = {"scratch": (0, 1, 2), "dls": (0, 1, 2), "dls-train": (0, 1), "further": (0, 1, 2), "both": (0, 1, 2)}
@@ -439,22 +546,13 @@ def test_accuracies_are_those_of_the_cells(reported):
     for arm, seeds in SEEDS.items():
         runs, row = fold_results(cells, "default", arm), rows["DLS" if arm == "dls" else arm]
         for epoch, column in ((1, "epoch 1"), (2, "epoch 2"), (3, "epoch 3"), (6, "epoch 6 (last)")):
-            by_fold = [sum(runs[s, f]["accuracy_per_epoch"][epoch - 1] for s in seeds) / len(seeds) for f in FOLDS]
+            by_fold = [sum(runs[s, f]["accuracy"][epoch - 1] for s in seeds) / len(seeds) for f in FOLDS]
             mean = sum(by_fold) / 5
             spread = (sum((value - mean) ** 2 for value in by_fold) / 5) ** 0.5
             assert row[column] == f"{mean:.3f} ± {spread:.3f}"
         assert row["seeds × folds"] == f"{len(seeds)} × 5"
     assert rows["DLS"]["held-out clips heard"] == "400 of 400" and rows["both"]["held-out clips heard"] == "unknown"
-    with open(folder / "per_epoch.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
-    for line in lines:
-        run = cells[line["cell"]]["folds"][line["fold"]]
-        epoch = int(line["epoch"])
-        accuracies = [run.get("accuracy_at_start"), *run["accuracy_per_epoch"]]
-        seconds = [run.get("seconds_at_start"), *run["seconds_per_epoch"]]
-        assert (float(line["accuracy"]), float(line["seconds"])) == (accuracies[epoch], seconds[epoch])
-    assert len(lines) == (4 * 3 * 5 + 14) * EPOCHS + 10
-    assert "Not run yet, or failed (see `logs/`): `finetune.default.dls-train.seed2.fold4`." in report
+    assert "Not run yet, or failed: `finetune.default.dls-train.seed2.fold4`." in report
     assert "Skipped: imagenet, because /nowhere/resnet18.pth is neither here" in report
     assert "Skipped: pre-training both" not in report, "it is done"
     assert "more than pre-training" not in report
@@ -464,15 +562,14 @@ def test_differences_are_paired(reported):
     folder, cells = reported
     rows = {row["arm"]: row for row in table((folder / "README.md").read_text(), "Accuracy less that")}
     scratch = fold_results(cells, "default", "scratch")
-    means = [np.mean([run["accuracy_per_epoch"][epoch] for run in scratch.values()]) for epoch in range(EPOCHS)]
+    means = [np.mean([run["accuracy"][epoch] for run in scratch.values()]) for epoch in range(EPOCHS)]
     random = np.random.default_rng(77)
     for arm, seeds in SEEDS.items():
         if arm == "scratch":
             continue
         runs, row = fold_results(cells, "default", arm), rows["DLS" if arm == "dls" else arm]
         early = {
-            (s, f): sum(runs[s, f]["accuracy_per_epoch"][e] - scratch[s, f]["accuracy_per_epoch"][e] for e in range(3))
-            / 3
+            (s, f): sum(runs[s, f]["accuracy"][e] - scratch[s, f]["accuracy"][e] for e in range(3)) / 3
             for s in seeds
             for f in FOLDS
         }
@@ -483,7 +580,7 @@ def test_differences_are_paired(reported):
             draws.append(np.mean([early[s, f] for s in drawn_seeds for f in drawn_folds]))
         interval = [float(end) for end in row["95 % interval"].split(" to ")]
         assert interval == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.004)
-        reached = np.mean([runs[s, f]["accuracy_per_epoch"][2] for s in seeds for f in FOLDS])
+        reached = np.mean([runs[s, f]["accuracy"][2] for s in seeds for f in FOLDS])
         assert row["accuracy after epoch 3"] == f"{reached:.3f}"
         first = next((str(epoch) for epoch, mean in enumerate(means, 1) if mean >= reached), "not within 6")
         assert row["which “scratch” reaches after epoch"] == first
@@ -495,13 +592,13 @@ def test_without_scratch_the_first_arm_is_what_others_are_compared_with(reported
     notes = "notes: What this is about."
     text = DECLARED.replace("arms: [scratch, dls, dls-train,", "arms: [dls, dls-train,")
     (tmp_path / "all.yaml").write_text(f"{notes}\n{text}")
-    succeed("reproduce.py", tmp_path / "all.yaml", "--report")
+    assert call(tmp_path, tmp_path / "all.yaml", "--report")[0] == 0
     report = (tmp_path / "all" / "README.md").read_text()
     rows = {row["arm"]: row for row in table(report, "Accuracy less that of “DLS”")}
     assert "DLS" not in rows and "\nWhat this is about.\n" in report
     dls, train = (fold_results(cells, "default", arm) for arm in ("dls", "dls-train"))
     pairs = [(train[s, f], dls[s, f]) for s in SEEDS["dls-train"] for f in FOLDS]
-    early = [np.mean(a["accuracy_per_epoch"][:3]) - np.mean(b["accuracy_per_epoch"][:3]) for a, b in pairs]
+    early = [np.mean(a["accuracy"][:3]) - np.mean(b["accuracy"][:3]) for a, b in pairs]
     assert float(rows["dls-train"]["difference"]) == pytest.approx(np.mean(early), abs=6e-4)
 
 
@@ -528,7 +625,7 @@ def test_seconds_to_the_target(reported):
         runs, row = fold_results(cells, "default", arm), rows["DLS" if arm == "dls" else arm]
         own = {}
         for key in ((s, f) for s in seeds for f in FOLDS):
-            epochs = zip(runs[key]["accuracy_per_epoch"], runs[key]["seconds_per_epoch"], strict=True)
+            epochs = zip(runs[key]["accuracy"], runs[key]["seconds"], strict=True)
             own[key] = min([seconds for accuracy, seconds in epochs if accuracy >= 0.6], default=np.inf)
         assert row["fine-tuning"] == told(own.values())
         whole = "trained elsewhere" if arm == "both" else told(own[k] + before[arm](*k) for k in own)
@@ -542,16 +639,16 @@ def test_other_tables(reported):
     report = (folder / "README.md").read_text()
     for row in table(report, "Closed-form classifier"):
         runs = fold_results(cells, "head", row["arm"].lower())
-        accuracy = [run["accuracy_at_start"] for run in runs.values()]
+        accuracy = [run["accuracy"][0] for run in runs.values()]
         assert row["accuracy"] == f"{np.mean(accuracy):.3f} ± {np.std(accuracy):.3f}"
-        assert row["seconds a fold"] == f"{np.median([run['seconds_at_start'] for run in runs.values()]):.1f}"
+        assert row["seconds a fold"] == f"{np.median([run['seconds'][0] for run in runs.values()]):.1f}"
     rows = {row["pre-training"]: row for row in table(report, "## Pre-training")}
     assert "each with exp(similarity / the run's temperature))" in report, "cells from before there was one sigma"
     for name, row in rows.items():
         runs = [cell for cell in cells.values() if cell["kind"] == "pretrain" and cell["pretraining"] == name]
         corpus = "urbansound8k" if name == "other" else "esc10"
         for column, entry in (("before", 0), ("after", -1)):
-            knn = [run["history"][entry]["knn_accuracy"][corpus] for run in runs]
+            knn = [run["knn_accuracy"][corpus][entry] for run in runs]
             spread = f" ± {np.std(knn):.3f}" if len(runs) > 1 else ""
             assert row[column] == f"{np.mean(knn):.3f}{spread}"
         assert row["folds"] == ("1 left out" if name == "dls-train" else "all heard (transductive)")
@@ -560,7 +657,7 @@ def test_other_tables(reported):
     names = {"none (the base)": "base", "--nce_k 16": "nce_k=16", "--nce_t 0.1, --nce_k 16": "nce_t=0.1,nce_k=16"}
     assert list(rows) == list(names)
     after = {
-        change: [cells[f"search.{name}.seed{seed}"]["history"][-1]["knn_accuracy"]["esc10"] for seed in (0, 1)]
+        change: [cells[f"search.{name}.seed{seed}"]["knn_accuracy"]["esc10"][-1] for seed in (0, 1)]
         for change, name in names.items()
     }
     base = after.pop("none (the base)")
@@ -576,10 +673,44 @@ def test_what_else_differs_is_said(reported, tmp_path):
     folder = shutil.copytree(reported[0], tmp_path / "all")
     shutil.copy(reported[0].with_suffix(".yaml"), tmp_path)
     for name, change in {"dls": {"network": {"depths": [2]}}, "scratch": {"options": {"learning_rate": 1}}}.items():
-        path = folder / "cells" / f"finetune.default.{name}.seed0.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | change))
-    succeed("reproduce.py", tmp_path / "all.yaml", "--report")
+        result = read_results(folder / "cells.csv")[f"finetune.default.{name}.seed0"]
+        add_result(folder / "cells.csv", result | change, [])
+    assert call(tmp_path, tmp_path / "all.yaml", "--report")[0] == 0
     report = (folder / "README.md").read_text()
     differing = report.partition("**Arms differ in more than pre-training:**\n\n")[2].partition("\n\n")[0]
     expected = ["network or spectrogram: depths is [1] or [2]", "default: --learning_rate is 1 or null"]
     assert differing.splitlines() == [f"- {difference}" for difference in expected]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["<<<<<<< HEAD", "finetune.default.dls.seed0,finetune,0", '"', "finetune.default.dls.seed0,finetune,,,,[,,"],
+)
+def test_a_damaged_line_is_named(damage, reported, tmp_path):
+    """And no result is lost or made up because of it."""
+    folder = shutil.copytree(reported[0], tmp_path / "all")
+    shutil.copy(reported[0].with_suffix(".yaml"), tmp_path)
+    lines = (folder / "cells.csv").read_text().splitlines()
+    before = "\n".join([*lines[:4], damage, *lines[4:]])
+    (folder / "cells.csv").write_text(before)
+    code, output = call(tmp_path, "all.yaml", "--report")
+    assert code == 2 and re.match(r"error: all/cells\.csv, line \d+, is not as reproduce\.py wrote it: mend", output)
+    assert (folder / "cells.csv").read_text() == before
+
+
+# What is committed.
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "results").glob("*.yaml")))
+def test_committed_reports_are_what_their_numbers_say(name, tmp_path):
+    """From the YAML file and the CSV alone, wherever they are."""
+    committed, made = ROOT / "results" / name, tmp_path / "results" / name
+    made.mkdir(parents=True)
+    shutil.copy(committed.with_suffix(".yaml"), made.parent)
+    shutil.copy(committed / "cells.csv", made)
+    assert call(tmp_path, made.with_suffix(".yaml"), "--report")[0] == 0
+    assert {path.name for path in made.iterdir()} == {path.name for path in committed.iterdir()}
+    assert (made / "README.md").read_bytes() == (committed / "README.md").read_bytes()
+    assert (made / "cells.csv").read_bytes() == (committed / "cells.csv").read_bytes()
+    if (made / "accuracy.png").exists():
+        assert np.array_equal(*(matplotlib.image.imread(folder / "accuracy.png") for folder in (made, committed)))

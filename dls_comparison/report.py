@@ -1,0 +1,53 @@
+"""The report of a comparison: README.md and accuracy.png, from the plan and the raw numbers, and nothing else."""
+
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from datasets_scripts.files import files_moved_into_place
+from dls_training.report import draw_comparison
+from hub_cards.card import TEMPLATES, markdown_table
+
+from . import tables
+from .cells import CellStore
+from .outcomes import FIRST_EPOCHS, RESAMPLES, curves, gather
+from .running import duration
+
+
+def write_report(store: CellStore) -> None:
+    """Writes both files beside the CSV, the picture where there are curves to compare."""
+    plan, folder = store.plan, store.csv.parent
+    cells = [cell for cell in plan.cells if cell.kind != "imagenet"]
+    results = [result for cell in plan.cells if (result := store.result(cell))]
+    by_setting, by_name = gather(plan, results), {result["cell"]: result for result in results}
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
+    environment.filters["table"] = markdown_table
+    panels = curves(by_setting)
+    text = environment.from_string((TEMPLATES / "comparison.md").read_text(encoding="utf-8")).render(
+        plan=plan,
+        file=Path(folder.resolve().parent.name) / plan.file.name,  # wherever on this machine that is
+        cells=len(cells),
+        done=sum(bool(store.result(cell)) for cell in cells),
+        took=duration(sum(result["wall_seconds"] for result in results)),
+        missing=[cell.name for cell in cells if not store.result(cell) and not store.blocked(cell)],
+        skipped=store.skipped(),
+        has_curves=bool(panels),
+        settings=[tables.of_setting(plan, name, arms, by_name) for name, arms in by_setting.items() if arms],
+        pretraining=tables.pretraining_rows(results),
+        search=tables.search_rows(plan.corpus, results),
+        search_fold=next((result["fold"] for result in results if result["kind"] == "search"), None),
+        voting=tables.voting(results),
+        machines=tables.machines(results),
+        circumstances=tables.differences_in_circumstances(results),
+        first_epochs=FIRST_EPOCHS,
+        resamples=RESAMPLES,
+    )
+    with files_moved_into_place(folder) as unfinished:
+        (unfinished / "README.md").write_text(text, encoding="utf-8")
+        if panels:
+            draw_comparison(unfinished / "accuracy.png", panels)
+    if not panels:
+        (folder / "accuracy.png").unlink(missing_ok=True)  # of what the file said before
+    print(f"{folder / 'README.md'} reports on {len(results)} of {len(cells)} cells")

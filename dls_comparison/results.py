@@ -1,0 +1,83 @@
+"""A comparison's raw numbers: one CSV, a line per finished cell. With the plan it is all that the report needs."""
+
+import csv
+import fcntl
+import io
+import json
+import os
+from pathlib import Path
+
+from datasets_scripts.errors import UserError
+from datasets_scripts.files import files_moved_into_place
+
+TEXTS = {
+    "cell", "kind", "pretraining", "arm", "setting", "starts_from", "hardware", "precision", "commit", "versions",
+    "command", "key",
+}  # fmt: skip
+# What is no text is JSON: accuracy and seconds are lists over folds of lists over `epochs`, of which 0 is before any
+# step. An empty field is something that a cell of this kind does not have.
+COLUMNS = (
+    "cell", "kind", "pretraining", "arm", "setting", "change", "seed", "fold", "starts_from", "wall_seconds", "epochs",
+    "folds", "test_clips", "test_clips_heard_in_pretraining", "accuracy", "seconds",
+    "clips", "excluded_folds", "knn", "knn_accuracy",
+    "hardware", "threads", "precision", "commit", "versions", "command", "key", "network", "options",
+)  # fmt: skip
+csv.field_size_limit(1 << 30)  # the default is less than the epochs of a long run take
+
+
+def read_results(path: Path) -> dict[str, dict]:
+    """{cell: its line, without what is empty}; nothing where there is no such file.
+
+    Raises:
+        UserError: naming the line that is not as it was written.
+    """
+    if not path.exists():
+        return {}
+    results = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                result = {name: text if name in TEXTS else json.loads(text) for name, text in row.items() if text}
+                if "key" not in result:
+                    raise KeyError("key")
+                results[result["cell"]] = result
+        except (ValueError, TypeError, KeyError, csv.Error) as error:
+            raise UserError(
+                f"{path}, line {reader.line_num}, is not as reproduce.py wrote it: mend it, or delete it to have its "
+                "cell run again"
+            ) from error
+    return results
+
+
+def add_result(path: Path, result: dict, order: list[str]) -> None:
+    """Puts a cell's result into the file, beside what others have put there meanwhile.
+
+    Args:
+        path: The CSV.
+        result: See COLUMNS.
+        order: Names of all cells, as their lines are to follow one another.
+
+    Raises:
+        UserError: if the file is damaged or cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path.parent, os.O_RDONLY)  # runs with other work folders may write, too
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        results = read_results(path) | {result["cell"]: result}
+        rows = [results[name] for name in dict.fromkeys([*order, *results]) if name in results]
+        text = io.StringIO()
+        writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({name: as_text(value) for name, value in row.items()} for row in rows)
+        with files_moved_into_place(path.parent) as folder:
+            (folder / path.name).write_text(text.getvalue(), encoding="utf-8")
+    finally:
+        os.close(lock)
+
+
+def as_text(value) -> str:
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False)
