@@ -99,6 +99,7 @@ class Forked:
 
 
 def _forked(log: Path, environment: dict[str, str], function: Callable[..., int | None], *arguments) -> None:
+    multiprocessing.set_start_method(None, force=True)  # a run's own processes start as they do for a user
     with log.open("ab", buffering=0) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -132,10 +133,10 @@ def torchrun(processes: int) -> list:
 def run_script(script: str, *options, launcher: list | None = None, **popen_options) -> tuple[int, str]:
     """Exit code, and what was printed to either stream.
 
-    It runs in this process, unless it is launched, helps, or needs an environment or folder of its own.
+    It runs in this process, unless it is launched, or needs an environment or folder of its own.
     """
     name = script.removesuffix(".py")
-    if name in SETTINGS and not launcher and not popen_options and "--help" not in options:
+    if name in SETTINGS and not launcher and not popen_options:
         return call(name, *options)
     process = start([*(launcher or [sys.executable]), ROOT / script, *options], **popen_options)
     output = process.communicate(timeout=600)[0]
