@@ -13,9 +13,10 @@ def pytest_addoption(parser):
 
 
 def pytest_configure():
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        # Workers, and what they start, share the cores: threads must not spin while they wait for one another.
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Before torch is imported, here and in what tests start: threads of networks as tiny as the tests' mostly wait for
+    # one another, and a sum in another number of threads is another number.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 @pytest.fixture(scope="session")
