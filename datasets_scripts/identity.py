@@ -138,7 +138,7 @@ def _published(plain: datasets.Dataset, columns: set[str]) -> Iterator[str | Non
     own = next((name for name, corpus in CORPORA.items() if corpus.columns and columns >= corpus.columns.keys()), None)
     owners = plain["corpus"][:] if "corpus" in columns else repeat(own, len(paths))
     ways = {corpus.published_identity for corpus in CORPORA.values()} - {Corpus.published_identity}
-    ids = plain["clip_id"][:] if "clip_id" in columns else repeat("", len(paths))
+    ids = plain["clip_id"][:] if "clip_id" in columns else repeat(None, len(paths))
     for owner, clip_id, path in zip(owners, ids, paths, strict=True):
         known = owner in CORPORA and CORPORA[owner].published_identity(path or "", clip_id)
         yield known or next(filter(None, (identity(path or "") for identity in ways)), None)
