@@ -40,7 +40,8 @@ from dls_training.input_pipeline import (
 from dls_training.loop import GlobalBatch, TrainingLoop, describe
 from dls_training.metrics import ClassificationMetrics, per_class_accuracy
 from dls_training.networks import make_config, make_extractor, make_model
-from dls_training.record import RECORD_FILE, Record, parent_of, to_go_on_from
+from dls_training.record import RECORD_FILE, Record
+from dls_training.runs import parent_of, to_go_on_from
 from dls_training.runtime import ends_with_the_others, environment, make_accelerator, start_tracking
 from hub_cards import final_accuracy, write_card
 from hub_cards.publishing import claim_repository, publish

@@ -32,7 +32,8 @@ from dls_training.loop import TrainingLoop, describe
 from dls_training.memory_bank import BANK_FILE, MemoryBank
 from dls_training.nearest_neighbours import NearestNeighbourTests
 from dls_training.networks import make_config, make_extractor, make_model
-from dls_training.record import RECORD_FILE, begun, parent_of, to_go_on_from
+from dls_training.record import RECORD_FILE
+from dls_training.runs import begun, parent_of, to_go_on_from
 from dls_training.runtime import ends_with_the_others, environment, make_accelerator, start_tracking
 from dls_training.sharded_bank import ShardedMemoryBank
 from hub_cards import write_card

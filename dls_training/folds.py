@@ -11,7 +11,8 @@ from datasets_scripts.errors import UserError
 from datasets_scripts.files import read_object
 
 from .checkpoints import PREFIX
-from .record import Record, begun
+from .record import Record
+from .runs import begun
 from .settings import ClassificationSettings
 
 RESULTS_FILE = "fold_results.json"

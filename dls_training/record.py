@@ -3,30 +3,23 @@
 A record travels with the weights. It is the only source for cards, licences, guards against leakage, and resuming.
 """
 
-import inspect
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from transformers.utils import cached_file
 
-from datasets_scripts import ClipIdentities, corpus_facts
+from datasets_scripts import ClipIdentities
 from datasets_scripts.errors import UserError
 from datasets_scripts.files import file_digest, json_digest, read_object, write_json
 from datasets_scripts.identity import WHOLE
-from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor
-
-from .checkpoints import PREFIX, find_checkpoint
-from .settings import TrainingSettings
 
 RECORD_FILE, HEARD_FILE = "record.json", "heard_clips.safetensors"
 WEIGHTS, BANK = "model.safetensors", "memory_bank.safetensors"
-RESULTS = ("all_results.json", "fold_results.json", "model.safetensors")
 LAYOUT = 1  # of the two files: raise it when they change
 ADVICE = (
     f"take the folder from where it came from once more; or, without {RECORD_FILE} in it, what these weights have "
@@ -45,10 +38,9 @@ NOT_COMPARED = frozenset(
         *("recipe", "allow_partial", "skip_unreadable"),
     )
 )
-TASKS = ("npid", "classification")
 FACTS = {
     **dict.fromkeys(("clips", "corpora", "excluded_folds", "options", "settings", "environment"), dict),
-    **{"name": str, "command": str, "seed": int, "with_labels": bool},
+    **{"name": str, "task": str, "command": str, "seed": int, "with_labels": bool},
 }
 LENGTH = ("num_train_epochs", "max_train_steps")
 # With these the rate does not depend on the length of the run, which may then grow.
@@ -202,7 +194,7 @@ class Record:
         Raises:
             UserError: if it is damaged, of another layout, or does not belong to the weights beside it.
         """
-        path = _find(source, RECORD_FILE)
+        path = find_file(source, RECORD_FILE)
         if path is None:
             return None
         content = read_object(path)
@@ -217,7 +209,7 @@ class Record:
         if digest != json_digest(content):
             raise UserError(f"{path} is damaged or was changed by hand: {ADVICE}")
         for name, written in content["files"].items():
-            file = _find(source, name)
+            file = find_file(source, name)
             if (file is None and name == WEIGHTS and needs_weights) or (file and file_digest(file) != written):
                 problem = "is not the file" if file else "is missing,"
                 raise UserError(f"{source}: {name} {problem} that {RECORD_FILE} belongs to: {ADVICE}")
@@ -239,138 +231,7 @@ class Record:
         return cls((Stage(facts, None),)) if found is None else found.with_facts(name=str(source))
 
 
-def weights_digest(source: str | Path) -> str:
-    """In words what a run starts from: digests of the weights and of the memory bank beside them."""
-    files = {"weights": _find(source, WEIGHTS), "bank": Path(source, BANK) if Path(source, BANK).is_file() else None}
-    return ", ".join(f"{what} {file_digest(path)[:16]}" for what, path in files.items() if path)
-
-
-def check_same_run(record: Record, folder: Path) -> Record:
-    """Makes sure that a run goes on from its own folder or checkpoint, and from nothing else.
-
-    Args:
-        record: Of the run that is to go on.
-        folder: What it would go on from.
-
-    Returns:
-        The record, with what the earlier part of the run says of itself.
-
-    Raises:
-        UserError: naming every option that differs; or if there is no record, or a damaged one.
-    """
-    earlier = Record.read(folder)
-    if earlier is None:
-        raise UserError(
-            f"{folder} was written by an earlier version, which did not record what a run is, and cannot go on: "
-            "finish it with that version, or start anew in another --output_dir"
-        )
-    if changes := record.own.differences(earlier.own):
-        raise UserError(
-            f"{folder} belongs to a different run: {'; '.join(changes)}. Repeat its options, or start anew in another "
-            "--output_dir"
-        )
-    return record.continues(earlier)
-
-
-def begun(
-    settings: TrainingSettings,
-    task: str,
-    parent: Record,
-    corpora: list[tuple[str, Dataset]],
-    heard: ClipIdentities,
-    config: ESResNetConfig,
-    extractor: ESResNetFeatureExtractor,
-    also: dict | None = None,
-    **facts,
-) -> Record:
-    """The record of a run that begins.
-
-    Args:
-        settings: The script's settings, as they hold.
-        task: `"npid"` or `"classification"`.
-        parent: Of the weights that it starts from; empty where they are random.
-        corpora: What it was given, whole.
-        heard: What of that it trains on.
-        config, extractor: Of the network.
-        also: What makes the run what it is, beside its options and what every run has.
-        **facts: Others of `Stage.facts`, `environment` among them.
-    """
-    environment = facts["environment"]
-    also = (also or {}) | {
-        "corpus": ", ".join(described(name, clips) for name, clips in corpora),
-        "model_name_or_path": weights_digest(settings.model_name_or_path) if parent.stages else None,
-        "mixed_precision": environment["precision"],
-        "number of processes": environment["processes"],
-        "network": constructor_values(config),
-        "feature extractor": constructor_values(extractor),
-    }
-    known = {
-        "name": str(settings.output_dir),
-        "task": task,
-        "corpora": {name: corpus_facts(name) for name, _ in corpora},
-        "options": settings.plain(),
-        "seed": settings.seed,
-        "command": settings.command,
-    }
-    return parent.followed_by(known | facts | {"settings": also}, heard)
-
-
-def parent_of(settings: TrainingSettings, config: ESResNetConfig) -> Record:
-    """The record of what --model_name_or_path brings; an empty one where weights are random.
-
-    Raises:
-        UserError: if it is damaged.
-    """
-    if not settings.model_name_or_path or getattr(settings, "init", None) == "scratch":
-        return Record()
-    return Record.of(settings.model_name_or_path, config.initial_weights)
-
-
-def described(name: str, clips: Dataset) -> str:
-    """A corpus in words, the same only for the same clips in the same order with the same labels and folds."""
-    content = [ClipIdentities.of(clips).digest_of_all(), clips["label"][:], clips["fold"][:]]
-    return f"{name} ({len(clips)} clips, {json_digest(content)[:16]})"
-
-
-def constructor_values(thing) -> dict:
-    """What an object was made with: the values of its constructor's named arguments."""
-    names = inspect.signature(type(thing).__init__).parameters
-    return {name: getattr(thing, name) for name in names if hasattr(thing, name)}
-
-
-def to_go_on_from(record: Record, choice: str | None, output_dir: Path) -> tuple[Path | None, Record]:
-    """Where a run goes on, and its record.
-
-    Args:
-        record: Of the run.
-        choice: --resume_from_checkpoint.
-        output_dir: Of the run.
-
-    Returns:
-        A checkpoint, None to start from the beginning; and the record, see `check_same_run`.
-
-    Raises:
-        UserError: if what is there is another run's, or damaged.
-    """
-    checkpoint = find_checkpoint(choice, output_dir)
-    if choice is None:
-        return None, record
-    finished = [name for name in (RECORD_FILE, *RESULTS) if (output_dir / name).is_file()]
-    # Without a checkpoint or a record, results are an earlier version's; with a checkpoint, a run was killed while it
-    # put them into place.
-    places = [output_dir] if RECORD_FILE in finished or (finished and checkpoint is None) else []
-    if choice != "latest":  # what is there, this run would join, or delete
-        places += [path for path in output_dir.glob(f"{PREFIX}*") if (path / RECORD_FILE).is_file()]
-    continued = [check_same_run(record, place) for place in [*places, *([checkpoint] if checkpoint else [])]]
-    if continued and checkpoint is None and not record.own.same_length(Record.read(output_dir).own):
-        raise UserError(
-            f"{output_dir} holds a finished run of another length, whose checkpoints are gone: it cannot become "
-            "longer or shorter. Repeat its options, or start anew in another --output_dir"
-        )
-    return checkpoint, continued[-1] if continued else record
-
-
-def _find(source: str | Path, name: str) -> Path | None:
+def find_file(source: str | Path, name: str) -> Path | None:
     """A file of a folder or of a Hub repository; None where it is not there."""
     if Path(source).exists():
         return Path(source, name) if Path(source, name).is_file() else None
@@ -389,7 +250,7 @@ def _stages(facts: list[dict], heard_file: Path) -> Iterable[Stage]:
             if own["task"] is None:
                 yield Stage(own, None)
                 continue
-            if own["task"] not in TASKS or not all(isinstance(own[name], kind) for name, kind in FACTS.items()):
+            if not all(isinstance(own[name], kind) for name, kind in FACTS.items()):
                 raise ValueError(f"stage {number} is none that this version writes")
             content = tensors[f"{number}.content"]
             stretch = tensors.get(f"{number}.stretch", np.tile(WHOLE, (len(content), 1)))

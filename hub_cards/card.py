@@ -84,7 +84,8 @@ def stage_in_words(stage: dict) -> str:
         return f"Started from `{stage['name']}`, of which it is not known what it has heard."
     clips = ", ".join(f"{count} of {name}" for name, count in stage["clips"].items())
     left_out = f"; left out: {stage['excluded_folds']}" if stage["excluded_folds"] else ""
-    return f"{TASKS[stage['task']].training} (`{stage['name']}`; clips: {clips}{left_out})."
+    training = TASKS[stage["task"]].training if stage["task"] in TASKS else f"Trained ({stage['task']})"
+    return f"{training} (`{stage['name']}`; clips: {clips}{left_out})."
 
 
 def markdown_table(rows: list[dict]) -> str:
