@@ -69,7 +69,27 @@ class ESResNetAttention(nn.Module):
         self.bn = nn.BatchNorm2d(out_channels)
 
     def forward(self, x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        return self.bn(self.conv_point(self.conv_depth(max_pool_to(x, size)))).sigmoid()
+        return self.bn(self.conv_point(self.depthwise(max_pool_to(x, size)))).sigmoid()
+
+    def depthwise(self, x: torch.Tensor) -> torch.Tensor:
+        convolution = self.conv_depth
+        if convolution.kernel_size[0] > 1 or x.is_contiguous():
+            return convolution(x)
+        # Along time alone, each row is a picture of its own, which can as well stand upright, and without a copy where
+        # channels come last: oneDNN is slow in the gradient of low pictures' weights.
+        rows = x.permute(0, 2, 3, 1)
+        upright = rows.flatten(0, 1).unsqueeze(2).permute(0, 3, 1, 2)
+        weight, padding = convolution.weight.transpose(2, 3), convolution.padding[::-1]
+        upright = F.conv2d(upright, weight, convolution.bias, padding=padding, groups=convolution.groups)
+        return upright.permute(0, 2, 3, 1).squeeze(2).unflatten(0, rows.shape[:2]).permute(0, 3, 1, 2)
+
+
+class ESResNetStem(ResNetEmbeddings):
+    """transformers' stem, whose ReLU comes after the pooling, where there is a quarter to do: a maximum permits it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self.embedder
+        return layer.activation(self.pooler(layer.normalization(layer.convolution(x))))
 
 
 class DenseStage(nn.Sequential):
@@ -315,7 +335,7 @@ class ESResNetModel(ESResNetPreTrainedModel):
 
     def __init__(self, config: ESResNetConfig):
         super().__init__(config)
-        self.embedder = ResNetEmbeddings(config)
+        self.embedder = (ESResNetStem if config.hidden_act == "relu" else ResNetEmbeddings)(config)
         self.stages = nn.ModuleList([ESResNetStage(config, index) for index in range(len(config.depths))])
         statistics = config.pooling == "statistics"
         size = config.hidden_sizes[-1]

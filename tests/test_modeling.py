@@ -14,6 +14,7 @@ import transformers
 from golden import deterministic as golden
 from torch import nn
 from transformers import AutoModel, AutoModelForAudioClassification
+from transformers.models.resnet.modeling_resnet import ResNetEmbeddings
 
 import modeling_dls
 from modeling_dls import (
@@ -26,7 +27,13 @@ from modeling_dls import (
 )
 from modeling_dls.configuration_esresnet import AUTO_MAP
 from modeling_dls.convert_esresnet_checkpoint import convert_state_dict
-from modeling_dls.modeling_esresnet import ESResNetAttention, RowStatistics, averaged_rows, max_pool_to
+from modeling_dls.modeling_esresnet import (
+    ESResNetAttention,
+    ESResNetStem,
+    RowStatistics,
+    averaged_rows,
+    max_pool_to,
+)
 
 HEADS = {getattr(modeling_dls, name): getattr(transformers, auto) for name, auto in modeling_dls.MODELS.items()}
 every_head = pytest.mark.parametrize("head", HEADS)
@@ -326,6 +333,35 @@ def test_clips_of_a_batch_are_independent_in_evaluation():
     x = pictures(3, 2)
     with torch.no_grad():
         torch.testing.assert_close(model(x).logits, torch.cat([model(clip[None]).logits for clip in x]))
+
+
+@pytest.mark.parametrize("kernel_size", [(3, 1), (1, 5), (3, 5)])
+def test_the_depthwise_convolution_is_one_in_value_and_gradient(kernel_size):
+    attention = ESResNetAttention(6, 8, kernel_size).double()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(3, 6, 4, 9, dtype=torch.float64).to(memory_format=layout).requires_grad_()
+        outputs = attention.depthwise(x), attention.conv_depth(x)
+        by_output = torch.randn_like(x)
+        variables = (x, *attention.conv_depth.parameters())
+        ours, expected = ([y, *torch.autograd.grad(y, variables, by_output)] for y in outputs)
+        torch.testing.assert_close(ours, expected, rtol=1e-12, atol=1e-12)
+        assert ours[0].is_contiguous(memory_format=layout)
+
+
+def test_the_stem_is_transformers_in_value_and_gradient_where_a_maximum_permits_it():
+    torch.manual_seed(0)
+    ours = ESResNetModel(tiny_config()).embedder
+    theirs = ResNetEmbeddings(tiny_config())
+    theirs.load_state_dict(ours.state_dict())
+    assert type(ours) is ESResNetStem and type(ESResNetModel(tiny_config(hidden_act="gelu")).embedder) is type(theirs)
+    x = torch.randn(4, 3, 33, 61)
+    by_output, found = torch.randn(4, 16, 9, 16), []
+    for stem in (ours, theirs):
+        with torch.autocast("cpu", torch.bfloat16):
+            stem(x).backward(by_output.bfloat16())
+        with torch.no_grad():
+            found.append([stem(x), stem.eval()(x), *stem.state_dict().values(), *(p.grad for p in stem.parameters())])
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 # --- Configuration ---
