@@ -26,7 +26,8 @@ from modeling_dls import (
 )
 from modeling_dls.configuration_esresnet import AUTO_MAP
 from modeling_dls.convert_esresnet_checkpoint import convert_state_dict
-from modeling_dls.modeling_esresnet import ESResNetAttention, RowStatistics, averaged_rows, max_pool_to
+from modeling_dls.modeling_esresnet import ESResNetAttention, max_pool_to
+from modeling_dls.pooling_esresnet import RowStatistics, averaged_rows
 
 HEADS = {getattr(modeling_dls, name): getattr(transformers, auto) for name, auto in modeling_dls.MODELS.items()}
 every_head = pytest.mark.parametrize("head", HEADS)
