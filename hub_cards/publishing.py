@@ -1,5 +1,6 @@
 """A finished run's folder -> a model repository on the Hub, in one commit."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def finished_run(folder: Path) -> tuple[dict, Publication, dict[str, Path]]:
     publication = run_of(task.name)
     files = publication.files(folder)
     signal, config = read_object(folder / "preprocessor_config.json"), read_object(folder / "config.json")
-    code = {f"{module}.py" for settings in (config, signal) if settings for module in modules_of(settings)}
+    code = {name for settings in (config, signal) if settings for name in code_of(settings, files)}
     for name in (*REQUIRED, *sorted(code)):
         if name not in files or (name.endswith(".json") and read_object(files[name]) is None):
             problem = "damaged" if name in files else "missing"
@@ -124,6 +125,8 @@ def finished_run(folder: Path) -> tuple[dict, Publication, dict[str, Path]]:
     return results, publication, files
 
 
-def modules_of(settings: dict) -> set[str]:
-    """The modules beside a config.json that `trust_remote_code` loads for it."""
-    return {reference.partition(".")[0] for reference in settings.get("auto_map", {}).values()}
+def code_of(settings: dict, files: dict[str, Path]) -> set[str]:
+    """The files that `trust_remote_code` loads for a config.json: those that it names, and those that they import."""
+    named = {f"{reference.partition('.')[0]}.py" for reference in settings.get("auto_map", {}).values()}
+    sources = [files[name].read_text(encoding="utf-8") for name in sorted(named) if name in files]
+    return named | {f"{module}.py" for text in sources for module in re.findall(r"^from \.(\w+) import", text, re.M)}

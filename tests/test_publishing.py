@@ -337,6 +337,9 @@ def test_dry_run_without_network_or_token(trained):
 
 
 def test_a_run_that_is_not_complete(pretrained, hub, tmp_path):
+    imported = (pretrained / "presets_esresnet.py").rename(tmp_path / "elsewhere.py")
+    assert "npid/presets_esresnet.py is missing; " in refused(publish(hub, tmp_path, "npid", "npid"))
+    imported.rename(pretrained / "presets_esresnet.py")
     (pretrained / "modeling_esresnet.py").unlink()
     message = refused(publish(hub, tmp_path, "npid", "npid"))
     assert "npid/modeling_esresnet.py is missing; `python train_npid.py --preset tiny" in message
