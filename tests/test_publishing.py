@@ -1,21 +1,27 @@
 """Publishing end to end: the real huggingface_hub client against the Hub-like server of hub_server.py."""
 
+import contextlib
 import hashlib
+import io
 import json
+import logging
 import os
 import re
 import shutil
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
+from importlib import import_module
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 from hub_server import READ_TOKEN, TOKEN, HubServer
-from scripts import ROOT, SMALL
+from scripts import ROOT, SMALL, fail
 from test_remote_code import BEFORE, HERE
 
 from datasets_scripts.__main__ import main as export_or_describe
@@ -71,17 +77,19 @@ print(json.dumps({"rows": rows, "names": dataset.features["label"].names}))
 """
 
 
-def run(hub: HubServer | str, folder: Path, *command, token=TOKEN, **environment) -> tuple[int, str]:
-    """Exit code and output of `python COMMAND` in `folder`, for which `hub` is the Hub. The token is never printed."""
+def run_process(hub: HubServer, folder: Path, *command, token=TOKEN) -> tuple[int, str]:
+    """Exit code and output of `python COMMAND` in `folder`, told by its environment that `hub` is the Hub.
+
+    The token is never printed.
+    """
     (folder / "patience").mkdir(exist_ok=True)
     (folder / "patience" / "sitecustomize.py").write_text(IMPATIENT)
     settings = {
-        "HF_ENDPOINT": getattr(hub, "url", hub),
+        "HF_ENDPOINT": hub.url,
         "HF_HUB_DISABLE_XET": "1",
         "HF_HOME": str(folder / "home"),
         "HF_TOKEN": token,
         "PYTHONPATH": f"{folder / 'patience'}:{ROOT}",
-        **environment,
     }
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     finished = subprocess.run(
@@ -92,8 +100,46 @@ def run(hub: HubServer | str, folder: Path, *command, token=TOKEN, **environment
     return finished.returncode, finished.stdout
 
 
-def publish(hub, folder: Path, run_folder: Path, name: str, *options, **environment) -> tuple[int, str]:
-    return run(hub, folder, "-m", "hub_cards", "publish", run_folder, "--hub_model_id", name, *options, **environment)
+@contextlib.contextmanager
+def hub_of_this_process(hub: HubServer | str, folder: Path, token=TOKEN, offline=False):
+    """As if this process had been started in `folder` with such an environment."""
+    url, home = getattr(hub, "url", hub), folder / "home"
+    constants = {
+        "ENDPOINT": url, "HUGGINGFACE_CO_URL_TEMPLATE": url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": offline, "HF_HUB_DISABLE_XET": True, "HF_HUB_CACHE": str(home / "hub"),
+        "HF_TOKEN_PATH": str(home / "token"),
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as changed:
+        changed.chdir(folder)
+        changed.setenv("HF_TOKEN", token)
+        changed.setattr(time, "sleep", lambda seconds, sleep=time.sleep: sleep(min(seconds, 0.01)))
+        changed.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
+        for name, value in constants.items():
+            changed.setattr(huggingface_hub.constants, name, value)
+        yield
+
+
+def run(hub: HubServer | str, folder: Path, module: str, *words, **how) -> tuple[int, str]:
+    """The same of `python -m MODULE WORDS`, in this process."""
+    printed, root, ours = io.StringIO(), logging.getLogger(), logging.getLogger("dls")
+    handler, level = logging.StreamHandler(printed), ours.level
+    root.addHandler(handler)
+    try:
+        with (
+            hub_of_this_process(hub, folder, **how),
+            contextlib.redirect_stdout(printed),
+            contextlib.redirect_stderr(printed),
+        ):
+            code = import_module(f"{module}.__main__").main([str(word) for word in words])
+    finally:
+        root.removeHandler(handler)
+        ours.setLevel(level)
+    assert TOKEN not in printed.getvalue()
+    return code, printed.getvalue()
+
+
+def publish(hub, folder: Path, run_folder: Path, name: str, *options, **how) -> tuple[int, str]:
+    return run(hub, folder, "hub_cards", "publish", run_folder, "--hub_model_id", name, *options, **how)
 
 
 def refused(outcome: tuple[int, str]) -> str:
@@ -107,7 +153,7 @@ def refused(outcome: tuple[int, str]) -> str:
 def stranger(hub: HubServer, folder: Path, script: str, **job) -> dict:
     """What a script prints in a process that finds none of our code and has no token."""
     job["hidden"] = sorted(HERE)
-    code, output = run(hub, folder, "-I", "-c", BEFORE + script, json.dumps(job), token="")
+    code, output = run_process(hub, folder, "-I", "-c", BEFORE + script, json.dumps(job), token="")
     assert code == 0, output
     return json.loads(output.splitlines()[-1])
 
@@ -131,10 +177,10 @@ def trained(sound_folder, tmp_path_factory):
     with HubServer() as hub:
         hub.fail("POST .*/commit/", 500)
         private = ["--hub_model_id", "you/private", "--hub_private_repo"]
-        failed = run(hub, folder, ROOT / "train_npid.py", *common, "--output_dir", "npid", *private)
+        failed = run_process(hub, folder, ROOT / "train_npid.py", *common, "--output_dir", "npid", *private)
         hub.mend()
         fine_tuning = [ROOT / "train_classification.py", *common, "--model_name_or_path", "npid", "--fold", "all"]
-        finished = run(hub, folder, *fine_tuning, "--output_dir", "classifier")
+        finished = run_process(hub, folder, *fine_tuning, "--output_dir", "classifier")
         yield folder, hub, failed, finished
 
 
@@ -186,7 +232,7 @@ def test_a_push_that_fails_leaves_the_finished_run(trained):
     assert json.loads((folder / "npid" / "all_results.json").read_text())["task"] == "npid"
     command = re.search("`python (-m hub_cards publish npid .*)` goes on", message)[1]
     assert "--hub_private_repo" in command
-    assert run(hub, folder, *command.split())[0] == 0 and len(repository.revisions) == 2
+    assert run_process(hub, folder, *command.split())[0] == 0 and len(repository.revisions) == 2
     assert repository.private and len(hub.asked("POST /api/repos/create .*200")) == 2
     for place in ("/api/models/you/private", "/you/private/resolve/main/config.json"):
         with pytest.raises(urllib.error.HTTPError, match="401"):
@@ -195,12 +241,12 @@ def test_a_push_that_fails_leaves_the_finished_run(trained):
 
 def test_pushing_is_checked_before_training(trained, sound_folder, tmp_path):
     _, hub, *_ = trained
-    command = [ROOT / "train_classification.py", *SMALL, "--corpus", f"audiofolder={sound_folder}"]
-    command += ["--output_dir", "new", "--hub_model_id", "private"]
-    message = refused(run(hub, tmp_path, *command, "--push_to_hub"))
+    options = [*SMALL, "--corpus", f"audiofolder={sound_folder}"]
+    options += ["--output_dir", tmp_path / "new", "--hub_model_id", "private"]
+    with hub_of_this_process(hub, tmp_path):
+        message = fail("train_classification.py", *options, "--push_to_hub")
     assert "you/private holds something else" in message and not list((tmp_path / "new").glob("*"))
-    code, output = run(hub, tmp_path, *command)
-    assert code == 2 and "--push_to_hub publishes: add that" in output
+    assert "--push_to_hub publishes: add that" in fail("train_classification.py", *options)
 
 
 def test_the_token_is_written_nowhere(trained):
@@ -297,18 +343,18 @@ def test_a_failing_server(request_, status, words, pretrained, hub, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "environment", "words"),
+    ("name", "how", "words"),
     [
         ("npid", {"token": ""}, "run `hf auth login` once, or set"),
-        ("npid", {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+        ("npid", {"offline": True}, "HF_HUB_OFFLINE is set"),
         ("npid", {"token": "hf_unknown"}, "the Hub answered 401"),
         ("npid", {"token": READ_TOKEN}, "the token can only read"),
         ("my model", {}, "--hub_model_id my model: expected NAME or NAMESPACE/NAME"),
         ("somebody/npid", {}, 'rights to create a model under the namespace "somebody"'),
     ],
 )
-def test_what_the_user_must_change(name, environment, words, pretrained, hub, tmp_path):
-    message = refused(publish(hub, tmp_path, "npid", name, **environment))
+def test_what_the_user_must_change(name, how, words, pretrained, hub, tmp_path):
+    message = refused(publish(hub, tmp_path, "npid", name, **how))
     assert words in message
     assert not hub.repositories
 
@@ -328,8 +374,8 @@ def test_nothing_else_is_overwritten(trained, hub, tmp_path):
 
 def test_dry_run_without_network_or_token(trained):
     folder, *_ = trained
-    for environment in ({"token": ""}, {"HF_HUB_OFFLINE": "1"}, {}):
-        code, output = publish("http://127.0.0.1:9", folder, "npid", "npid", "--dry_run", **environment)
+    for how in ({"token": ""}, {"offline": True}, {}):
+        code, output = publish("http://127.0.0.1:9", folder, "npid", "npid", "--dry_run", **how)
         assert code == 0 and "npid was not looked at: " in output and "nothing was changed" in output
         listed = {words[1]: int(words[0].replace(",", "")) for words in map(str.split, output.splitlines()[1:])}
         assert listed == {name: len(content) for name, content in contents(folder / "npid").items()}
@@ -353,8 +399,8 @@ def test_a_run_that_is_not_complete(pretrained, hub, tmp_path):
 
 
 def test_an_export_is_published_and_loaded(sound_folder, hub, tmp_path):
-    export = ["-m", "datasets_scripts", "export", "audiofolder", "--data_dir", sound_folder, "--output_dir", "sounds"]
-    push = [*export, "--push_to_hub", "--hub_dataset_id", "you/tones"]
+    export = ["export", "audiofolder", "--data_dir", sound_folder, "--output_dir", "sounds"]
+    push = ["datasets_scripts", *export, "--push_to_hub", "--hub_dataset_id", "you/tones"]
     hub.fail("PUT /upload", None)
     message = refused(run(hub, tmp_path, *push))
     assert "unchanged" in message and set(hub.files("datasets/you/tones")) == {".gitattributes"}
@@ -384,7 +430,7 @@ def test_another_export_is_not_taken_for_this_one(sound_folder, hub, tmp_path, m
     assert export_or_describe(export) == 0
     table = tmp_path / "in" / "metadata.csv"
     table.write_text(table.read_text().replace("00.wav,class-0", "00.wav,class-1"))
-    message = refused(run(hub, tmp_path, "-m", "datasets_scripts", *export, "--push_to_hub"))
+    message = refused(run(hub, tmp_path, "datasets_scripts", *export, "--push_to_hub"))
     assert "not an empty folder" in message and set(hub.files("datasets/you/sounds")) == {".gitattributes"}
     assert export_or_describe(export) == 2  # without --push_to_hub as ever
     assert export_or_describe([*export, "--hub_private_repo"]) == 2
