@@ -10,15 +10,13 @@ from huggingface_hub import hf_hub_download, snapshot_download
 from datasets_scripts.files import files_moved_into_place, read_object, write_json
 from dls_training.checkpoints import PREFIX
 from dls_training.networks import STRUCTURE
+from dls_training.record import NOT_COMPARED
 
 from .plan import CONVERSION, FINE_TUNING, Cell, Plan
 from .results import add_result, read_results
 
 # A script's options that may differ between the arms, seeds and machines of one setting.
-DIFFERENT_OPTIONS = {
-    "corpus", "model_name_or_path", "preset", "init", "fold", "seed", "output_dir", "resume_from_checkpoint",
-    "dataloader_num_workers", "report_to", "cache_gigabytes", "push_to_hub", "hub_model_id", "hub_private_repo",
-}  # fmt: skip
+DIFFERENT_OPTIONS = NOT_COMPARED | {"corpus", "model_name_or_path", "preset", "init", "fold", "seed"}
 
 
 class CellStore:

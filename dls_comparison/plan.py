@@ -53,8 +53,8 @@ class Cell:
     @property
     def key(self) -> str:
         """Digest of everything that decides the result, as far as the plan says it."""
-        said = [self.script, self.corpora, self.options, self.start and self.start.key]
-        return hashlib.blake2b(json.dumps(said).encode(), digest_size=8).hexdigest()
+        parts = [self.script, self.corpora, self.options, self.start and self.start.key]
+        return hashlib.blake2b(json.dumps(parts).encode(), digest_size=8).hexdigest()
 
 
 @dataclass
@@ -264,8 +264,8 @@ def changes(base: list[str], lists: dict[str, list[str]], grid: bool) -> list[di
         tried = [dict(zip(lists, values, strict=True)) for values in product(*lists.values())]
     else:
         tried = [{option: value} for option, values in lists.items() for value in values]
-    said = dict(pairwise(base))
-    return [{}, *({option: v for option, v in change.items() if said.get(option) != v} for change in tried)]
+    own = dict(pairwise(base))
+    return [{}, *({option: v for option, v in change.items() if own.get(option) != v} for change in tried)]
 
 
 def with_changes(words: list[str], change: dict[str, str]) -> list[str]:
