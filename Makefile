@@ -4,9 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Two processes: scripts in tests spend much of their time starting up. A file's tests stay together, for its fixtures.
 PARALLEL := -n 2 --dist loadfile
+# What has a target of its own.
+OTHERWISE := not browser and not benchmark and not soak
 CODE := modeling_dls datasets_scripts dls_training dls_comparison hub_cards benchmarks tests *.py
 
-.PHONY: demo test test-fast test-benchmarks test-browser docs/space.png quality style benchmark clean
+.PHONY: demo test test-fast test-benchmarks test-soak test-browser docs/space.png quality style benchmark clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -17,15 +19,19 @@ demo: $(BIN)/.installed
 	$(BIN)/python demo.py
 
 test: quality
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not alone and not browser and not benchmark" $(PARALLEL)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not alone and $(OTHERWISE)" $(PARALLEL)
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m alone
 
 test-fast: $(BIN)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not alone and not browser and not benchmark" $(PARALLEL)
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m "not slow and not alone and $(OTHERWISE)" $(PARALLEL)
 
 # Whether the benchmarks measure what they say.
 test-benchmarks: $(BIN)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m benchmark
+
+# A run that is killed twenty times.
+test-soak: $(BIN)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m soak
 
 # Needs a browser: on Debian, apt-get install chromium chromium-driver.
 test-browser: $(BIN)/.installed-browser
