@@ -2,8 +2,7 @@
 
 import csv
 import os
-import subprocess
-import sys
+import resource
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -11,7 +10,7 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
-from scripts import ROOT, fail, succeed
+from scripts import Forked, fail, succeed, train
 
 import embed
 from modeling_dls import (
@@ -183,30 +182,30 @@ def test_bad_input_leaves_what_was_there(recordings, classifier, pretrained, tmp
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "out.parquet"]
 
 
+def embed_and_print_peak(*options) -> int:
+    """Embeds, and prints the MB of this process at its largest."""
+    code = train("embed.py", options)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    return code
+
+
 def peak(folder, model) -> float:
     """MB of embed.py at its largest, over the files of a folder."""
-    measure = (
-        "import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
-        "try: runpy.run_path(sys.argv[0], run_name='__main__')\n"
-        "finally: print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
-    )
-    command = [sys.executable, "-c", measure, ROOT / "embed.py", folder, "--model", model]
-    ended = subprocess.run(
-        [*map(str, command), "--output", f"{folder}.parquet"], capture_output=True, text=True, check=False,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )  # fmt: skip
-    assert pq.read_table(f"{folder}.parquet").num_rows == len(list(folder.iterdir())), ended.stderr
-    return int(ended.stdout.split()[-1]) / 1024
+    options = [folder, "--model", model, "--output", f"{folder}.parquet"]
+    with Forked(folder.with_suffix(".log"), embed_and_print_peak, *options) as process:
+        code, output = process.end()
+    assert code == 0 and pq.read_table(f"{folder}.parquet").num_rows == len(list(folder.iterdir())), output
+    return float(output.split()[-1])
 
 
 def test_memory_does_not_grow_with_the_folder(pretrained, tmp_path):
-    """Forty times as many files: less than 40 MB more, of which their samples alone would be 150 MB."""
+    """Twenty times as many files: less than 40 MB more, of which their samples alone would be 150 MB."""
     few, many = tmp_path / "few", tmp_path / "many"
-    for folder, count in ((few, 30), (many, 1200)):
+    random = np.random.default_rng(0)
+    for folder, count in ((few, 20), (many, 400)):
         folder.mkdir()
-        random = np.random.default_rng(0)
         for number in range(count):
-            soundfile.write(folder / f"{number}.wav", 0.1 * random.standard_normal(4 * RATE), RATE)
+            soundfile.write(folder / f"{number}.wav", 0.1 * random.standard_normal(12 * RATE), RATE)
     assert peak(many, pretrained) < peak(few, pretrained) + 40
 
 

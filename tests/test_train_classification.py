@@ -1,15 +1,13 @@
-"""train_classification.py through the command line, in processes of its own."""
+"""train_classification.py through the command line: most runs in this process, those that are killed in others."""
 
 import json
 import shutil
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from scripts import ROOT, SMALL, fail, start, succeed
+from scripts import SMALL, Forked, fail, succeed, train
 from timm.models.densenet import DenseNet
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 
@@ -108,12 +106,8 @@ def test_killed_within_and_between_folds(options, pretrained, all_folds, tmp_pat
     command += ["--checkpointing_steps", "1"]
     resume = ["--resume_from_checkpoint", "latest"]
     for wanted in ("fold-1/checkpoint-2", "fold-2/checkpoint-2"):
-        process = start([sys.executable, ROOT / "train_classification.py", *command, *resume])
-        while not (tmp_path / "run" / wanted).exists():
-            assert process.poll() is None, process.stdout.read()
-            time.sleep(0.005)
-        process.kill()
-        process.communicate()
+        with Forked(tmp_path / "log", train, "train_classification.py", [*command, *resume]) as process:
+            process.wait_for((tmp_path / "run" / wanted).exists)
     log = succeed("train_classification.py", *command, *resume)
     assert "fold 1 was finished before" in log
     for fold in ("fold-1", "fold-2"):
