@@ -7,6 +7,9 @@ from pathlib import Path
 from .command_line import run_parsed
 from .corpora import CORPUS_NAMES
 from .errors import UserError
+from .options import argument, path, text
+
+TEXT = argument(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,21 +22,34 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="export|describe")
     export = commands.add_parser("export", help="write Parquet shards and a dataset card, ready to upload")
     export.add_argument(
-        "--output_dir", required=True, help="new or empty folder; with --push_to_hub also one that holds this export"
+        "--output_dir",
+        required=True,
+        type=TEXT,
+        help="new or empty folder; with --push_to_hub also one that holds this export",
     )
     export.add_argument("--push_to_hub", action="store_true", help="publish it; checked before the corpus is read")
     export.add_argument(
-        "--hub_dataset_id", metavar="NAME", help="NAMESPACE/NAME, or NAME of your own (default: the output folder's)"
+        "--hub_dataset_id",
+        type=TEXT,
+        metavar="NAME",
+        help="NAMESPACE/NAME, or NAME of your own (default: the output folder's)",
     )
     export.add_argument("--hub_private_repo", action="store_true", help="only for you and those whom you let in")
     export.set_defaults(run=_export)
     describe = commands.add_parser("describe", help="print counts, lengths and licence, and draw a clip of each class")
-    describe.add_argument("--picture", type=Path, help="where to write the picture (default: ./NAME-classes.png)")
+    describe.add_argument(
+        "--picture",
+        type=argument(path),
+        metavar="FILE",
+        help="where to write the picture (default: ./NAME-classes.png)",
+    )
     describe.set_defaults(run=_describe)
     for command in (export, describe):
-        command.add_argument("name", help=", ".join(CORPUS_NAMES))
+        command.add_argument("name", type=TEXT, help=", ".join(CORPUS_NAMES))
         command.add_argument(
-            "--data_dir", help="folder, archive, export or Hub id; without it the corpus is downloaded"
+            "--data_dir",
+            type=TEXT,
+            help="folder, archive, export or Hub id; without it the corpus is downloaded",
         )
         command.add_argument("--allow_partial", action="store_true", help="accept a copy that is not complete")
         command.add_argument("--skip_unreadable", action="store_true", help="leave out files that cannot be decoded")

@@ -45,6 +45,18 @@ def option(
     return field(default=_UNSET, metadata=about)
 
 
+def argument(read: Callable) -> Callable[[str], Any]:
+    """`read` as argparse's `type`, for a command whose parser is written out."""
+
+    def parse(value: str):
+        try:
+            return read(value)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
+
+
 def whole(low: int, high: int = LARGEST) -> Callable[[Any], int]:
     """Reads whole numbers in low..high."""
     return lambda value: _within(_number(value, int, "a whole number"), low, high)

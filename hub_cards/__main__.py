@@ -2,11 +2,12 @@
 
 import argparse
 import sys
-from pathlib import Path
 
 from datasets_scripts.command_line import run_parsed
 from datasets_scripts.errors import UserError
-from datasets_scripts.options import named_source
+from datasets_scripts.options import argument, named_source, path, text, whole
+
+NAME, PORT = argument(text), argument(whole(1, 65535))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,21 +22,25 @@ def make_parser() -> argparse.ArgumentParser:
         "publish", help="upload a finished run to a model repository of the Hub, in one commit"
     )
     publish.add_argument(
-        "--hub_model_id", required=True, metavar="NAME", help="NAMESPACE/NAME, or the NAME of your own"
+        "--hub_model_id",
+        required=True,
+        type=NAME,
+        metavar="NAME",
+        help="NAMESPACE/NAME, or the NAME of your own",
     )
     publish.add_argument("--hub_private_repo", action="store_true", help="only for you and those whom you let in")
     publish.add_argument("--dry_run", action="store_true", help="print what would be sent, and change nothing")
     publish.set_defaults(run=publish_run)
     space = commands.add_parser("space", help="serve a page on this machine, to try a finished run")
     space.add_argument(
-        "--corpus", action="append", default=[], type=named_source, metavar="NAME=DIR",
+        "--corpus", action="append", default=[], type=argument(named_source), metavar="NAME=DIR",
         help="where a corpus of the run is now (default: where it was)",
     )  # fmt: skip
-    space.add_argument("--port", type=int, default=7860, help="of 127.0.0.1 (default: %(default)s)")
+    space.add_argument("--port", type=PORT, default=7860, help="of 127.0.0.1 (default: %(default)s)")
     space.set_defaults(run=run_space)
     for command in (publish, space):
         command.add_argument(
-            "run_folder", type=Path, metavar="RUN_FOLDER",
+            "run_folder", type=argument(path), metavar="RUN_FOLDER",
             help="--output_dir of train_npid.py or train_classification.py",
         )  # fmt: skip
     return parser
@@ -50,8 +55,6 @@ def publish_run(arguments: argparse.Namespace) -> None:
 
 def run_space(arguments: argparse.Namespace) -> None:
     """Serves the page until it is interrupted."""
-    if not 0 < arguments.port < 1 << 16:
-        raise UserError(f"--port {arguments.port}: expected a number between 1 and 65535")
     try:
         from .space.app import serve
     except ModuleNotFoundError as error:

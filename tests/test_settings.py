@@ -4,6 +4,7 @@ import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import ClassVar
 
@@ -159,3 +160,19 @@ def test_a_script_can_be_called(sound_folder, tmp_path):
     start = {"model_name_or_path": str(tmp_path / "npid"), "preset": None, "fold": 1}
     train_classification.main(ClassificationSettings(**common | start, output_dir=tmp_path / "classifier"))
     assert (tmp_path / "classifier" / "model.safetensors").is_file()
+
+
+COMMANDS = [
+    ("hub_cards", ["publish", "", "--hub_model_id", "a"], "argument RUN_FOLDER: must not be empty"),
+    ("hub_cards", ["publish", "a", "--hub_model_id", ""], "argument --hub_model_id: must not be empty"),
+    ("hub_cards", ["space", "a", "--corpus=esc10="], "argument --corpus: must not be empty"),
+    ("datasets_scripts", ["export", "esc10", "--output_dir="], "argument --output_dir: must not be empty"),
+    ("datasets_scripts", ["describe", "esc10", "--data_dir="], "argument --data_dir: must not be empty"),
+]
+
+
+@pytest.mark.parametrize(("module", "words", "message"), COMMANDS)
+def test_the_other_commands_refuse_likewise(module, words, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        import_module(f"{module}.__main__").main(words)
+    assert end.value.code == 2 and capsys.readouterr().err.splitlines()[-1].endswith(f"error: {message}")

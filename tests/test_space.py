@@ -260,8 +260,9 @@ def test_without_gradio(tmp_path):
 
 @pytest.mark.parametrize("port", [-1, 0, 65536])
 def test_port_that_is_none(port, tmp_path, capsys):
-    assert main(["space", str(tmp_path), "--port", str(port)]) == 2
-    assert capsys.readouterr().err == f"error: --port {port}: expected a number between 1 and 65535\n"
+    with pytest.raises(SystemExit):
+        main(["space", str(tmp_path), "--port", str(port)])
+    assert capsys.readouterr().err.endswith(f"argument --port: must be between 1 and 65535, not {port}\n")
 
 
 def test_command_names_what_is_wrong(tmp_path):
