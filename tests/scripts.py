@@ -107,6 +107,28 @@ def _forked(log: Path, environment: dict[str, str], function: Callable[..., int 
     sys.exit(function(*arguments))
 
 
+def group(folder: Path, processes: int, function, *arguments) -> list[Forked]:
+    """Processes that find one another as torchrun's do, without torchrun, which ends the others where one dies."""
+    folder.mkdir()
+    common = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    return [
+        Forked(folder / f"{rank}.log", function, *arguments, **common, RANK=str(rank), LOCAL_RANK=str(rank))
+        for rank in range(processes)
+    ]
+
+
+def outputs(processes: list[Forked]) -> list[str]:
+    """What each has printed, once all have ended well."""
+    ended = []
+    with contextlib.ExitStack() as running:
+        for process in processes:
+            running.enter_context(process)
+        ended += [process.end() for process in processes]
+    assert not any(code for code, _ in ended), ended
+    return [output for _, output in ended]
+
+
 def train(script: str, options: list) -> int:
     """What the file of a train script does when it is run: its exit code."""
     from datasets_scripts.command_line import run_command

@@ -12,33 +12,11 @@ import torch
 import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
-from scripts import SMALL, Forked, fail, free_port, succeed, train
+from scripts import SMALL, Forked, fail, group, outputs, succeed, train
 from torch.nn.functional import normalize
 
 from dls_training.memory_bank import MemoryBank
 from dls_training.sharded_bank import ShardedMemoryBank
-
-
-def group(folder: Path, processes: int, function, *arguments) -> list[Forked]:
-    """Processes that find one another as torchrun's do, without torchrun, which ends the others where one dies."""
-    folder.mkdir()
-    common = {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    common |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-    return [
-        Forked(folder / f"{rank}.log", function, *arguments, **common, RANK=str(rank), LOCAL_RANK=str(rank))
-        for rank in range(processes)
-    ]
-
-
-def outputs(processes: list[Forked]) -> list[str]:
-    """What each has printed, once all have ended well."""
-    ended = []
-    with contextlib.ExitStack() as running:
-        for process in processes:
-            running.enter_context(process)
-        ended += [process.end() for process in processes]
-    assert not any(code for code, _ in ended), ended
-    return [output for _, output in ended]
 
 
 def stay_in_evaluation(module: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
