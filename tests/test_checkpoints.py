@@ -7,8 +7,6 @@ import os
 import pickle
 import resource
 import signal
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from scripts import MEASURED
+from safetensors.torch import save_file
+from scripts import MEASURED, Forked
 from torch.utils.data import DataLoader
 
 from datasets_scripts.errors import Interrupted, UserError
@@ -41,7 +40,6 @@ from dls_training.input_pipeline import ShuffledClips
 from dls_training.loop import TrainingLoop
 from dls_training.record import RECORD_FILE, Record
 
-ROOT = Path(__file__).resolve().parents[1]
 MODEL_FILE = "model.bin"
 
 
@@ -200,60 +198,45 @@ def test_saving_below_a_file_is_the_users_error(tmp_path):
     assert tree(tmp_path) == {"file": b"in the way"}
 
 
-FULL_DISK = """
-import resource, sys
-from pathlib import Path
+def save_on_a_full_disk(folder: Path) -> None:
+    """Whatever is large, and whoever writes it; prints the messages."""
+    large = {"tensor": torch.zeros(100_000)}
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-import torch
-from safetensors.torch import save_file
+    def save_with(write=lambda path: None, tensors=None):
+        save_checkpoint(folder, Progress(step=2), write, tensors or {}, Record(), 1)
 
-from datasets_scripts.errors import UserError
-from dls_training.checkpoints import Progress, save_checkpoint
-from datasets_scripts.files import files_moved_into_place
-from dls_training.record import Record
+    def save_results():
+        with files_moved_into_place(folder) as temporary:
+            save_file(large, temporary / "model.bin")
 
-folder, large = Path(sys.argv[1]), {"tensor": torch.zeros(100_000)}
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-
-def save_tensors(path):
-    save_checkpoint(folder, Progress(step=2), lambda folder: None, {"optimizer": large}, Record(), 1)
-
-
-def save_model(path):
-    save_checkpoint(folder, Progress(step=2), lambda path: save_file(large, path / "model"), {}, Record(), 1)
-
-
-def save_text(path):
-    save_checkpoint(folder, Progress(step=2), lambda path: (path / "text").write_text("a" * 200_000), {}, Record(), 1)
-
-
-def save_results(path):
-    with files_moved_into_place(folder) as temporary:
-        save_file(large, temporary / "model.bin")
-
-
-for save in (save_tensors, save_model, save_text, save_results):
-    try:
-        save(folder)
-    except UserError as error:
-        print(error)
-"""
+    for save_something in (
+        lambda: save_with(tensors={"optimizer": large}),
+        lambda: save_with(lambda path: save_file(large, path / "model")),
+        lambda: save_with(lambda path: (path / "text").write_text("a" * 200_000)),
+        save_results,
+    ):
+        try:
+            save_something()
+        except UserError as error:
+            print(error)
 
 
 def test_full_disk(tmp_path):
-    save(tmp_path, 1)
-    (tmp_path / MODEL_FILE).write_text("final")
-    before = tree(tmp_path)
-    run = subprocess.run([sys.executable, "-c", FULL_DISK, tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    messages = run.stdout.splitlines()
+    run = tmp_path / "run"
+    save(run, 1)
+    (run / MODEL_FILE).write_text("final")
+    before = tree(run)
+    with Forked(tmp_path / "log", save_on_a_full_disk, run) as process:
+        code, output = process.end()
+    assert code == 0, output
+    messages = output.splitlines()
     assert len(messages) == 4 and all("cannot be written (" in message for message in messages), messages
     assert all("checkpoint-2" in message and "is intact" in message for message in messages[:3])
-    assert str(tmp_path) in messages[3]
-    assert tree(tmp_path) == before and names(tmp_path) == ["checkpoint-1", MODEL_FILE]
-    assert find_checkpoint("latest", tmp_path).name == "checkpoint-1"
-    assert load_checkpoint(tmp_path / "checkpoint-1")[0].step == 1
+    assert str(run) in messages[3]
+    assert tree(run) == before and names(run) == ["checkpoint-1", MODEL_FILE]
+    assert find_checkpoint("latest", run).name == "checkpoint-1"
+    assert load_checkpoint(run / "checkpoint-1")[0].step == 1
 
 
 def test_the_limit_of_this_process_is_left_alone():
@@ -448,31 +431,23 @@ def test_claim_clears_what_a_killed_run_left(tmp_path):
     assert names(tmp_path / "fold-1") == ["checkpoint-1"]
 
 
-KILLED = """
-import os, sys
-from pathlib import Path
+def die_while_saving(folder: Path) -> None:
+    def die(checkpoint):
+        (checkpoint / MODEL_FILE).write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
 
-from dls_training.checkpoints import Progress, save_checkpoint
-from dls_training.record import Record
-
-
-def die(folder):
-    (folder / "model.bin").write_text("half")
-    os.kill(os.getpid(), 9)
-
-
-save_checkpoint(Path(sys.argv[1]), Progress(step=2), die, {}, Record(), 1)
-"""
+    save_checkpoint(folder, Progress(step=2), die, {}, Record(), 1)
 
 
 def test_a_run_killed_while_it_saves_can_go_on(tmp_path):
-    save(tmp_path, 1)
-    run = subprocess.run([sys.executable, "-c", KILLED, tmp_path], cwd=ROOT)
-    assert run.returncode == -9
-    assert any(name.startswith(".checkpoint-2.") for name in names(tmp_path))
-    claim(tmp_path, resuming=True)
-    assert names(tmp_path) == ["checkpoint-1"]
-    assert find_checkpoint("latest", tmp_path) == tmp_path / "checkpoint-1"
+    run = tmp_path / "run"
+    save(run, 1)
+    with Forked(tmp_path / "log", die_while_saving, run) as process:
+        assert process.end()[0] == -signal.SIGKILL
+    assert any(name.startswith(".checkpoint-2.") for name in names(run))
+    claim(run, resuming=True)
+    assert names(run) == ["checkpoint-1"]
+    assert find_checkpoint("latest", run) == run / "checkpoint-1"
 
 
 # The loop's own use of it

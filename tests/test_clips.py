@@ -6,8 +6,6 @@ import json
 import logging
 import os
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,7 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from scripts import MEASURED, ROOT, SMALL, fail, succeed
+from scripts import MEASURED, SMALL, Forked, fail, outputs, succeed
 from test_augmentation import slow_picture
 from test_input_pipeline import (
     LENGTH,
@@ -264,64 +262,44 @@ def test_what_killed_runs_left_is_removed(cache):
     assert (cache / "kept").is_dir() and young.is_dir() and not same.exists() and not old.exists()
 
 
-RUN = """
-import sys
-from pathlib import Path
+def use_a_small_cache(folder: Path, number: int, rounds: int) -> None:
+    """In each round a folder that all runs want and one that two of them want, of which two fit into the cache."""
+    datasets.config.HF_DATASETS_CACHE = folder
+    for round in range(rounds):
+        for name in (f"{round}", f"{round}-{number % 2}"):
 
-import datasets
+            def write(folder, name=name):
+                (folder / "data").write_bytes(name.encode() * 1000)
+                return {"name": name}
 
-from dls_training.cache import CachedFolder
-
-datasets.config.HF_DATASETS_CACHE, number = sys.argv[1], int(sys.argv[2])
-for round in range(int(sys.argv[3])):
-    for name in (f"{round}", f"{round}-{number % 2}"):
-
-        def write(folder):
-            (folder / "data").write_bytes(name.encode() * 1000)
-            return {"name": name}
-
-        cached = CachedFolder(name, write, 1.5e-6 * len(name))
-        assert cached.index == {"name": name}
-        assert (cached.path / "data").read_bytes() == name.encode() * 1000
-        cached.in_use.close()
-"""
+            cached = CachedFolder(name, write, 1.5e-6 * len(name))
+            assert cached.index == {"name": name}
+            assert (cached.path / "data").read_bytes() == name.encode() * 1000
+            cached.in_use.close()
 
 
 def test_four_runs_share_a_cold_cache_that_is_too_small(tmp_path):
-    """A hundred rounds, each with a folder that all want and one that two want: nobody finds anything gone."""
-    runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", RUN, tmp_path, str(number), "100"], cwd=ROOT, stderr=subprocess.PIPE, text=True
-        )
-        for number in range(4)
-    ]
-    for run in runs:
-        assert run.wait(timeout=300) == 0, run.stderr.read()
+    """Nobody finds anything gone."""
+    logs = [tmp_path / f"{number}.log" for number in range(4)]
+    runs = [Forked(log, use_a_small_cache, tmp_path / "cache", number, 100) for number, log in enumerate(logs)]
+    assert outputs(runs) == [""] * 4
 
 
-KILLED = """
-import os, sys, time
-import datasets
-from dls_training.cache import CachedFolder
+def write_into_the_cache_forever(folder: Path) -> None:
+    def write(folder):
+        with (folder / "data").open("wb") as file:
+            while True:
+                file.write(bytes(1000))
+                file.flush()
+                time.sleep(0.001)
 
-def write(folder):
-    with (folder / "data").open("wb") as file:
-        while True:
-            file.write(bytes(1000))
-            file.flush()
-
-datasets.config.HF_DATASETS_CACHE = sys.argv[1]
-CachedFolder("kept", write, 1.0)
-"""
+    datasets.config.HF_DATASETS_CACHE = folder
+    CachedFolder("kept", write, 1.0)
 
 
 def test_a_run_killed_while_it_writes_leaves_nothing_in_the_way(cache, tmp_path):
-    run = subprocess.Popen([sys.executable, "-c", KILLED, tmp_path], cwd=ROOT)
-    while not list(cache.glob(".kept.*/kept/data")):
-        assert run.poll() is None
-        time.sleep(0.01)
-    run.kill()
-    run.wait()
+    with Forked(tmp_path / "log", write_into_the_cache_forever, tmp_path) as process:
+        process.wait_for(lambda: list(cache.glob(".kept.*/kept/data")))
     assert CachedFolder("kept", fill(10), 1.0).index == {"size": 10}
     assert not list(cache.glob(".kept.*")) and (cache / "kept" / "data").stat().st_size == 10
     with use_file(cache / "kept").open("a") as file:  # nor does a lock of its own stay behind

@@ -22,6 +22,7 @@ from corpora_trees import (
     wav,
     write_table,
 )
+from scripts import Forked, outputs
 
 import datasets_scripts.builder
 from datasets_scripts import combine_corpora, corpus_report, decode_audio, load_corpus, train_test_folds
@@ -507,17 +508,14 @@ def test_cache_is_used_and_renewed(tmp_path, cache, monkeypatch):
     assert set(other["digest"][:]) != set(changed["digest"][:]), "two folders share a cache"
 
 
+def count_clips(folder: Path, cache: Path) -> None:
+    print(len(load_corpus("dcase2013", folder, cache_dir=cache)))
+
+
 def test_two_processes_prepare_at_once(tmp_path, trees):
-    program = (
-        "import sys; from datasets_scripts import load_corpus; "
-        "print(len(load_corpus('dcase2013', sys.argv[1], cache_dir=sys.argv[2])))"
-    )
-    command = [sys.executable, "-c", program, str(trees("dcase2013")), str(tmp_path / "cache")]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
-    runs = [
-        subprocess.Popen(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    assert [run.communicate(timeout=120)[0].strip() for run in runs] == ["200", "200"]
+    logs = [tmp_path / f"{number}.log" for number in range(2)]
+    runs = [Forked(log, count_clips, trees("dcase2013"), tmp_path / "cache") for log in logs]
+    assert [output.split()[-1] for output in outputs(runs)] == ["200", "200"]
 
 
 def test_cache_that_cannot_be_written(tmp_path):

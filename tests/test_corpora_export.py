@@ -12,6 +12,7 @@ import datasets
 import pytest
 import yaml
 from corpora_trees import make_dcase2013, wav, write_table
+from scripts import Forked
 
 from datasets_scripts import corpus_report, decode_audio, exporting, load_corpus, train_test_folds
 from datasets_scripts.__main__ import main
@@ -20,10 +21,22 @@ from datasets_scripts.errors import CorpusError
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def run(*arguments, cwd, cache, **options):
-    environment = {**os.environ, "HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-m", "datasets_scripts", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, **options)
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Exit code and both streams of `python -m datasets_scripts`, as in a folder of its own, with a cache there."""
+
+    def command(*arguments, cwd: Path) -> tuple[int, str, str]:
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cwd / "cache")
+        monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as error:  # argparse's own way out
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return command
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +44,11 @@ def exported(tmp_path_factory):
     """DCASE2013, its tree and its export made by the command line."""
     folder = tmp_path_factory.mktemp("export")
     make_dcase2013(folder / "tree")
-    arguments = ["export", "dcase2013", "--data_dir", folder / "tree", "--output_dir", folder / "out"]
-    result = run(*arguments, cwd=folder, cache=folder / "cache")
+    command = [sys.executable, "-m", "datasets_scripts", "export", "dcase2013", "--data_dir", "tree"]
+    environment = {**os.environ, "HF_DATASETS_CACHE": str(folder / "cache"), "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(
+        [*command, "--output_dir", "out"], cwd=folder, env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stderr
     return folder
 
@@ -121,25 +137,25 @@ def test_spoiled_export(exported, tmp_path):
         load_corpus("dcase2013", target, cache_dir=tmp_path / "cache")
 
 
-def test_audiofolder_without_labels_survives_the_export(tmp_path):
+def test_audiofolder_without_labels_survives_the_export(run, tmp_path):
     for number in range(3):
         (tmp_path / "in").mkdir(exist_ok=True)
         (tmp_path / "in" / f"{number} é.wav").write_bytes(wav(0.5, 8000, 2, seed=number, subtype="PCM_24"))
     (tmp_path / "in" / "bad.wav").write_bytes(b"")
     arguments = ["export", "audiofolder", "--data_dir", "in", "--output_dir", "out"]
-    refused = run(*arguments, cwd=tmp_path, cache=tmp_path / "cache")
-    assert (refused.returncode, refused.stderr.count("error:")) == (2, 1)
-    assert "bad.wav: is empty" in refused.stderr
+    code, _, said = run(*arguments, cwd=tmp_path)
+    assert (code, said.count("error:")) == (2, 1)
+    assert "bad.wav: is empty" in said
     assert not (tmp_path / "out").exists()
-    done = run(*arguments, "--skip_unreadable", cwd=tmp_path, cache=tmp_path / "cache")
-    assert done.returncode == 0, done.stderr
+    code, _, said = run(*arguments, "--skip_unreadable", cwd=tmp_path)
+    assert code == 0, said
     dataset = load_corpus("audiofolder", tmp_path / "out", cache_dir=tmp_path / "cache")
     assert (dataset["label"][:], dataset.features["label"].names) == ([None] * 3, [])
     assert corpus_report(dataset)["skipped"] == ["bad.wav: is empty (0 bytes)"]
     assert decode_audio(dataset[0]["audio"])[0].shape == (2, 4000)
 
 
-def test_describe(tmp_path):
+def test_describe(run, tmp_path):
     for number in range(4):
         folder = tmp_path / "in" / "ab"[number % 2]
         folder.mkdir(parents=True, exist_ok=True)
@@ -147,22 +163,22 @@ def test_describe(tmp_path):
     rows = [{"file_name": f"{'ab'[n % 2]}/{n}.wav", "label": "ab"[n % 2], "fold": n // 2 + 1} for n in range(4)]
     write_table(tmp_path / "in" / "metadata.csv", rows)
     arguments = ["describe", "audiofolder", "--data_dir", tmp_path / "in"]
-    result = run(*arguments, "--picture", "sub/p.png", cwd=tmp_path, cache=tmp_path / "cache")
-    assert result.returncode == 0, result.stderr
+    code, printed, said = run(*arguments, "--picture", "sub/p.png", cwd=tmp_path)
+    assert code == 0, said
     for words in ("4 clips", "0.050 to 3.050", "8000 (2 clips), 16000 (2 clips)", "| a | 1 | 1 | 2 |", "complete"):
-        assert words in result.stdout
+        assert words in printed
     from matplotlib.image import imread
 
     assert imread(tmp_path / "sub" / "p.png").std() > 0.01
 
 
-def test_describe_picture_that_cannot_be_written(exported):
+def test_describe_picture_that_cannot_be_written(run, exported):
     (exported / "file").write_text("in the way")
     arguments = ["describe", "dcase2013", "--data_dir", exported / "tree", "--picture", exported / "file" / "p.png"]
-    result = run(*arguments, cwd=exported, cache=exported / "cache")
-    assert result.returncode == 2
-    assert "the picture cannot be written" in result.stderr
-    assert "Traceback" not in result.stderr
+    code, _, said = run(*arguments, cwd=exported)
+    assert code == 2
+    assert "the picture cannot be written" in said
+    assert "Traceback" not in said
 
 
 @pytest.mark.parametrize(
@@ -183,47 +199,46 @@ def test_describe_picture_that_cannot_be_written(exported):
         (["export", "esc10"], "--output_dir"),
     ],
 )
-def test_mistakes_end_in_one_message(arguments, words, exported, tmp_path, monkeypatch, capsys):
+def test_mistakes_end_in_one_message(arguments, words, run, exported):
     (exported / "card.txt").write_text("a file")
-    monkeypatch.chdir(exported)
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", exported / "cache")
-    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    try:
-        code = main(arguments)
-    except SystemExit as error:  # argparse's own way out
-        code = error.code
+    code, _, said = run(*arguments, cwd=exported)
     assert code == 2
-    shown = capsys.readouterr().err
-    assert words in shown
-    assert shown.count("error: ") == 1
+    assert words in said
+    assert said.count("error: ") == 1
     assert not (exported / "o").exists()
 
 
-def test_export_onto_a_full_disk_leaves_nothing(exported):
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # noqa: E731
-    arguments = ["export", "dcase2013", "--data_dir", "tree", "--output_dir", "full"]
-    result = run(*arguments, cwd=exported, cache=exported / "cache", preexec_fn=limit)
-    assert result.returncode == 2
-    assert "full: cannot be written (File too large)" in result.stderr
-    assert "Traceback" not in result.stderr
+def export_onto_a_full_disk(folder: Path) -> int:
+    os.chdir(folder)
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    return main(["export", "dcase2013", "--data_dir", "tree", "--output_dir", "full"])
+
+
+def test_export_onto_a_full_disk_leaves_nothing(exported, tmp_path):
+    with Forked(tmp_path / "log", export_onto_a_full_disk, exported) as process:
+        code, output = process.end()
+    assert code == 2
+    assert "full: cannot be written (File too large)" in output
+    assert "Traceback" not in output
     assert not list(exported.glob("full*"))
 
 
-def test_help_is_quick_and_importing_is_light(tmp_path):
+def test_help_needs_little_and_importing_is_light(run, tmp_path):
     program = "import sys, datasets_scripts; print('torch' in sys.modules, 'matplotlib' in sys.modules)"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     shown = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
     )
     assert shown.stdout.split() == ["False", "False"]
-    assert "export" in run("--help", cwd=tmp_path, cache=tmp_path).stdout
+    assert "export" in run("--help", cwd=tmp_path)[1]
 
 
-def test_real_export_and_reload(shared_dir, tmp_path):
+def test_real_export_and_reload(run, shared_dir, tmp_path):
     data = shared_dir / "data" / "ESC-50-sample"
     arguments = ["export", "esc50", "--data_dir", data, "--output_dir", tmp_path / "out", "--allow_partial"]
-    result = run(*arguments, cwd=tmp_path, cache=tmp_path / "cache")
-    assert result.returncode == 0, result.stderr
+    code, _, said = run(*arguments, cwd=tmp_path)
+    assert code == 0, said
     assert "100 clips instead of 2000" in (tmp_path / "out" / "README.md").read_text()
     dataset = load_corpus("esc50", tmp_path / "out", cache_dir=tmp_path / "cache")
     source = data / "audio" / dataset[5]["audio"]["path"]
