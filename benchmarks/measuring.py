@@ -195,7 +195,7 @@ def measured_on() -> dict:
     return {
         "hardware": hardware(torch.device("cpu")),
         "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # of a type whose unpickling would import torch
         "torchaudio": torchaudio.__version__,
         "transformers": transformers.__version__,
         "commit": source_commit(),

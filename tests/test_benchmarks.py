@@ -67,6 +67,18 @@ def test_commands_name_no_place_on_this_machine(tmp_path, monkeypatch):
     assert measuring.anywhere("benchmarks/memory.py") == "benchmarks/memory.py"
 
 
+def test_the_benchmark_itself_stays_small():
+    """Where the parent of what is measured is large, so are the peaks of its children."""
+    ask = (
+        "from measuring import apart, measured_on; apart(measured_on, [()]); import sys; print('torch' in sys.modules)"
+    )
+    guarded = f"if __name__ == '__main__':\n    {ask}"
+    ended = subprocess.run(
+        [sys.executable, "-c", guarded], cwd=ROOT / "benchmarks", capture_output=True, text=True, check=True
+    )
+    assert ended.stdout == "False\n"
+
+
 def test_fresh_processes_answer_and_fail():
     assert measuring.apart(divmod, [(7, 2), (9, 4)]) == [(3, 1), (2, 1)]
     with pytest.raises(ZeroDivisionError):
