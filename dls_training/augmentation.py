@@ -152,50 +152,55 @@ class SpectrogramAugmentation:
         """Makes one view of each clip of a batch.
 
         Args:
-            power: (clips, audio_channels, 3, fine height, fine width), above zero: the batch, and after it what is
-                only mixed into its clips.
+            power: (clips, audio_channels, 3, fine height, fine width), above zero, of any precision: the batch, and
+                after it what is only mixed into its clips.
             draws: (clips, NUM_DRAWS) in [0, 1).
             size: Height and width of the views.
             partner: (batch,), int64: the number, in `power`, of the clip that is mixed into each, cropped by its own
                 draws; None mixes nothing.
 
         Returns:
-            (batch, audio_channels, 3, *size), above zero.
+            (batch, audio_channels, 3, *size), above zero, float32 at least.
         """
-        draws = draws.to(power.dtype)
+        dtype = torch.promote_types(power.dtype, torch.float32)
+        draws = draws.to(dtype)
         view = self.resized_crop(power, draws[:, :4], draws[:, 4] < 0.5, size)
         if partner is not None:
-            draws = draws[: len(partner)]
-            view = torch.lerp(view[: len(partner)], view[partner], per_clip(self.max_mix * draws[:, 5]))
-        view = view * per_clip(10 ** (self.gain_db * (2 * draws[:, 6] - 1) / 10))
-        average = view.clamp(min=self.floor).log().mean(dim=(1, 2, 3, 4), keepdim=True).exp()
-        return torch.where(self.masked(draws[:, 7:], *size)[:, None], average, view)
+            alone, draws = view[: len(partner)], draws[: len(partner)]
+            view = view.index_select(0, partner).lerp_(alone, per_clip(1 - self.max_mix * draws[:, 5]))
+        view *= per_clip(10 ** (self.gain_db * (2 * draws[:, 6] - 1) / 10))
+        average = view.clamp(min=self.floor).log_().mean(dim=(1, 2, 3, 4), keepdim=True).exp_()
+        return view.lerp_(average, self.masked(draws[:, 7:], *size)[:, None])
 
     def resized_crop(
         self, power: torch.Tensor, draws: torch.Tensor, inverted: torch.Tensor, size: tuple[int, int]
     ) -> torch.Tensor:
-        """Stretches a random rectangle, the same in each channel and band, to the whole picture."""
-        width = self.min_time + (1 - self.min_time) * draws[:, 0]
-        height = self.min_frequency + (1 - self.min_frequency) * draws[:, 2]
-        # In the coordinates of grid_sample the picture reaches from -1 to 1.
-        centre_x, centre_y = (1 - width) * (2 * draws[:, 1] - 1), (1 - height) * (2 * draws[:, 3] - 1)
-        zero = torch.zeros_like(width)
-        to_source = torch.stack(
-            [torch.where(inverted, -width, width), zero, centre_x, zero, height, centre_y], dim=1
-        ).view(-1, 2, 3)
-        pictures = power.flatten(1, 2)
-        grid = F.affine_grid(to_source, (*pictures.shape[:2], *size), align_corners=False)
-        view = F.grid_sample(pictures, grid, padding_mode="border", align_corners=False)
-        return view.unflatten(1, power.shape[1:3])
+        """Stretches a random rectangle, the same in each channel and band, to the whole picture, bilinearly.
+
+        First along frequency, whole rows at a time, then along time: in a third of the time of `F.grid_sample`.
+        """
+        clips, channels, bands, fine_height, fine_width = power.shape
+        upper, lower, below = stretched(self.min_frequency, draws[:, 2:], size[0], fine_height)
+        left, right, beyond = stretched(self.min_time, draws[:, :2], size[1], fine_width)
+        left, right, beyond = (torch.where(inverted[:, None], t.flip(1), t) for t in (left, right, beyond))
+        pictures = torch.arange(clips * channels * bands, device=power.device).view(clips, -1, 1)
+        upper, lower = (
+            power.reshape(-1, fine_width).index_select(0, (pictures * fine_height + row[:, None]).flatten())
+            for row in (upper, lower)
+        )
+        rows = upper.to(draws.dtype).view(clips, -1, size[0], fine_width)
+        rows = rows.lerp_(lower.to(draws.dtype).view_as(rows), below[:, None, :, None]).flatten(1, 2)
+        left, right = (rows.gather(2, column[:, None].expand(-1, rows.shape[1], -1)) for column in (left, right))
+        return left.lerp_(right, beyond[:, None]).view(clips, channels, bands, *size)
 
     def masked(self, draws: torch.Tensor, height: int, width: int) -> torch.Tensor:
-        """Which cells are hidden: (batch, 3, height, width), bool."""
+        """Which cells are hidden: (batch, 3, height, width), 1 there and 0 elsewhere."""
         in_time, in_frequency = draws.split([2 * self.NUM_MASKS, 2 * self.NUM_MASKS * self.NUM_BANDS], dim=1)
         columns = hidden_stretches(in_time.view(-1, self.NUM_MASKS, 2), self.max_time_mask, width)
         rows = hidden_stretches(in_frequency.reshape(-1, self.NUM_MASKS, 2), self.max_frequency_mask, height).view(
             -1, self.NUM_BANDS, height
         )
-        return columns[:, None, None, :] | rows[..., None]
+        return torch.maximum(columns.to(draws.dtype)[:, None, None, :], rows.to(draws.dtype)[..., None])
 
 
 # What a clip's view is made from, whichever of the two are used: the numbers of one never shift those of the other.
@@ -205,6 +210,26 @@ NUM_DRAWS = WaveformAugmentation.NUM_DRAWS + SpectrogramAugmentation.NUM_DRAWS
 def per_clip(values: torch.Tensor) -> torch.Tensor:
     """(batch,) -> (batch, 1, 1, 1, 1)."""
     return values[:, None, None, None, None]
+
+
+def stretched(
+    min_share: float, draws: torch.Tensor, size: int, fine: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Where the cells of a random stretch of `fine` cells come from, once it is `size` cells long.
+
+    Args:
+        min_share: Smallest share of the cells that the stretch keeps.
+        draws: (clips, 2), for its length and its place.
+        size, fine: Cells after and before.
+
+    Returns:
+        The cells on either side, int64, and how far it is from the first to the second, 0..1: (clips, size) each.
+    """
+    share = min_share + (1 - min_share) * draws[:, :1]
+    middle = torch.arange(size, device=draws.device, dtype=draws.dtype) + 0.5
+    position = ((1 - share) * draws[:, 1:] * fine + middle * (share * fine / size) - 0.5).clamp_(0, fine - 1)
+    first = position.long()
+    return first, (first + 1).clamp_(max=fine - 1), position - first
 
 
 def hidden_stretches(draws: torch.Tensor, max_share: float, size: int) -> torch.Tensor:

@@ -231,7 +231,7 @@ class ViewMaker:
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """From `training_loader` -> (batch, audio_channels, 3, height, width)."""
-        power = batch["signal"].float() if self.from_spectrograms else self.power(batch)
+        power = batch["signal"] if self.from_spectrograms else self.power(batch)
         augmentation, extractor = self.spectrogram_augmentation, self.extractor
         if augmentation is not None:
             size = (extractor.spec_height or power.shape[-2], extractor.spec_width or power.shape[-1])

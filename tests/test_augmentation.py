@@ -320,6 +320,15 @@ def test_spectrogram_augmentation_stays_above_zero_and_keeps_dtype():
     assert views.dtype == torch.float32 and (views > 0).all() and torch.isfinite(views.log10()).all()
 
 
+def test_spectrograms_of_half_precision_are_augmented_in_float32():
+    augmentation = SpectrogramAugmentation()
+    draws = torch.rand(4, augmentation.NUM_DRAWS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    coarse, partner = power_batch(4).bfloat16(), torch.tensor([1, 2, 3])
+    assert torch.equal(
+        augmentation(coarse, draws, (5, 7), partner), augmentation(coarse.float(), draws, (5, 7), partner)
+    )
+
+
 def test_spectrogram_augmentation_can_do_nothing():
     augmentation = SpectrogramAugmentation(1.0, 1.0, 0.0, 0.0, 0.0, 0.0)
     power = power_batch(4)
