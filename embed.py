@@ -61,6 +61,7 @@ from datasets_scripts import sound_files
 from datasets_scripts.command_line import run_command
 from datasets_scripts.errors import AudioError
 from datasets_scripts.files import files_moved_into_place
+from dls_training.cores import cores_in_use
 from dls_training.networks import set_length
 from dls_training.runtime import choose_device_and_precision, decoding_processes, start_logging
 from dls_training.waveforms import in_order, stream_windows
@@ -233,7 +234,7 @@ def main(settings: EmbeddingSettings) -> None:
         f"{total} files, {embedder.layer} vectors of {embedder.dim} numbers, on {embedder.device}, precision "
         f"{'fp32' if embedder.precision == 'no' else embedder.precision}"
     )
-    recordings = Recordings(settings.folder, embedder.extractor, at_a_time=torch.get_num_threads())
+    recordings = Recordings(settings.folder, embedder.extractor, at_a_time=cores_in_use())
     loader = DataLoader(recordings, batch_size=None, num_workers=decoding_processes(embedder.device))
     listed = settings.output.with_name(f"{settings.output.stem}.unreadable.csv")
     unreadable: dict[str, str] = {}

@@ -1,5 +1,6 @@
 """Writing without ever leaving half a file, and reading back what a run needs to go on."""
 
+import contextlib
 import logging
 import pickle
 import shutil
@@ -20,6 +21,8 @@ from datasets_scripts.files import (
     reason,
     write_json,
 )
+
+from .record import RECORD_FILE
 
 logger = logging.getLogger("dls")
 
@@ -81,6 +84,21 @@ def claim_output_dir(accelerator: Accelerator, output_dir: Path, resuming: bool)
                 shutil.rmtree(leftover)
     except OSError as error:
         raise UserError(f"--output_dir {output_dir} cannot be written: {reason(error)}") from error
+
+
+def recorded_options(settings) -> dict:
+    """The options of the run that goes on, as its record has them; none where nothing goes on.
+
+    Whether they are this run's, and its record whole, is looked at later (`check_same_run`).
+    """
+    choice = settings.resume_from_checkpoint
+    if choice is None:
+        return {}
+    folder = settings.output_dir if choice == "latest" else Path(choice)
+    for path in sorted(folder.rglob(RECORD_FILE)):
+        with contextlib.suppress(LookupError, TypeError, AttributeError):
+            return dict(read_object(path)["stages"][-1]["options"])
+    return {}
 
 
 def checkpoint_number(path: Path) -> int:

@@ -20,8 +20,9 @@ from modeling_dls.feature_extraction_esresnet import ESResNetFeatureExtractor, f
 
 from .augmentation import SpectrogramAugmentation
 from .cache import CachedFolder, gigabytes
+from .cores import in_threads
 from .settings import TrainingSettings
-from .waveforms import in_threads, read_waveform, resampled_length, window_counts
+from .waveforms import read_waveform, resampled_length, window_counts
 
 logger = logging.getLogger("dls")
 

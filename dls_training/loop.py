@@ -19,10 +19,11 @@ from datasets_scripts.command_line import SignalWatch
 from datasets_scripts.errors import Interrupted, UserError
 
 from .checkpoints import TENSOR_FILE, Progress, load_checkpoint, save_checkpoint
+from .cores import BackboneOnCores
 from .health import has_finite_weights
 from .optimization import check_optimizer_state, make_optimizer, make_scheduler
 from .record import Record
-from .runtime import MEMORY_FORMATS
+from .runtime import MEMORY_FORMATS, parts_of_a_batch
 from .settings import TrainingSettings
 
 logger = logging.getLogger("dls")
@@ -106,6 +107,8 @@ class TrainingLoop:
             model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
         model = model.to(memory_format=MEMORY_FORMATS[settings.memory_format])
         self.model, self.optimizer, self.loader = accelerator.prepare(model, optimizer, loader)
+        parts = parts_of_a_batch(settings, accelerator)
+        self.on_cores = BackboneOnCores(model.base_model, parts, settings.per_device_train_batch_size)
         self.steps_per_epoch = math.ceil(len(self.loader) / settings.gradient_accumulation_steps)
         self.total_steps = settings.max_train_steps or settings.num_train_epochs * self.steps_per_epoch
         # Not prepared: Accelerate would step it once per process.
@@ -170,7 +173,7 @@ class TrainingLoop:
             Interrupted: after SIGINT or SIGTERM, with everything saved.
             UserError: if the loss is no longer a number.
         """
-        with SignalWatch() as watch:
+        with SignalWatch() as watch, self.on_cores.at_work():
             # A run that was stopped between its last step and the end of the evaluation has that still to do.
             while not (self.finished and self.evaluated):
                 self.train_epoch(step, evaluate, watch)
@@ -289,6 +292,7 @@ class TrainingLoop:
                 # Accelerate averages gradients over processes; the mean is to be over clips.
                 self.accelerator.backward(loss * self.accelerator.num_processes / batch.clips)
             loss_sum = loss_sum + loss.detach().double()
+        self.on_cores.collect_gradients()
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.scheduler.step()

@@ -33,7 +33,7 @@ NOT_COMPARED = frozenset(
         *("output_dir", "checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "report_to"),
         *("push_to_hub", "hub_model_id", "hub_private_repo"),
         # How fast the same numbers are computed.
-        *("dataloader_num_workers", "keep_waveforms", "cache_gigabytes", "distributed_timeout"),
+        *("dataloader_num_workers", "num_threads", "keep_waveforms", "cache_gigabytes", "distributed_timeout"),
         # Names of options and of files, of which what they stand for is compared.
         *("recipe", "allow_partial", "skip_unreadable"),
     )

@@ -6,6 +6,7 @@ import logging
 import os
 import platform
 import subprocess
+import sys
 from collections.abc import Iterator
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -18,6 +19,8 @@ from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
 from datasets_scripts.errors import LostProcess, UserError
 
+from .checkpoints import recorded_options
+from .cores import MIN_PART, available_cores, cores_in_use, use_cores
 from .settings import TrainingSettings
 
 logger = logging.getLogger("dls")
@@ -64,14 +67,6 @@ def lost_process(error: RuntimeError) -> bool:
     return isinstance(error, torch.distributed.DistError) or any(words in str(error).lower() for words in LOST_PROCESS)
 
 
-def use_every_core() -> None:
-    """Undoes OMP_NUM_THREADS=1, which accelerate's launcher and torchrun set on behalf of a CPU's user."""
-    launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "LOCAL_WORLD_SIZE"))
-    if launched and os.environ.get("OMP_NUM_THREADS") == "1":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
 def best_precision(device: torch.device) -> str:
     """bf16 where the hardware multiplies in it (elsewhere it is emulated and slow), fp16 on other CUDA, else fp32."""
     if device.type == "cuda":
@@ -108,7 +103,7 @@ def choose_device_and_precision(mixed_precision: str) -> tuple[torch.device, str
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or torch.backends.mps.is_available()
     device = torch.device("cuda" if torch.cuda.is_available() and not on_cpu else "cpu")
     if device.type == "cpu":
-        use_every_core()
+        use_cores(available_cores())
         keep_freed_memory()
     precision = best_precision(device) if mixed_precision == "auto" else mixed_precision
     if precision == "fp16" and device.type == "cpu":
@@ -143,14 +138,28 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
     start_logging(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if settings.dataloader_num_workers is None:
         settings.dataloader_num_workers = decoding_processes(device)
+    if settings.num_threads is None:  # resuming is exact with as many as before
+        before = recorded_options(settings).get("num_threads")
+        settings.num_threads = before if isinstance(before, int) and before > 0 else available_cores()
+    parts = parts_of_a_batch(settings, accelerator)
+    use_cores(settings.num_threads, parts)
     workers = settings.dataloader_num_workers
     decoding = f"in {workers} processes" if workers else "between steps"
+    split = f", each batch in {parts} parts beside one another" if parts > 1 else ""
     logger.info(
-        f"{accelerator.num_processes} process(es) x {torch.get_num_threads()} thread(s) on {accelerator.device}, "
+        f"{accelerator.num_processes} process(es) x {settings.num_threads} core(s) on {accelerator.device}{split}, "
         f"precision {'fp32' if precision == 'no' else precision}, {MEMORY_FORMATS[settings.memory_format]} tensors, "
         f"decoding {decoding}"
     )
     return accelerator
+
+
+def parts_of_a_batch(settings: TrainingSettings, accelerator: Accelerator) -> int:
+    """In how many processes `NetworkOnCores` computes a batch; the same wherever a run goes on."""
+    # macOS has fork, but its libraries do not survive it. Of several processes, each has a part already.
+    if accelerator.device.type != "cpu" or accelerator.num_processes > 1 or not sys.platform.startswith("linux"):
+        return 1
+    return max(1, min(settings.num_threads, settings.per_device_train_batch_size // MIN_PART))
 
 
 def start_tracking(settings: TrainingSettings, accelerator: Accelerator) -> None:
@@ -170,7 +179,7 @@ def environment(accelerator: Accelerator) -> dict:
         "versions": versions,
         "hardware": hardware(accelerator.device),
         "processes": accelerator.num_processes,
-        "threads": torch.get_num_threads(),
+        "threads": cores_in_use(),
         "precision": accelerator.mixed_precision,
         "commit": source_commit(),
     }

@@ -153,6 +153,11 @@ class OptimizationOptions(Options):
         "auto", one_of(*MEMORY_FORMATS),
         help="of the network's tensors; auto: channels_last, which is faster on CPUs and on GPUs",
     )  # fmt: skip
+    num_threads: int | None = option(
+        None, whole(1, 1024),
+        help="cores of a CPU to compute on, which the last bits of the results depend on (default: as many as the run "
+        "that goes on, or all)",
+    )  # fmt: skip
     distributed_timeout: float = option(
         600.0, real(1, 1e6), metavar="SECONDS",
         help="with several processes: how long one waits for another before it gives up",

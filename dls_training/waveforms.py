@@ -13,7 +13,6 @@ from functools import lru_cache
 import numpy as np
 import torch
 import torchaudio
-from torch.utils.data import get_worker_info
 
 from datasets_scripts.audio import Sound, opened_sound
 from datasets_scripts.errors import AudioError
@@ -113,18 +112,6 @@ def _read(sound: Sound, extractor, first: int, last: int | None, stretch) -> tor
         waveform = resampler(waveform)
     offset = first - group * given
     return waveform[:, offset : None if last is None else offset + last - first]
-
-
-def in_threads(work: Callable, items: list) -> list:
-    """`work` of each item, on every core. Decoding leaves Python's lock alone, so threads are enough."""
-    if len(items) < 2 or get_worker_info() is not None:  # a decoding process has brothers on the other cores
-        return [work(item) for item in items]
-    return list(_pool().map(work, items))
-
-
-@lru_cache(maxsize=1)
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(torch.get_num_threads(), thread_name_prefix="decoding")
 
 
 def in_order(work: Callable[[object], Iterable], items: Iterable, at_a_time: int) -> Iterator:

@@ -461,6 +461,12 @@ class Rows(torch.utils.data.Dataset):
         return {"index": key[1], "x": torch.randn(3, 1, 1, generator=torch.Generator().manual_seed(key[1]))}
 
 
+class Network(torch.nn.Conv2d):
+    @property
+    def base_model(self):
+        return self
+
+
 class Run:
     """A tiny training run in a folder, which goes on from the latest checkpoint there.
 
@@ -476,11 +482,11 @@ class Run:
             "audio_channels": 1, "num_train_epochs": 2, "max_train_steps": None, "checkpointing_steps": "epoch",
             "checkpoints_total_limit": 1, "augmentation": "waveform", "augmentation_strength": 1.0,
             "warmup_steps": 0, "keep_spectrograms": False,
-            "memory_format": "auto",
+            "memory_format": "auto", "num_threads": 1,
         }  # fmt: skip
         self.stop_after, self.fail_in_epoch, self.seen = stop_after, fail_in_epoch, []
         torch.manual_seed(0)
-        self.model = torch.nn.Conv2d(3, 2, 1)
+        self.model = Network(3, 2, 1)
         accelerator = Accelerator(cpu=True)
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=2) if scaled else None
         self.scaler = accelerator.scaler

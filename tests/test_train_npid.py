@@ -64,7 +64,7 @@ def test_plain_launch_uses_every_core(options, tmp_path):
     one_step = ["--max_train_steps", "1", *DECODING, "--output_dir", tmp_path / "run"]
     log = succeed("train_npid.py", *options, *one_step, launcher=ACCELERATE)
     first = next(line for line in log.splitlines() if "process(es)" in line)
-    assert f"1 process(es) x {len(os.sched_getaffinity(0))} thread(s)" in first
+    assert f"1 process(es) x {len(os.sched_getaffinity(0))} core(s)" in first
     assert "torch.channels_last tensors, decoding in 1 processes" in first
 
 
