@@ -110,7 +110,7 @@ def take_turns(
     try:
         for make_arms, arguments in makers:
             connection, other_end = FRESH.Pipe()
-            process = FRESH.Process(target=serve, args=(make_arms, arguments, other_end), daemon=True)
+            process = FRESH.Process(target=serve, args=(make_arms, arguments, other_end))
             process.start()
             processes.append((process, connection))
             other_end.close()

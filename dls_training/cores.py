@@ -289,8 +289,9 @@ class BackboneOnCores:
             self.gradients.append([in_shared_memory(torch.zeros_like(parameter)) for parameter in self.trained()])
             ours, theirs = context.Pipe()
             self.connections.append(ours)
-            self.processes.append(context.Process(target=self.work, args=(rank, theirs), daemon=True))
-            self.processes[-1].start()
+            process = context.Process(target=self.work, args=(rank, theirs), daemon=True)
+            process.start()
+            self.processes.append(process)
             theirs.close()
 
     def send(self, command: int, details: list) -> None:

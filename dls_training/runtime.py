@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import logging
+import multiprocessing
 import os
 import platform
 import subprocess
@@ -156,8 +157,10 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
 
 def parts_of_a_batch(settings: TrainingSettings, accelerator: Accelerator) -> int:
     """In how many processes `NetworkOnCores` computes a batch; the same wherever a run goes on."""
-    # macOS has fork, but its libraries do not survive it. Of several processes, each has a part already.
-    if accelerator.device.type != "cpu" or accelerator.num_processes > 1 or not sys.platform.startswith("linux"):
+    # macOS has fork, but its libraries do not survive it, and a daemon may not fork. Of several processes, each has a
+    # part already.
+    may_fork = sys.platform.startswith("linux") and not multiprocessing.current_process().daemon
+    if accelerator.device.type != "cpu" or accelerator.num_processes > 1 or not may_fork:
         return 1
     return max(1, min(settings.num_threads, settings.per_device_train_batch_size // MIN_PART))
 

@@ -164,7 +164,7 @@ def test_a_run_goes_on_with_as_many_cores_as_it_had(sound_folder, tmp_path):
     """Which the last bits depend on: a run that is interrupted ends where one that never was does."""
     options = [
         "--corpus", f"audiofolder={sound_folder}", *SMALL, "--per_device_train_batch_size", 20, "--nce_k", 8,
-        "--num_train_epochs", 3, "--mixed_precision", "no", "--output_dir",
+        "--num_train_epochs", 3, "--learning_rate", 0.001, "--mixed_precision", "no", "--output_dir",
     ]  # fmt: skip
     said = succeed("train_npid.py", *options, tmp_path / "whole", "--num_threads", 2)
     assert "1 process(es) x 2 core(s) on cpu, each batch in 2 parts beside one another" in said
