@@ -225,14 +225,16 @@ def resampled(blocks: Iterable[torch.Tensor], source_rate: int, target_rate: int
         yield resampler(waiting)[:, done * given :]
 
 
-def sound_blocks(audio: dict, extractor: ESResNetFeatureExtractor) -> Iterator[torch.Tensor]:
-    """A file from its beginning to its end: consecutive (audio_channels, samples) at the extractor's rate.
+def sound_blocks(
+    audio: dict, extractor: ESResNetFeatureExtractor, stretch: tuple[float, float] = WHOLE
+) -> Iterator[torch.Tensor]:
+    """A file, or a stretch of it (in s), from beginning to end: (audio_channels, samples) at the extractor's rate.
 
     Raises:
         AudioError: see `read_waveform`.
     """
     with opened_sound(audio) as sound:
-        blocks = (_fitted(block, sound, extractor) for block in sound.blocks())
+        blocks = (_fitted(block, sound, extractor) for block in sound.blocks(*stretch))
         yield from resampled(blocks, sound.sampling_rate, extractor.sampling_rate)
 
 
