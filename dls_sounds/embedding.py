@@ -48,17 +48,17 @@ def check_agreement(index: Index, facts: dict) -> None:
     Raises:
         UserError: saying what differs.
     """
-    if index.facts["digest"] != facts["digest"]:
-        raise UserError(
-            f"--output {index.path} was made by another model ({index.facts['model']}): its vectors and this "
-            "one's cannot be compared; choose another --output, or remove it"
-        )
     for name in ("layer", "seconds", "overlap"):
         if index.facts[name] != facts[name]:
             raise UserError(
                 f"--output {index.path} holds {described(index.facts)}, and this would be {described(facts)}: give "
                 "the same options, or choose another --output"
             )
+    if index.facts["digest"] != facts["digest"]:
+        raise UserError(
+            f"--output {index.path} was made by another model ({index.facts['model']}): its vectors and this "
+            "one's cannot be compared; choose another --output, or remove it"
+        )
 
 
 def described(facts: dict) -> str:

@@ -21,6 +21,7 @@ from dls_training.waveforms import in_order, one_core_each, resampled, sound_blo
 
 from .network import TrainedNetwork
 from .settings import STANDARD_INPUT
+from .tables import table_name
 
 logger = logging.getLogger("dls")
 
@@ -97,7 +98,7 @@ def decoded(recordings: Iterable[Recording], network: TrainedNetwork, step: int,
             for places, found in stream_windows(blocks, network.length, step):
                 yield [Finding(recording, *place) for place in places], found
         except AudioError as unreadable:
-            error = str(unreadable)
+            error = table_name(unreadable)
         yield [Finding(recording, error=error)], None
 
     return in_order(windows, recordings, threads)

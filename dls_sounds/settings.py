@@ -23,7 +23,7 @@ class NetworkOptions(Options):
     """Network."""
 
     model: str | None = option(None, path_or_id, "a trained folder or a Hub id")
-    batch_size: int = option(16, whole(1, 1 << 16), "windows at a time")
+    batch_size: int = option(8, whole(1, 1 << 16), "windows at a time")
     mixed_precision: str = option(
         "auto", one_of(*PRECISIONS), "auto: bf16 where the processor computes in it, else fp16 on CUDA, else no"
     )

@@ -222,7 +222,7 @@ def finish(work: Work, write: Callable[[Path, Iterator[pa.RecordBatch]], int]) -
     with files_moved_into_place(output.parent) as unfinished:
         count = write(unfinished / output.name, work.tables(unreadable))
         if unreadable:
-            with (unfinished / listed.name).open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
+            with (unfinished / listed.name).open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([("file", "reason"), *unreadable.items()])
     shutil.rmtree(work.folder)
     if unreadable:
