@@ -114,7 +114,7 @@ def make_rows(classifier: Classifier, settings: PredictSettings) -> Callable[[st
     """What makes rows of a recording's windows."""
     step, rate = classifier.step(settings.overlap), classifier.extractor.sampling_rate
     as_scores = settings.top_k is not None and settings.threshold is None
-    holds = rule(classifier, settings.threshold or AUTO)
+    holds = rule(classifier, AUTO if settings.threshold is None else settings.threshold)
 
     def among_the_best(scores: np.ndarray) -> np.ndarray:
         best = np.argsort(-scores, kind="stable")[: settings.top_k]

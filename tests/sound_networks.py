@@ -29,7 +29,7 @@ def save(head, folder: Path, seed: int = 0, **config) -> Path:
 
 
 def write_recordings(folder: Path) -> Path:
-    """`LENGTHS`, half a second of stereo at 44.1 kHz (g.wav), two files that cannot be read, and one that is no sound."""
+    """`LENGTHS`, half a second of stereo at 44.1 kHz (g.wav), two unreadable files, one that is no sound."""
     (folder / "b").mkdir(parents=True)
     random = np.random.default_rng(0)
     for name, samples in LENGTHS.items():

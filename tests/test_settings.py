@@ -18,7 +18,6 @@ from datasets_scripts.options import Options, flag, named_source, one_of, option
 from dls_sounds.settings import EmbedSettings, PredictSettings, SearchSettings
 from dls_training.settings import ClassificationSettings, PretrainingSettings
 
-
 SOUNDS = {
     EmbedSettings: ["in", "--output", "x.parquet", "--windows"],
     PredictSettings: ["-", "--output", "x.csv", "--model", "m"],

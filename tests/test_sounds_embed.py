@@ -10,7 +10,7 @@ import pytest
 import soundfile
 import torch
 import torch.nn.functional as F
-from scripts import Forked, fail, run_script, start, succeed, train
+from scripts import Forked, fail, run_script, succeed, train
 from sound_networks import LENGTHS, RATE, save, slow_outputs, write_recordings
 
 from dls_sounds.index import Index
@@ -125,9 +125,7 @@ def test_bad_input_leaves_what_was_there(recordings, classifier, pretrained, tmp
     output, elsewhere = tmp_path / "out.parquet", tmp_path / "empty"
     elsewhere.mkdir()
     end = ["--output", output]
-    assert "there is no such file or folder" in fail(
-        "dls", "embed", tmp_path / "nothing", "--model", pretrained, *end
-    )
+    assert "there is no such file or folder" in fail("dls", "embed", tmp_path / "nothing", "--model", pretrained, *end)
     assert "holds no sound files" in fail("dls", "embed", elsewhere, "--model", pretrained, *end)
     (elsewhere / "broken.wav").write_bytes(b"no sound")
     assert "none of the 1 files can be read" in fail("dls", "embed", elsewhere, "--model", pretrained, *end)
