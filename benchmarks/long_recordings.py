@@ -2,8 +2,8 @@
 
     python benchmarks/long_recordings.py
 
-Anonymous and shared memory at its peak (see memory.py), of train_npid.py with --windows over one epoch and of dls embed
-with --windows; and the k-NN accuracy of both ways of pre-training on labelled recordings of several minutes.
+Anonymous and shared memory at its peak (see memory.py), of train_npid.py with --windows over one epoch and of
+dls embed with --windows; and the k-NN accuracy of both ways of pre-training on labelled recordings of several minutes.
 """
 
 import csv

@@ -2,8 +2,8 @@
 
     python benchmarks/prediction.py
 
-WAV of 44.1 kHz, 16 bits, mono, in files of an hour; `small_mel`, the recommended recipe's network, with random weights.
-Memory is anonymous and shared memory at its peak, beside that for a minute of sound (see memory.py).
+WAV of 44.1 kHz, 16 bits, mono, in files of an hour; the recommended recipe's network, `small_mel`, with random
+weights. Memory is anonymous and shared memory at its peak, beside that for a minute of sound (see memory.py).
 """
 
 import tempfile

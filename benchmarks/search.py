@@ -2,8 +2,8 @@
 
     python benchmarks/search.py
 
-The vectors are generated, of unit length; the index lies in the system's file cache. `dls search` looks at every vector; the
-product alone has them ready in memory.
+The vectors are generated, of unit length; the index lies in the system's file cache. `dls search` looks at every
+vector; the product alone has them ready in memory.
 """
 
 import tempfile

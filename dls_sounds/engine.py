@@ -5,6 +5,7 @@ to one core, so that none waits for another. What is computed is the same with a
 """
 
 import logging
+import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -61,8 +62,7 @@ class Finding(NamedTuple):
 
 def common_root(inputs: list[Path]) -> Path:
     """The folder below which all inputs are, absolute."""
-    folders = [path if path.is_dir() else path.parent for path in (Path(path).absolute() for path in inputs)]
-    return next(root for root in (folders[0], *folders[0].parents) if all(f.is_relative_to(root) for f in folders))
+    return Path(os.path.commonpath([os.path.abspath(path if path.is_dir() else path.parent) for path in inputs]))
 
 
 def find_files(inputs: list[Path]) -> list[Path]:
@@ -81,7 +81,7 @@ def find_files(inputs: list[Path]) -> list[Path]:
             files = [path]
         else:
             raise UserError(f"INPUT {path}: there is no such file or folder")
-        found |= {file.absolute(): file for file in files}
+        found |= {os.path.abspath(file): file for file in files}
     return list(found.values())
 
 

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from datasets_scripts.errors import LostProcess, UserError
@@ -73,6 +75,7 @@ class Work:
         self.output, self.recordings = output, recordings
         self.num_parts = recordings[-1].part + 1
         self.folder = parts_folder(output)
+        self.lock = FileLock(self.folder / "lock")  # is free as soon as its process has ended, however it did
         self.is_main = int(os.environ.get("RANK", "0")) == 0
         if self.is_main:
             facts = [plan, [file_facts(each) for each in recordings]]
@@ -81,12 +84,14 @@ class Work:
     def prepare(self, plan: dict) -> None:
         """Keeps parts of the same work that was stopped; makes room for new ones."""
         try:
-            if self.folder.exists() and read_object(self.folder / PLAN) != plan:
-                shutil.rmtree(self.folder)
             self.folder.mkdir(parents=True, exist_ok=True)
+            self.lock.acquire(timeout=0)
+            outdated = "*.claimed" if read_object(self.folder / PLAN) == plan else "*.*"
+            for path in self.folder.glob(outdated):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
             write_json(self.folder / PLAN, plan)
-            for claim in self.folder.glob("*.claimed"):
-                claim.unlink()
+        except Timeout as error:
+            raise UserError(f"--output {self.output} is being written by another process: let it end first") from error
         except OSError as error:
             raise UserError(f"--output {self.output} cannot be written ({reason(error)})") from error
         if done := len(list(self.folder.glob("*.parquet"))):
@@ -181,13 +186,29 @@ def compute(
     with tqdm(total=len(work.recordings), unit=" files", disable=not work.is_main) as bar:
         windows = decoded(work.claimed(), network, step, pcm_rate, threads)
         findings = computed(batches(windows, settings.batch_size), network, threads)
+        findings = with_progress(findings, bar, network.extractor.sampling_rate)
         for number, own in groupby(findings, key=lambda finding: finding.recording.part):
             unreadable = {}
-            work.write(number, rows_of_part(own, rows, unreadable, bar), unreadable, schema)
+            work.write(number, rows_of_part(own, rows, unreadable), unreadable, schema)
     wait_for_the_others()
 
 
-def rows_of_part(findings: Iterable[Finding], rows: Rows, unreadable: dict[str, str], bar: tqdm) -> Iterator[dict]:
+def with_progress(findings: Iterable[Finding], bar: tqdm, rate: int) -> Iterator[Finding]:
+    """Counts files, and the hours of sound that were heard: one file can be as long as many."""
+    heard, position, shown = 0, 0, time.monotonic()
+    for finding in findings:
+        yield finding
+        if finding.values is None:
+            heard, position = heard + position, 0
+            bar.update()
+        else:
+            position = finding.end
+        if time.monotonic() > shown + 0.5:
+            bar.set_postfix_str(f"{(heard + position) / rate / 3600:.2f} h of sound")
+            shown = time.monotonic()
+
+
+def rows_of_part(findings: Iterable[Finding], rows: Rows, unreadable: dict[str, str]) -> Iterator[dict]:
     """Rows of each recording in turn; those that cannot be read to their ends are noted in `unreadable`."""
 
     def windows(own: Iterable[Finding]) -> Iterator[Finding]:
@@ -199,7 +220,6 @@ def rows_of_part(findings: Iterable[Finding], rows: Rows, unreadable: dict[str, 
 
     for recording, own in groupby(findings, key=lambda finding: finding.recording):
         yield from rows(recording.name, windows(own))
-        bar.update()
 
 
 def finish(work: Work, write: Callable[[Path, Iterator[pa.RecordBatch]], int]) -> None:
@@ -225,6 +245,7 @@ def finish(work: Work, write: Callable[[Path, Iterator[pa.RecordBatch]], int]) -
             with (unfinished / listed.name).open("w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows([("file", "reason"), *unreadable.items()])
     shutil.rmtree(work.folder)
+    work.lock.release()
     if unreadable:
         logger.warning(f"{len(unreadable)} of {total} files cannot be read: see {listed}")
     else:

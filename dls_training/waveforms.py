@@ -24,8 +24,8 @@ from modeling_dls.spectrogram_esresnet import cached_tensors
 
 # Numbers in a resampler's filter. A rate without a common factor, such as 44101 Hz, would need gigabytes.
 LARGEST_FILTER = 2**25
-AHEAD = 2
-WINDOWS_AT_A_TIME = 8  # of a recording that is read from its beginning to its end
+AHEAD = 1
+WINDOWS_AT_A_TIME = 4  # of a recording that is read from its beginning to its end
 
 
 @cached_tensors(maxsize=16)

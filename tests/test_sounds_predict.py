@@ -383,6 +383,16 @@ def test_what_changed_in_between_is_seen(archive, model, tmp_path):
     assert "done before" not in log and not (tmp_path / ".out.csv.parts").exists()
 
 
+def test_one_run_at_a_time_writes_a_table(archive, model, tmp_path):
+    output = tmp_path / "out.csv"
+    options = [archive, "--model", model, "--output", output]
+    with Forked(tmp_path / "log", train, "dls", ["predict", *options]) as process:
+        process.wait_for(lambda: list((tmp_path / ".out.csv.parts").glob("*.claimed")))
+        assert "is being written by another process" in fail("dls", "predict", *options)
+    succeed("dls", "predict", *options)
+    assert output.exists()
+
+
 @pytest.mark.slow
 def test_two_processes_write_one_table(archive, model, uninterrupted, tmp_path):
     options = [archive, "--model", model, *FP32, "--overlap", "0.5", "--threshold", "0.3"]
