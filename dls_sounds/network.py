@@ -1,6 +1,6 @@
 """A trained network that is made ready for repeated inference: waveforms in, vectors or scores out."""
 
-import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,8 +20,6 @@ from modeling_dls import (
     ESResNetForInstanceDiscrimination,
     ESResNetModel,
 )
-
-logger = logging.getLogger("dls")
 
 CLIP_SECONDS = 5.0  # where neither the checkpoint nor the user says
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,6 +70,8 @@ class TrainedNetwork:
             set_length(self.extractor, CLIP_SECONDS)
         self.extractor.audio_channels = self.extractor.audio_channels or 1
         self.device, precision = choose_device_and_precision(mixed_precision)
+        if self.device.type == "cuda":  # with its number: threads do not share which device is the current one
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
         self.dtype = DTYPES[precision]
         self.model = model.fold_batch_norm().to(self.device, self.dtype, memory_format=torch.channels_last)
         self.keep_statistics_exact()
@@ -80,10 +80,9 @@ class TrainedNetwork:
         """Pooled statistics come in float32: what follows them costs nothing, and need not be rounded to bf16."""
         base = self.model.base_model
         if base.pooling is not None:
-            base.pooling.float()
-            for name, head in self.model.named_children():
-                if name != self.model.base_model_prefix and self.model is not base:
-                    head.float()
+            heads = [] if base is self.model else [module for module in self.model.children() if module is not base]
+            for module in (base.pooling, *heads):
+                module.float()
 
     @property
     def length(self) -> int:
@@ -120,9 +119,11 @@ def digest_of(model: PreTrainedModel, extractor: ESResNetFeatureExtractor) -> st
 
 
 class Embedder(TrainedNetwork):
-    """Attributes:
-    layer: "projection" or "pooled".
-    dim: Length of a vector.
+    """Waveforms -> vectors.
+
+    Attributes:
+        layer: "projection" or "pooled".
+        dim: Length of a vector.
     """
 
     def __init__(self, source: str, layer: str | None, windows: float | str | None, mixed_precision: str):
@@ -157,10 +158,12 @@ class Embedder(TrainedNetwork):
 
 
 class Classifier(TrainedNetwork):
-    """Attributes:
-    labels: Names, in the order of scores.
-    multi_label: Whether a sound can have several labels, whose scores do not depend on one another.
-    threshold: From which score on a label holds, where the checkpoint's configuration says; else None.
+    """Waveforms -> scores.
+
+    Attributes:
+        labels: Names, in the order of scores.
+        multi_label: Whether a sound can have several labels, whose scores do not depend on one another.
+        threshold: From which score on a label holds, where the checkpoint's configuration says; else None.
     """
 
     def __init__(self, source: str, windows: float | str | None, mixed_precision: str):

@@ -82,6 +82,12 @@ def detections(
         holds: Scores of a cell -> labels that hold there.
     """
     under_way, ended = {}, []  # {label: (start, end, score)}; a heap of (start, label, end, score)
+
+    def those_before(first: float) -> Iterator[tuple[int, int, int, float]]:
+        while ended and ended[0][0] < first:
+            start, label, end, score = heappop(ended)
+            yield start, end, label, score
+
     for start, end, scores in cells:
         holding = {label: float(scores[label]) for label in holds(scores).tolist()}
         for label in under_way.keys() - holding.keys():
@@ -90,15 +96,10 @@ def detections(
         for label, score in holding.items():
             began, _, best = under_way.get(label, (start, end, score))
             under_way[label] = began, end, max(best, score)
-        first = min((began for began, *_ in under_way.values()), default=math.inf)
-        while ended and ended[0][0] < first:
-            began, label, *rest = heappop(ended)
-            yield began, rest[0], label, rest[1]
+        yield from those_before(min((began for began, *_ in under_way.values()), default=math.inf))
     for label, (began, *rest) in under_way.items():
         heappush(ended, (began, label, *rest))
-    while ended:
-        began, label, *rest = heappop(ended)
-        yield began, rest[0], label, rest[1]
+    yield from those_before(math.inf)
 
 
 def rule(classifier: Classifier, threshold: float | str) -> Callable[[np.ndarray], np.ndarray]:
