@@ -24,7 +24,7 @@ from modeling_dls.spectrogram_esresnet import cached_tensors
 
 # Numbers in a resampler's filter. A rate without a common factor, such as 44101 Hz, would need gigabytes.
 LARGEST_FILTER = 2**25
-AHEAD = 1
+AHEAD = 1  # results of an item that wait to be asked for
 WINDOWS_AT_A_TIME = 4  # of a recording that is read from its beginning to its end
 
 
