@@ -152,6 +152,8 @@ def in_order(work: Callable[[object], Iterable], items: Iterable, at_a_time: int
         try:
             for result in work(item):
                 put(result)
+                if given_up.is_set():  # the rest of an item may be hours
+                    return
             put(ended)
         except BaseException as error:
             put(error)

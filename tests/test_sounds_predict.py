@@ -2,10 +2,10 @@
 
 import csv
 import io
+import itertools
 import os
 import resource
 import sys
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +22,7 @@ from dls_sounds.engine import Finding, Recording, batches, common_root, computed
 from dls_sounds.network import Classifier
 from dls_sounds.predicting import cells, detections
 from dls_sounds.tables import RAVEN_COLUMNS
+from dls_training.waveforms import in_order
 from modeling_dls import ESResNetForAudioClassification, ESResNetForInstanceDiscrimination
 
 FP32 = ("--mixed_precision", "no")
@@ -69,7 +70,7 @@ def slow_cells(windows: list[tuple[int, int, np.ndarray]], step: int) -> list[tu
     if len(edges) > 1 and total - edges[-1] <= 0.1 * step:
         edges.pop()
     edges.append(total)
-    return [(a, b, sums[a:b].sum(0) / counts[a:b].sum()) for a, b in pairwise(edges)]
+    return [(a, b, sums[a:b].sum(0) / counts[a:b].sum()) for a, b in itertools.pairwise(edges)]
 
 
 def slow_detections(grid, holds) -> list[tuple]:
@@ -184,6 +185,13 @@ def test_threads_change_nothing(recordings, model):
     assert len(found[0]) > 30 and sum(finding.error is not None for finding in found[0]) == 2
     for one, other in zip(*found, strict=True):
         assert one[:3] == other[:3] and one.error == other.error and np.array_equal(one.values, other.values)
+
+
+def test_whoever_stops_asking_ends_the_threads():
+    """An interrupted run does not decode the hours that remain."""
+    numbers = in_order(lambda first: itertools.count(first), [0, 10, 20], 2)
+    assert next(numbers) == 0
+    numbers.close()  # would wait forever
 
 
 def test_parts_do_not_share_batches():
