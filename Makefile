@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PARALLEL := -n 2 --dist loadfile
 # What has a target of its own.
 OTHERWISE := not browser and not benchmark and not soak
-CODE := modeling_dls datasets_scripts dls_training dls_comparison hub_cards benchmarks tests *.py
+CODE := modeling_dls datasets_scripts dls_training dls_sounds dls_comparison hub_cards benchmarks tests *.py
 
 .PHONY: demo test test-fast test-benchmarks test-soak test-browser docs/space.png quality style benchmark clean
 

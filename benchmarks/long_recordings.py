@@ -2,8 +2,8 @@
 
     python benchmarks/long_recordings.py
 
-Anonymous and shared memory at its peak (see memory.py), of train_npid.py with --windows over one epoch and of embed.py
-with --windows; and the k-NN accuracy of both ways of pre-training on labelled recordings of several minutes.
+Anonymous and shared memory at its peak (see memory.py), of train_npid.py with --windows over one epoch and of
+dls embed with --windows; and the k-NN accuracy of both ways of pre-training on labelled recordings of several minutes.
 """
 
 import csv
@@ -79,7 +79,7 @@ def peaks(place: Path, hours: float) -> list[dict]:
         model = place / f"network-{folder.name}"
         mib["pre-training", way] = peak_mib(pretrain(folder, model, "--num_train_epochs", 1, *windows))
         embedding = ["--model", model, "--output", place / f"{folder.name}.parquet", "--windows"]
-        mib["embedding", way] = peak_mib(start("embed.py", folder, *embedding))
+        mib["embedding", way] = peak_mib(start("dls", "embed", folder, *embedding))
         for what in ("pre-training", "embedding"):
             lines.append({"what": f"{what}, {hours:g} h in {way}", "rate": mib[what, way], "unit": "MiB"})
     for what in ("pre-training", "embedding"):

@@ -52,11 +52,10 @@ def apart(function: Callable, arguments: list[tuple]) -> list:
 
 
 def start(script: str, *options, **environment: str) -> subprocess.Popen:
-    """One of the project's scripts, in a process of its own; its log is for `finish`."""
-    words = [sys.executable, REPOSITORY / script, *options]
-    return subprocess.Popen(
-        [str(word) for word in words], stderr=subprocess.PIPE, text=True, env={**os.environ, **environment}
-    )
+    """One of the project's scripts, or `dls`, in a process of its own; its log is for `finish`."""
+    words = [sys.executable, *(["-m", "dls_sounds"] if script == "dls" else [REPOSITORY / script]), *options]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), **environment}
+    return subprocess.Popen([str(word) for word in words], stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def finish(process: subprocess.Popen) -> str:

@@ -21,6 +21,8 @@ BENCHMARKS = (
     "spectrogram",
     "training_step",
     "embedding",
+    "search",
+    "prediction",
     "pretraining",
     "memory",
     "long_recordings",

@@ -13,7 +13,9 @@ COMMANDS = {
     "python alone": ["-c", "pass"],
     TRANSFORMERS: ["-c", TRANSFORMERS],
     "the same, and import modeling_dls": ["-c", f"{TRANSFORMERS}; import modeling_dls"],
-    **{f"{script} --help": [script, "--help"] for script in ("train_npid.py", "train_classification.py", "embed.py")},
+    **{f"{script} --help": [script, "--help"] for script in ("train_npid.py", "train_classification.py")},
+    "dls --help": ["-m", "dls_sounds", "--help"],
+    "dls predict --help": ["-m", "dls_sounds", "predict", "--help"],
 }
 
 

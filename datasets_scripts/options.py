@@ -208,7 +208,7 @@ class Options:
         parser = cls.parser()
         words = sys.argv[1:] if argv is None else argv
         try:
-            settings = cls(**vars(parser.parse_args(words)))
+            settings = cls(**vars(parser.parse_intermixed_args(words)))
         except UserError as error:
             parser.error(str(error))
         settings.command = shlex.join([cls.SCRIPT, *map(str, words)])

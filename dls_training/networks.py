@@ -41,6 +41,17 @@ def check_agreement(settings: TrainingSettings, options: dict, found) -> None:
             )
 
 
+def check_source(option: str, source: str) -> None:
+    """Says of a folder that is not there what `from_pretrained` would take for a mistyped Hub id.
+
+    Raises:
+        UserError: naming the option.
+    """
+    path = Path(source)
+    if not path.exists() and (path.is_absolute() or len(path.parts) > 2):
+        raise UserError(f"{option} {path}: there is no such folder, and a Hub id has one slash at most")
+
+
 def make_extractor(settings: TrainingSettings) -> ESResNetFeatureExtractor:
     """The checkpoint's extractor, or the preset's, set to the length and channels of this run.
 
@@ -52,11 +63,7 @@ def make_extractor(settings: TrainingSettings) -> ESResNetFeatureExtractor:
     """
     changes = given(settings, "frequency_scale", "spec_height", "spec_width")
     if settings.model_name_or_path:
-        source = Path(settings.model_name_or_path)
-        if not source.exists() and (source.is_absolute() or len(source.parts) > 2):
-            raise UserError(
-                f"--model_name_or_path {source}: there is no such folder, and a Hub id has one slash at most"
-            )
+        check_source("--model_name_or_path", settings.model_name_or_path)
         try:
             extractor = ESResNetFeatureExtractor.from_pretrained(settings.model_name_or_path)
         except (OSError, ValueError) as error:
@@ -84,16 +91,16 @@ def make_extractor(settings: TrainingSettings) -> ESResNetFeatureExtractor:
     return extractor
 
 
-def set_length(extractor: ESResNetFeatureExtractor, clip_seconds: float) -> None:
+def set_length(extractor: ESResNetFeatureExtractor, clip_seconds: float, option: str = "--clip_seconds") -> None:
     """Sets the length of a view.
 
     Raises:
-        UserError: if it is shorter than one analysis window.
+        UserError: naming the option, if it is shorter than one analysis window.
     """
     extractor.max_length = round(clip_seconds * extractor.sampling_rate)
     if extractor.max_length <= extractor.n_fft // 2:
         shortest = (extractor.n_fft // 2 + 1) / extractor.sampling_rate
-        raise UserError(f"--clip_seconds {clip_seconds} is below one analysis window ({shortest:.3f} s)")
+        raise UserError(f"{option} {clip_seconds} is below one analysis window ({shortest:.3f} s)")
 
 
 def make_config(settings: TrainingSettings, **overrides) -> ESResNetConfig:

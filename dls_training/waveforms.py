@@ -23,8 +23,8 @@ from modeling_dls.spectrogram_esresnet import cached_tensors
 
 # Numbers in a resampler's filter. A rate without a common factor, such as 44101 Hz, would need gigabytes.
 LARGEST_FILTER = 2**25
-AHEAD = 2
-WINDOWS_AT_A_TIME = 16  # of a recording that is read from its beginning to its end
+AHEAD = 1  # results of an item that wait to be asked for
+WINDOWS_AT_A_TIME = 4  # of a recording that is read from its beginning to its end
 
 
 @cached_tensors(maxsize=16)
@@ -103,10 +103,7 @@ def _read(sound: Sound, extractor, first: int, last: int | None, stretch) -> tor
         return torch.empty(extractor.audio_channels, 0)
     parts, to_the_end = [], stop == end and math.isinf(stretch[1])
     for block in sound.blocks(start / rate, math.inf if to_the_end else stop / rate):
-        try:
-            parts.append(extractor.fit_channels(torch.from_numpy(block)))
-        except ValueError as error:
-            raise AudioError(f"{sound.name}: {error}") from error
+        parts.append(_fitted(block, sound, extractor))
     waveform = torch.cat(parts, dim=1)
     if resampler:
         waveform = resampler(waveform)
@@ -114,10 +111,22 @@ def _read(sound: Sound, extractor, first: int, last: int | None, stretch) -> tor
     return waveform[:, offset : None if last is None else offset + last - first]
 
 
+def _fitted(block: np.ndarray, sound: Sound, extractor) -> torch.Tensor:
+    try:
+        return extractor.fit_channels(torch.from_numpy(block))
+    except ValueError as error:
+        raise AudioError(f"{sound.name}: {error}") from error
+
+
+def one_core_each(threads: int) -> ThreadPoolExecutor:
+    """Threads whose operators do not spread over other cores, where they would wait for one another's."""
+    return ThreadPoolExecutor(threads, "one core", torch.set_num_threads, (1,))
+
+
 def in_order(work: Callable[[object], Iterable], items: Iterable, at_a_time: int) -> Iterator:
     """What `work` gives of each item, one item after the other, though threads work on several at a time.
 
-    None of them is more than `AHEAD` results ahead of who asks, so that memory is bounded.
+    None of them is more than `AHEAD` results ahead of who asks, so that memory is bounded. Each computes on one core.
     """
     ended, given_up = object(), threading.Event()
 
@@ -130,12 +139,14 @@ def in_order(work: Callable[[object], Iterable], items: Iterable, at_a_time: int
         try:
             for result in work(item):
                 put(result)
+                if given_up.is_set():  # the rest of an item may be hours
+                    return
             put(ended)
         except BaseException as error:
             put(error)
 
     items = iter(items)
-    with ThreadPoolExecutor(at_a_time, thread_name_prefix="decoding") as pool:
+    with one_core_each(at_a_time) as pool:
         waiting = deque()
         try:
             while True:
@@ -153,66 +164,97 @@ def in_order(work: Callable[[object], Iterable], items: Iterable, at_a_time: int
             given_up.set()
 
 
-def window_starts(samples: int, length: int) -> list[int]:
-    """Where the consecutive windows of a clip begin; [0] where one holds it.
+def window_starts(samples: int, length: int, step: int | None = None) -> list[int]:
+    """Where the windows of a clip begin, `step` (None: their length) after one another; [0] where one holds it.
 
     The last window ends with the clip, unless it would bring next to nothing new.
     """
-    count = int(window_counts(np.array([samples]), length)[0])
-    return [0] if count == 1 else [min(i * length, samples - length) for i in range(count)]
+    step = step or length
+    count = 1 + max(0, math.ceil(_beyond_first(samples, length) / step))
+    return [0] if count == 1 else [min(i * step, samples - length) for i in range(count)]
+
+
+def _beyond_first(samples: int, length: int) -> float:
+    """Samples that the first window leaves for others: as many windows as begin within them follow it."""
+    return samples - MIN_NEW_SHARE * length - length
 
 
 def window_counts(samples: np.ndarray, length: int) -> np.ndarray:
     """How many `window_starts` clips of so many samples have, (clips,)."""
-    return np.maximum(1, np.ceil((samples - MIN_NEW_SHARE * length) / length)).astype(int)
+    return 1 + np.maximum(0, np.ceil(_beyond_first(samples, length) / length)).astype(int)
 
 
-def evaluation_windows(waveform: torch.Tensor, length: int) -> torch.Tensor:
+def evaluation_windows(waveform: torch.Tensor, length: int, step: int | None = None) -> torch.Tensor:
     """A clip from each of its `window_starts` on: (windows, channels, length). Where one holds it, it is padded
     centrally.
     """
-    starts = window_starts(waveform.shape[1], length)
+    starts = window_starts(waveform.shape[1], length, step)
     if len(starts) == 1:
         return fit_length(waveform, length)[None]
     return torch.stack([waveform[:, start : start + length] for start in starts])
 
 
-def stream_windows(
-    audio: dict, extractor: ESResNetFeatureExtractor
-) -> Iterator[tuple[list[tuple[int, int]], torch.Tensor]]:
-    """The `evaluation_windows` of a whole file, whose length nobody knows before it has been decoded.
+def resampled(blocks: Iterable[torch.Tensor], source_rate: int, target_rate: int) -> Iterator[torch.Tensor]:
+    """Consecutive parts (channels, any number of samples) of a sound, as if it had been resampled as a whole."""
+    taken, given = ratio(source_rate, target_rate)
+    if taken == given:
+        yield from blocks
+        return
+    resampler = _resampler(source_rate, target_rate)
+    margin = -(-resampler.width // taken) + 1  # groups of samples that the filter looks at beside its own
+    waiting, done = None, 0  # of whose groups so many were given out, and are there for their successors' sake
+    for block in blocks:
+        waiting = block if waiting is None else torch.cat([waiting, block], dim=1)
+        ready = waiting.shape[1] // taken - margin
+        if ready > done:
+            yield resampler(waiting)[:, done * given : ready * given]
+            first = max(ready - margin, 0)
+            waiting, done = waiting[:, first * taken :], ready - first
+    if waiting is not None:
+        yield resampler(waiting)[:, done * given :]
 
-    Args:
-        audio: A cell of a corpus's audio column.
-        extractor: With `max_length`.
 
-    Yields:
-        Where some windows start and end, in samples of the extractor's rate, and the windows, (some, channels,
-        max_length).
+def sound_blocks(
+    audio: dict, extractor: ESResNetFeatureExtractor, stretch: tuple[float, float] = WHOLE
+) -> Iterator[torch.Tensor]:
+    """A file, or a stretch of it (in s), from beginning to end: (audio_channels, samples) at the extractor's rate.
 
     Raises:
         AudioError: see `read_waveform`.
     """
-    length, first = extractor.max_length, 0
     with opened_sound(audio) as sound:
-        waveform = torch.empty(extractor.audio_channels, 0)
-        while True:
-            # Two windows more than are given out: what the last ones are depends on where the sound ends.
-            wanted = (WINDOWS_AT_A_TIME + 2) * length
-            start = first + waveform.shape[1]
-            new = _read(sound, extractor, start, first + wanted, WHOLE)
-            waveform = torch.cat([waveform, new], dim=1)
-            if waveform.shape[1] < wanted:
-                starts = window_starts(waveform.shape[1], length)
-                # The last stands for what would bring next to nothing new, too: files end with it.
-                ends = [*(start + length for start in starts[:-1]), waveform.shape[1]]
-                places = [(first + start, first + end) for start, end in zip(starts, ends, strict=True)]
-                yield places, evaluation_windows(waveform, length)
-                return
-            given = waveform[:, : WINDOWS_AT_A_TIME * length].unflatten(1, (WINDOWS_AT_A_TIME, length))
-            yield (
-                [(first + i * length, first + (i + 1) * length) for i in range(WINDOWS_AT_A_TIME)],
-                given.transpose(0, 1),
-            )
-            waveform = waveform[:, WINDOWS_AT_A_TIME * length :].clone()
-            first += WINDOWS_AT_A_TIME * length
+        blocks = (_fitted(block, sound, extractor) for block in sound.blocks(*stretch))
+        yield from resampled(blocks, sound.sampling_rate, extractor.sampling_rate)
+
+
+def stream_windows(
+    blocks: Iterable[torch.Tensor], length: int, step: int | None = None
+) -> Iterator[tuple[list[tuple[int, int]], torch.Tensor]]:
+    """The windows of a sound whose length nobody knows before its end: those of `window_starts`.
+
+    Args:
+        blocks: Consecutive (channels, samples), such as `sound_blocks`.
+        length, step: In samples; see `window_starts`.
+
+    Yields:
+        Where some windows start and end, and the windows, (some, channels, length). Where one holds the sound, it is
+        padded centrally.
+    """
+    step = step or length
+    parts, samples, first = [], 0, 0  # what no window was made of so far, and where it begins
+    for block in blocks:
+        parts.append(block)
+        samples += block.shape[1]
+        # Two are left at least: where the last begins and ends depends on where the sound does.
+        while _beyond_first(samples, length) > WINDOWS_AT_A_TIME * step:
+            waveform, starts = torch.cat(parts, dim=1), range(first, first + WINDOWS_AT_A_TIME * step, step)
+            windows = waveform.unfold(1, length, step)[:, :WINDOWS_AT_A_TIME].transpose(0, 1)
+            yield [(start, start + length) for start in starts], windows
+            parts = [waveform[:, WINDOWS_AT_A_TIME * step :].clone()]
+            samples, first = parts[0].shape[1], starts.stop
+    waveform = torch.cat(parts, dim=1)
+    starts = window_starts(samples, length, step)
+    # The last stands for what would bring next to nothing new, too: files end with it.
+    ends = [*(start + length for start in starts[:-1]), samples]
+    places = [(first + start, first + end) for start, end in zip(starts, ends, strict=True)]
+    yield places, evaluation_windows(waveform, length, step)

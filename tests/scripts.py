@@ -19,7 +19,6 @@ from importlib import import_module
 from pathlib import Path
 
 from dls_training.settings import ClassificationSettings, PretrainingSettings
-from embed import EmbeddingSettings
 
 ROOT = Path(__file__).parents[1]
 # Enough for a tiny network and the half-second clips of `sound_folder`.
@@ -27,13 +26,9 @@ SMALL = [
     "--preset", "tiny", "--clip_seconds", "0.5", "--per_device_train_batch_size", "8", "--report_to", "none",
 ]  # fmt: skip
 
-SETTINGS = {
-    "train_npid": PretrainingSettings,
-    "train_classification": ClassificationSettings,
-    "embed": EmbeddingSettings,
-}
+SETTINGS = {"train_npid": PretrainingSettings, "train_classification": ClassificationSettings}
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload([*SETTINGS])
+FORKS.set_forkserver_preload([*SETTINGS, "dls_sounds.embedding", "dls_sounds.predicting"])
 MEASURED = ("clips_per_second", "seconds")  # in a run's history, by a clock
 
 
@@ -130,9 +125,12 @@ def outputs(processes: list[Forked]) -> list[str]:
 
 
 def train(script: str, options: list) -> int:
-    """What the file of a train script does when it is run: its exit code."""
+    """What the file of a train script, or `dls`, does when it is run: its exit code."""
     from datasets_scripts.command_line import run_command
+    from dls_sounds.__main__ import main as dls
 
+    if script == "dls":
+        return dls([os.fspath(option) if isinstance(option, Path) else str(option) for option in options])
     name = script.removesuffix(".py")
     return run_command(import_module(name).main, SETTINGS[name].parsed([str(option) for option in options]))
 
@@ -158,7 +156,7 @@ def run_script(script: str, *options, launcher: list | None = None, **popen_opti
     It runs in this process, unless it is launched, or needs an environment or folder of its own.
     """
     name = script.removesuffix(".py")
-    if name in SETTINGS and not launcher and not popen_options:
+    if name in (*SETTINGS, "dls") and not launcher and not popen_options:
         return call(name, *options)
     process = start([*(launcher or [sys.executable]), ROOT / script, *options], **popen_options)
     output = process.communicate(timeout=600)[0]

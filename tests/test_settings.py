@@ -15,8 +15,14 @@ import train_classification
 import train_npid
 from datasets_scripts.errors import UserError
 from datasets_scripts.options import Options, flag, named_source, one_of, option, path, real, text, whole
+from dls_sounds.settings import EmbedSettings, PredictSettings, SearchSettings
 from dls_training.settings import ClassificationSettings, PretrainingSettings
-from embed import EmbeddingSettings
+
+SOUNDS = {
+    EmbedSettings: ["in", "--output", "x.parquet", "--windows"],
+    PredictSettings: ["-", "--output", "x.csv", "--model", "m"],
+    SearchSettings: ["a.wav", "--index", "x.parquet"],
+}  # and what must be given to them
 
 
 @dataclass(kw_only=True)
@@ -117,21 +123,21 @@ def test_a_tilde_is_the_users_folder_behind_an_equals_sign_too(monkeypatch):
     assert settings.model_name_or_path == "/home/somebody/npid"
 
 
-@pytest.mark.parametrize("settings", [PretrainingSettings, ClassificationSettings])
-def test_every_number_of_the_train_scripts_is_bounded(settings, capsys):
+@pytest.mark.parametrize("settings", [PretrainingSettings, ClassificationSettings, *SOUNDS])
+def test_every_number_is_bounded(settings, capsys):
     """Whatever is given to an option is taken, or is one line that names it: never a traceback."""
     for own in settings.__dataclass_fields__.values():
-        if own.metadata.get("read") in (None, flag):
+        if own.metadata.get("read") in (None, flag) or own.metadata["positional"]:
             continue
         for value in ("inf", "nan", "-inf", "9" * 20, "-" + "9" * 20, "", "0x10", "1e-400", "~nobody-here"):
             try:
-                settings.parsed([f"--{own.name}={value}"])
+                settings.parsed([*SOUNDS.get(settings, []), f"--{own.name}={value}"])
             except SystemExit as end:
                 assert end.code == 2
                 assert f"{own.name}" in capsys.readouterr().err.splitlines()[-1]
 
 
-@pytest.mark.parametrize("settings", [PretrainingSettings, ClassificationSettings, EmbeddingSettings])
+@pytest.mark.parametrize("settings", [PretrainingSettings, ClassificationSettings, *SOUNDS])
 def test_help_says_every_default_once(settings, capsys):
     with pytest.raises(SystemExit):
         settings.parsed(["--help"])
@@ -142,11 +148,13 @@ def test_help_says_every_default_once(settings, capsys):
     assert "None)" not in shown and "default: default" not in shown
 
 
-@pytest.mark.parametrize("script", ["train_npid.py", "train_classification.py", "embed.py", "reproduce.py"])
+@pytest.mark.parametrize("script", ["train_npid.py", "train_classification.py", "dls", "dls embed", "reproduce.py"])
 def test_help_does_not_wait_for_heavy_imports(script):
     """Below 0.2 s on a quiet machine (docs/speed.md); by what is not imported, which a busy one does not change."""
-    code = f"import runpy, sys; sys.argv = [{script!r}, '--help']; sys.path.insert(0, {str(ROOT)!r})\n"
-    code += f"try: runpy.run_path({str(ROOT / script)!r}, run_name='__main__')\n"
+    words = [*script.split(), "--help"]
+    code = f"import runpy, sys; sys.argv = {words}; sys.path.insert(0, {str(ROOT)!r})\n"
+    run = "run_module('dls_sounds'" if words[0] == "dls" else f"run_path({str(ROOT / script)!r}"
+    code += f"try: runpy.{run}, run_name='__main__')\n"
     code += "except SystemExit: pass\nprint(sorted({'torch', 'numpy', 'transformers', 'datasets'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert found.splitlines()[-1] == "[]"

@@ -1,0 +1,168 @@
+"""`dls predict`: recordings -> what is heard in them, where."""
+
+import logging
+import math
+import os
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from heapq import heappop, heappush
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from datasets_scripts.errors import UserError
+from datasets_scripts.windows import MIN_NEW_SHARE
+
+from .engine import Finding, common_root, find_files
+from .network import Classifier
+from .settings import AUTO, STANDARD_INPUT, PredictSettings
+from .tables import table_name, write_csv, write_parquet, write_raven
+from .work import Work, compute, finish, processes, recordings
+
+logger = logging.getLogger("dls")
+
+SCHEMA = pa.schema(
+    [("file", pa.string()), ("start", pa.float64()), ("end", pa.float64()), ("label", pa.string()),
+     ("score", pa.float32())]
+)  # fmt: skip
+SEVERAL_LABELS_FROM = 0.5  # where neither the user nor the model says
+ROWS_AT_A_TIME = 1 << 16
+
+Cell = tuple[int, int, np.ndarray]  # start and end in samples, a score for each label
+
+
+def cells(windows: Iterable[Finding], step: int) -> Iterator[Cell]:
+    """A recording on the grid of its windows' beginnings: means of the windows that cover a cell, as far as they do.
+
+    Args:
+        windows: In order.
+        step: From the beginning of one to the next one's, in samples: the length of a cell. What is left at the end,
+            where it is next to nothing, belongs to the last cell.
+    """
+    covering, number, end = deque(), 0, 0
+
+    def cell(start: int, end: int) -> Cell:
+        shares = [min(window.end, end) - max(window.start, start) for window in covering]
+        inside = [(share, window.values) for share, window in zip(shares, covering, strict=True) if share > 0]
+        shares, values = zip(*inside, strict=True)
+        return start, end, np.average(values, axis=0, weights=shares).astype(np.float32)
+
+    for window in windows:
+        while window.start >= (number + 1) * step:
+            yield cell(number * step, (number + 1) * step)
+            number += 1
+            while covering and covering[0].end <= number * step:
+                covering.popleft()
+        covering.append(window)
+        end = window.end
+    last = max(0, math.ceil(end / step - MIN_NEW_SHARE) - 1)
+    while covering and number <= last:
+        yield cell(number * step, end if number == last else (number + 1) * step)
+        number += 1
+
+
+def best_labels(cells: Iterable[Cell], top_k: int) -> Iterator[tuple[int, int, int, float]]:
+    """(start, end, label, score) of the best labels of each cell, the best first."""
+    for start, end, scores in cells:
+        for label in np.argsort(-scores, kind="stable")[:top_k].tolist():
+            yield start, end, label, float(scores[label])
+
+
+def detections(
+    cells: Iterable[Cell], holds: Callable[[np.ndarray], np.ndarray]
+) -> Iterator[tuple[int, int, int, float]]:
+    """(start, end, label, score) of each stretch of neighbouring cells in which a label holds, by their starts.
+
+    The score is the best of its cells': rows with a score from T on are those that a threshold T would have found.
+
+    Args:
+        cells: Of one recording.
+        holds: Scores of a cell -> labels that hold there.
+    """
+    under_way, ended = {}, []  # {label: (start, end, score)}; a heap of (start, label, end, score)
+
+    def those_before(first: float) -> Iterator[tuple[int, int, int, float]]:
+        while ended and ended[0][0] < first:
+            start, label, end, score = heappop(ended)
+            yield start, end, label, score
+
+    for start, end, scores in cells:
+        holding = {label: float(scores[label]) for label in holds(scores).tolist()}
+        for label in under_way.keys() - holding.keys():
+            began, *rest = under_way.pop(label)
+            heappush(ended, (began, label, *rest))
+        for label, score in holding.items():
+            began, _, best = under_way.get(label, (start, end, score))
+            under_way[label] = began, end, max(best, score)
+        yield from those_before(min((began for began, *_ in under_way.values()), default=math.inf))
+    for label, (began, *rest) in under_way.items():
+        heappush(ended, (began, label, *rest))
+    yield from those_before(math.inf)
+
+
+def rule(classifier: Classifier, threshold: float | str) -> Callable[[np.ndarray], np.ndarray]:
+    """Scores -> the labels that hold; "auto" as in `PredictSettings`."""
+    if threshold == AUTO:
+        if classifier.threshold is None and not classifier.multi_label:
+            return lambda scores: scores.argmax()[None]
+        threshold = SEVERAL_LABELS_FROM if classifier.threshold is None else classifier.threshold
+    return lambda scores: np.flatnonzero(scores >= threshold)
+
+
+def make_rows(classifier: Classifier, settings: PredictSettings) -> Callable[[str, Iterator[Finding]], Iterator[dict]]:
+    """What makes rows of a recording's windows."""
+    step, rate = classifier.step(settings.overlap), classifier.extractor.sampling_rate
+    as_scores = settings.top_k is not None and settings.threshold is None
+    holds = rule(classifier, AUTO if settings.threshold is None else settings.threshold)
+
+    def among_the_best(scores: np.ndarray) -> np.ndarray:
+        best = np.argsort(-scores, kind="stable")[: settings.top_k]
+        return np.intersect1d(best, holds(scores))
+
+    def rows(name: str, windows: Iterator[Finding]) -> Iterator[dict]:
+        found = cells(windows, step)
+        found = best_labels(found, settings.top_k) if as_scores else detections(found, among_the_best)
+        for start, end, label, score in found:
+            yield {
+                "file": name, "start": start / rate, "end": end / rate, "label": classifier.labels[label],
+                "score": score,
+            }  # fmt: skip
+
+    return rows
+
+
+def write_table(path: Path, tables: Iterator[pa.RecordBatch], rate: int) -> int:
+    """In the format that its name says; see `PredictSettings`."""
+    if path.suffix.lower() == ".parquet":
+        return write_parquet(path, SCHEMA, tables, ROWS_AT_A_TIME)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        if path.suffix.lower() == ".csv":
+            return write_csv(file, SCHEMA, tables)
+        return write_raven(file, tables, rate / 2)
+
+
+def main(settings: PredictSettings) -> None:
+    """Runs `dls predict`, alone or as one of torchrun's processes.
+
+    Raises:
+        UserError: naming what the user can mend.
+    """
+    with processes():
+        if settings.input == [Path(STANDARD_INPUT)]:
+            if os.environ.get("WORLD_SIZE", "1") != "1":
+                raise UserError("INPUT -: standard input can be read by one process only")
+            named, again = [(STANDARD_INPUT, Path(STANDARD_INPUT))], uuid.uuid4().hex  # it cannot be heard again
+        else:
+            root, again = common_root(settings.input), None
+            files = find_files(settings.input)
+            named = [(table_name(os.path.relpath(file, root)), file) for file in files]
+        classifier = Classifier(settings.model, settings.windows, settings.mixed_precision)
+        logger.info(f"{len(named)} files, {len(classifier.labels)} labels, {classifier}")
+        plan = {name: settings.plain()[name] for name in ("overlap", "threshold", "top_k", "batch_size")}
+        plan |= {"model": classifier.digest, "length": classifier.length, "dtype": str(classifier.dtype)}
+        plan |= {"again": again, "labels": classifier.labels, "auto": classifier.threshold}
+        work = Work(settings.output, recordings(named), plan)
+        compute(work, classifier, settings, make_rows(classifier, settings), SCHEMA, settings.sampling_rate)
+        finish(work, lambda path, tables: write_table(path, tables, classifier.extractor.sampling_rate))
