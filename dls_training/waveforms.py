@@ -17,8 +17,12 @@ import torchaudio
 from datasets_scripts.audio import Sound, opened_sound
 from datasets_scripts.errors import AudioError
 from datasets_scripts.identity import WHOLE
-from datasets_scripts.windows import MIN_NEW_SHARE
-from modeling_dls.feature_extraction_esresnet import ESResNetFeatureExtractor, fit_length
+from modeling_dls.feature_extraction_esresnet import (
+    ESResNetFeatureExtractor,
+    beyond_first,
+    evaluation_windows,
+    window_starts,
+)
 from modeling_dls.spectrogram_esresnet import cached_tensors
 
 # Numbers in a resampler's filter. A rate without a common factor, such as 44101 Hz, would need gigabytes.
@@ -164,34 +168,9 @@ def in_order(work: Callable[[object], Iterable], items: Iterable, at_a_time: int
             given_up.set()
 
 
-def window_starts(samples: int, length: int, step: int | None = None) -> list[int]:
-    """Where the windows of a clip begin, `step` (None: their length) after one another; [0] where one holds it.
-
-    The last window ends with the clip, unless it would bring next to nothing new.
-    """
-    step = step or length
-    count = 1 + max(0, math.ceil(_beyond_first(samples, length) / step))
-    return [0] if count == 1 else [min(i * step, samples - length) for i in range(count)]
-
-
-def _beyond_first(samples: int, length: int) -> float:
-    """Samples that the first window leaves for others: as many windows as begin within them follow it."""
-    return samples - MIN_NEW_SHARE * length - length
-
-
 def window_counts(samples: np.ndarray, length: int) -> np.ndarray:
     """How many `window_starts` clips of so many samples have, (clips,)."""
-    return 1 + np.maximum(0, np.ceil(_beyond_first(samples, length) / length)).astype(int)
-
-
-def evaluation_windows(waveform: torch.Tensor, length: int, step: int | None = None) -> torch.Tensor:
-    """A clip from each of its `window_starts` on: (windows, channels, length). Where one holds it, it is padded
-    centrally.
-    """
-    starts = window_starts(waveform.shape[1], length, step)
-    if len(starts) == 1:
-        return fit_length(waveform, length)[None]
-    return torch.stack([waveform[:, start : start + length] for start in starts])
+    return 1 + np.maximum(0, np.ceil(beyond_first(samples, length) / length)).astype(int)
 
 
 def resampled(blocks: Iterable[torch.Tensor], source_rate: int, target_rate: int) -> Iterator[torch.Tensor]:
@@ -246,7 +225,7 @@ def stream_windows(
         parts.append(block)
         samples += block.shape[1]
         # Two are left at least: where the last begins and ends depends on where the sound does.
-        while _beyond_first(samples, length) > WINDOWS_AT_A_TIME * step:
+        while beyond_first(samples, length) > WINDOWS_AT_A_TIME * step:
             waveform, starts = torch.cat(parts, dim=1), range(first, first + WINDOWS_AT_A_TIME * step, step)
             windows = waveform.unfold(1, length, step)[:, :WINDOWS_AT_A_TIME].transpose(0, 1)
             yield [(start, start + length) for start in starts], windows

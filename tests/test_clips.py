@@ -36,7 +36,8 @@ from dls_training.cache import CachedFolder, use_file
 from dls_training.clips import ClipStore
 from dls_training.input_pipeline import ViewMaker, draw_numbers
 from dls_training.record import Record
-from dls_training.waveforms import evaluation_windows, read_waveform
+from dls_training.waveforms import read_waveform
+from modeling_dls.feature_extraction_esresnet import evaluation_windows
 
 LENGTHS = (2500, 100, 2000, 9000, 40)
 

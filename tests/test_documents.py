@@ -1,5 +1,7 @@
 """What is written down is true: README commands and snippets run, cards repeat the run's own numbers."""
 
+import ast
+import io
 import json
 import re
 import shlex
@@ -15,12 +17,13 @@ from huggingface_hub import ModelCard
 from scripts import ROOT, SMALL, start, succeed
 
 import demo
-from datasets_scripts import corpus_facts
+from datasets_scripts import corpus_facts, load_corpus
 from datasets_scripts.errors import UserError
 from dls_training.record import Record, Stage
 from hub_cards import write_card
 from hub_cards.__main__ import main as publish_or_serve
 from hub_cards.sources import licence
+from modeling_dls import ESResNetFeatureExtractor, ESResNetForAudioClassification
 
 CARDS = (ROOT / "docs" / "cards.md").read_text(encoding="utf-8")
 EXAMPLE_CARD = ROOT / "docs" / "example_card"
@@ -87,7 +90,9 @@ def test_readme_from_recordings_to_pipeline(shared_dir, sound_folder, tmp_path, 
     snippets = [*blocks("python"), *re.findall(r"```python\n(.*?)```", CARDS, flags=re.DOTALL)]
     assert len(snippets) == 3
     for output in answers(*((tmp_path, snippet) for snippet in snippets)):
-        assert "'score'" in output or "torch.Size([1, 10])" in output or re.search(r"^0\.\d+$", output, re.MULTILINE)
+        assert (
+            "'dog': 0." in output or "torch.Size([1, 10])" in output or re.search(r"^0\.\d+$", output, re.MULTILINE)
+        )
 
 
 @pytest.mark.parametrize(("name", "tables"), [("speed", 10), ("scaling", 1), ("datasets", 1)])
@@ -164,13 +169,38 @@ def test_confusion_matrix_and_accuracies_are_of_the_same_clips(fine_tuned):
 
 @pytest.mark.slow
 def test_snippets_of_cards_run(fine_tuned, tmp_path):
-    soundfile.write(tmp_path / "clip.wav", 0.1 * np.random.default_rng(0).standard_normal(44100), 44100)
+    sound = 0.1 * np.random.default_rng(0).standard_normal((60000, 2)).astype(np.float32)  # stereo, several windows
+    soundfile.write(tmp_path / "clip.wav", sound, 44100, subtype="FLOAT")
     snippets = []
     for folder in (fine_tuned, fine_tuned.parent / "npid"):
         (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
         snippets.append((folder, snippet.replace('"clip.wav"', repr(str(tmp_path / "clip.wav")))))
     of_classifier, of_pretraining = answers(*snippets)
-    assert "'score'" in of_classifier and "tensor([[" in of_pretraining
+    assert "tensor([[" in of_pretraining
+    model = ESResNetForAudioClassification.from_pretrained(fine_tuned)
+    extractor = ESResNetFeatureExtractor.from_pretrained(fine_tuned)
+    starts, length = (0, 22050, 60000 - 22050), 22050  # half a second; the last one ends with the sound
+    mono = sound.mean(axis=1)
+    windows = extractor([mono[start : start + length] for start in starts], 44100, return_tensors="pt")
+    scores = model(**windows).logits.softmax(-1).mean(0).tolist()
+    found = ast.literal_eval(of_classifier)
+    assert list(found) == list(model.config.id2label.values()) and list(found.values()) == pytest.approx(
+        scores, abs=1e-5
+    )
+
+
+def test_accuracy_of_a_card_is_that_of_its_snippet(fine_tuned, sound_folder):
+    model = ESResNetForAudioClassification.from_pretrained(fine_tuned)
+    extractor = ESResNetFeatureExtractor.from_pretrained(fine_tuned)
+    right = []
+    for row in load_corpus("audiofolder", sound_folder).filter(lambda fold: fold == 1, input_columns="fold"):
+        audio = row["audio"]
+        file = io.BytesIO(audio["bytes"]) if audio["bytes"] else audio["path"]
+        samples, rate = soundfile.read(file, dtype="float32", always_2d=True)
+        scores = model(**extractor.windows(samples.T, rate)).logits.softmax(-1).mean(0)
+        right.append(scores.argmax().item() == row["label"])
+    held_out = json.loads((fine_tuned / "all_results.json").read_text())["folds"]["1"]
+    assert len(right) == 20 and np.mean(right) == held_out["accuracy_per_epoch"][-1]
 
 
 @pytest.mark.parametrize(

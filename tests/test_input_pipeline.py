@@ -21,9 +21,9 @@ from dls_training import input_pipeline
 from dls_training.augmentation import NUM_DRAWS, WaveformAugmentation
 from dls_training.clips import MAX_VIEWS_PER_CLIP, ClipStore
 from dls_training.input_pipeline import ClipBatches, Key, ShuffledClips, ViewMaker, load_corpora, mean_over_windows
-from dls_training.waveforms import evaluation_windows, read_waveform
+from dls_training.waveforms import read_waveform
 from modeling_dls import ESResNetFeatureExtractor
-from modeling_dls.feature_extraction_esresnet import fit_length
+from modeling_dls.feature_extraction_esresnet import evaluation_windows, fit_length
 
 RATE = 4000
 LENGTH = 2000

@@ -18,11 +18,11 @@ from datasets_scripts.errors import AudioError, CorpusError, UserError
 from dls_training.memory_bank import BANK_FILE, MemoryBank
 from dls_training.nearest_neighbours import weighted_knn
 from dls_training.report import draw_map
-from dls_training.waveforms import evaluation_windows
 from hub_cards.__main__ import main
 from hub_cards.space import analysis as analysis_module
 from hub_cards.space.analysis import NEIGHBOURS, TrainedFolder
 from hub_cards.space.pictures import map_figure, spectrogram_figure, time_line_figure
+from modeling_dls.feature_extraction_esresnet import evaluation_windows
 
 RATE = 8000  # of `sound_folder`
 

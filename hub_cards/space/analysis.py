@@ -16,7 +16,8 @@ from datasets_scripts.files import read_object
 from dls_training.input_pipeline import label_numbers
 from dls_training.memory_bank import BANK_FILE
 from dls_training.nearest_neighbours import KNN_SIGMA
-from dls_training.waveforms import evaluation_windows, read_waveform, window_starts
+from dls_training.waveforms import read_waveform
+from modeling_dls.feature_extraction_esresnet import evaluation_windows, window_starts
 
 from ..tasks import Pretraining, task_of
 from .memory import Memory, Neighbour
