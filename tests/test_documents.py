@@ -91,7 +91,7 @@ def test_readme_from_recordings_to_pipeline(shared_dir, sound_folder, tmp_path, 
     assert len(snippets) == 3
     for output in answers(*((tmp_path, snippet) for snippet in snippets)):
         assert (
-            "'dog': 0." in output or "torch.Size([1, 10])" in output or re.search(r"^0\.\d+$", output, re.MULTILINE)
+            "'dog': " in output or "torch.Size([1, 10])" in output or re.search(r"^0\.\d+$", output, re.MULTILINE)
         )
 
 
@@ -183,7 +183,7 @@ def test_snippets_of_cards_run(fine_tuned, tmp_path):
     mono = sound.mean(axis=1)
     windows = extractor([mono[start : start + length] for start in starts], 44100, return_tensors="pt")
     scores = model(**windows).logits.softmax(-1).mean(0).tolist()
-    found = ast.literal_eval(of_classifier)
+    found = ast.literal_eval(of_classifier.splitlines()[-1])
     assert list(found) == list(model.config.id2label.values()) and list(found.values()) == pytest.approx(
         scores, abs=1e-5
     )
