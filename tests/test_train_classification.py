@@ -247,6 +247,7 @@ def test_everything_is_trained_on_and_nothing_measured(pretrained, sound_folder,
     """With --fold none, also resumed: a model, results, a card and a record that claim no accuracy."""
     sounds = by_class(sound_folder, tmp_path / "sounds")
     options = [*SMALL, "--corpus", f"audiofolder={sounds}", "--model_name_or_path", pretrained, "--fold", "none"]
+    options += ["--mixed_precision", "no"]
     options += ["--classifier_init", "ridge", "--num_train_epochs", "2", "--checkpointing_steps", "1"]
     command = [*options, "--output_dir", tmp_path / "run"]
     with Forked(tmp_path / "log", train, "train_classification.py", command) as process:
