@@ -67,13 +67,20 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
         allow_partial: accept what the folder lacks, and say so in the report.
         skip_unreadable: leave unreadable files out, and say so in the report.
         cache_dir: where prepared data are kept.
-        options: of the corpus's own.
+        **options: of the corpus's own.
     """
 
     VERSION = datasets.Version(SCHEMA_VERSION)
 
-    def __init__(self, corpus: FolderCorpus, root: Path, allow_partial: bool, skip_unreadable: bool, cache_dir: str,
-                 options: dict):  # fmt: skip
+    def __init__(
+        self,
+        corpus: FolderCorpus,
+        root: Path,
+        allow_partial: bool,
+        skip_unreadable: bool,
+        cache_dir: str,
+        **options,
+    ):
         self.corpus, self.root, self.options = corpus, root, options
         self.allow_partial, self.skip_unreadable = allow_partial, skip_unreadable
         options = {"allow_partial": allow_partial, "skip_unreadable": skip_unreadable, **options}

@@ -116,7 +116,7 @@ def _load(
         return load_export(corpus, os.path.expanduser(data_dir), str(cache))
     if isinstance(corpus, FolderCorpus):
         root = _find_root(corpus, data_dir, cache)
-        builder = FolderBuilder(corpus, root, allow_partial, skip_unreadable, str(cache), options)
+        builder = FolderBuilder(corpus, root, allow_partial, skip_unreadable, str(cache), **options)
     elif data_dir is None:
         builder = SyntheticBuilder(str(cache), **options)
     else:
