@@ -126,7 +126,7 @@ def _form(name: str) -> str:
 def reader_of(table: str) -> Callable[[Path, str, Files], Iterator[Said]] | None:
     """What reads a table, by its name; None: it is none."""
     name = posixpath.basename(table).lower()
-    return next((read for suffix, read in READERS.items() if name == suffix or name.endswith(f".{suffix}")), None)
+    return next((read for key, read in READERS.items() if name == key or (key[0] == "." and name.endswith(key))), None)
 
 
 def _metadata(rows: Iterator[tuple[int, dict]], path: Path) -> Iterator[Said]:
@@ -157,9 +157,15 @@ def read_metadata_lines(path: Path, table: str, files: Files) -> Iterator[Said]:
             if not line.strip():
                 continue
             try:
-                row = {key: "" if value is None else str(value) for key, value in json.loads(line).items()}
+                values = json.loads(line).items()
             except (ValueError, AttributeError):
                 raise CorpusError(f"{path}, line {number}: is no JSON object") from None
+            # What is neither text nor a number is some other column's.
+            row = {
+                key: "" if value is None else str(value) for key, value in values if not isinstance(value, list | dict)
+            }
+            if isinstance(dict(values).get("label"), list | dict):
+                raise CorpusError(f"{path}, line {number}: label must be one class; labels.csv can give several")
             if not row.get("file_name"):
                 raise CorpusError(f"{path}, line {number}: no value for file_name")
             yield number, row
@@ -214,11 +220,11 @@ def _seconds(text: str, where: str) -> float:
     return value
 
 
-# In the order in which they are read: what is said later prevails.
+# By names, or by what names end in; in the order in which they are read: what is said later prevails.
 READERS = {
     "metadata.csv": read_metadata,
     "metadata.jsonl": read_metadata_lines,
-    "selections.txt": read_selections,
+    ".selections.txt": read_selections,
     "labels.csv": read_labels,
 }
 

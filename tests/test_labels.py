@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 from corpora_trees import wav, write_table
+from scripts import SMALL, succeed
 
 from datasets_scripts import corpus_report, cut_into_windows, decode_audio, load_corpus, train_test_folds
 from datasets_scripts.__main__ import main as datasets_scripts
@@ -112,11 +113,13 @@ def test_formats_that_cannot_be_read_are_named_with_the_way_to_convert_them(load
 
 
 def test_labels_in_file_names(load, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
     names = ["clearthroat002.wav", "dog12_a.wav", "dog12_b.wav", "7.wav"]
     make_folder(tmp_path / "s", [f"{folder}/{name}" for folder, name in zip("abab", names, strict=True)])
     dataset = load(label_pattern=r"(?P<source>(?P<label>[a-z]+)\d+)")
     assert labels_of(dataset) == {"clearthroat002": "clearthroat", "dog12": "dog", "b/7.wav": None}
     assert dataset["source_id"][:].count("dog12") == 2
+    assert "the folders' names are no labels; labels from files' names by" in caplog.text
     assert "1 files whose names do not match the label pattern: b/7.wav" in caplog.text
     for pattern, words in [("(?P<label>[a-z", "no regular expression"), ("[a-z]+", r"\(\?P<label>"),
                            ("(?P<label>xyz)", "is found in no file's name")]:  # fmt: skip
@@ -138,6 +141,12 @@ def test_metadata_lines_and_metadata_in_subfolders(load, tmp_path):
     assert folds_of(load()) == {"train/1.wav": 0, "train/2.wav": 0, "test/1.wav": 1}
     (tmp_path / "s/train/metadata.jsonl").write_text('{"file_name": "1.wav"}\n[2]\n')
     with pytest.raises(CorpusError, match=r"metadata\.jsonl, line 2: is no JSON object"):
+        load()
+    (tmp_path / "s/train/metadata.jsonl").write_text('{"file_name": "1.wav", "label": ["a", "b"]}\n')
+    with pytest.raises(CorpusError, match="line 1: label must be one class"):
+        load()
+    (tmp_path / "s/train/metadata.jsonl").rename(tmp_path / "s/train/old.metadata.jsonl")  # is no such table
+    with pytest.raises(CorpusError, match="2 present but not listed"):
         load()
 
 
@@ -276,3 +285,15 @@ def test_describe_draws_and_counts_stretches(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "| x | 1 | 1 |" in shown and "- labels from labels.csv" in shown and (tmp_path / "p.png").exists()
     assert corpus_report(load_corpus("audiofolder", root))["inferred"] == ["labels from labels.csv"]
+
+
+def test_stretches_survive_an_export_and_are_pretrained_on(load, tmp_path):
+    root = write_labels(make_folder(tmp_path / "s", ["a.wav", "b.wav"], seconds=2), HEADER + "a.wav,1,2,x,1\n")
+    dataset, export = load(root), tmp_path / "export"
+    assert datasets_scripts(["export", "audiofolder", "--data_dir", str(root), "--output_dir", str(export)]) == 0
+    again = load(export)
+    assert again.remove_columns("audio").to_list() == dataset.remove_columns("audio").to_list()
+    assert decode_audio(again[2]["audio"], again[2]["clip_start"], again[2]["clip_end"])[0].shape == (1, 1000)
+    options = [*SMALL, "--corpus", f"audiofolder={root}", "--windows", "0.5", "--max_train_steps", "1"]
+    log = succeed("train_npid.py", *options, "--output_dir", tmp_path / "run")
+    assert "10 windows of 0.5 s, of 3 files" in log

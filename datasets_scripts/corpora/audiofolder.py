@@ -54,7 +54,8 @@ def _from_names(names: list[str], pattern: str | None, folders: bool, in_tables:
     """What names say, as far as it is asked for; tables prevail over folders' names where labels are concerned."""
     found = from_folders(names) if folders else FromNames()
     if in_tables or pattern:
-        found = found._replace(labels={}, strays=[])
+        ignored = ["the folders' names are no labels"] if len(set(found.labels.values())) > 1 else []
+        found = found._replace(labels={}, strays=[], inferred=[*found.inferred, *ignored])
     elif found.labels:
         found.inferred.append("labels from the folders' names (--no_folder_labels: there are none)")
     if pattern is None:
