@@ -1,9 +1,9 @@
-"""Fine-tunes ESResNet on a labelled corpus, with cross-validation over its official folds.
+"""Fine-tunes ESResNet on a labelled corpus, with cross-validation over its folds, or on all of it.
 
     accelerate launch train_classification.py --model_name_or_path runs/npid --corpus esc50=/data/ESC-50 --fold all
 
 The output folder loads with `from_pretrained`, and holds `all_results.json`: the held-out fold's accuracy after every
-epoch. No checkpoint is chosen by it; the model is the last epoch's.
+epoch. No checkpoint is chosen by it; the model is the last epoch's. With --fold none nothing is held out, or measured.
 """
 # ruff: noqa: E402
 
@@ -29,7 +29,7 @@ from datasets_scripts.files import files_moved_into_place, write_json
 from dls_training.checkpoints import claim_output_dir
 from dls_training.clips import ClipStore
 from dls_training.closed_form import start_from_ridge
-from dls_training.folds import RESULTS_FILE, Fold, check_layout, class_names, folds_to_run, make_fold
+from dls_training.folds import RESULTS_FILE, Fold, LabelledCorpus, check_layout, make_fold
 from dls_training.input_pipeline import (
     ViewMaker,
     evaluation_loader,
@@ -51,7 +51,7 @@ logger = logging.getLogger("dls")
 
 
 class FoldRun:
-    """Fine-tuning with one fold held out, in a folder of its own that can be resumed and is recognised when done."""
+    """Fine-tuning with a fold held out, or none, in a folder of its own that can be resumed and is known when done."""
 
     def __init__(self, settings: ClassificationSettings, accelerator: Accelerator, store: ClipStore,
                  config: ESResNetConfig, fold: Fold, checkpoint: Path | None, record: Record):  # fmt: skip
@@ -65,9 +65,11 @@ class FoldRun:
             self.model.esresnet.requires_grad_(False)
         self.loop = TrainingLoop(
             settings, accelerator, self.model, training_loader(store, fold.train, settings), self.save_model,
-            fold.output_dir, checkpoint, record, f"fold {fold.number}/",
+            fold.output_dir, checkpoint, record, "" if fold.test is None else f"{fold.name}/",
         )  # fmt: skip
-        self.test_loader = accelerator.prepare(evaluation_loader(store, fold.test, settings))
+        self.test_loader = (
+            None if fold.test is None else accelerator.prepare(evaluation_loader(store, fold.test, settings))
+        )
         self.held_out: dict | None = None  # of the newest evaluation
 
     def save_model(self, folder: Path | None) -> None:
@@ -92,7 +94,10 @@ class FoldRun:
     def evaluate(self, epoch: int = 0, is_last: bool = False) -> dict[str, float]:
         """Accuracy on the held-out fold, of which `held_out` then has all metrics and, of its clips in order, `labels`
         and `features`. Means over a clip's windows count: the prediction is the class of the largest probability.
+        Nothing where nothing is held out.
         """
+        if self.test_loader is None:
+            return {}
 
         def probabilities_and_features(batch):
             with self.accelerator.autocast():
@@ -127,14 +132,19 @@ class FoldRun:
         history = self.loop.progress.history
         start = [entry for entry in history if not entry["epoch"]]
         epochs = [entry for entry in history if entry["epoch"]]
-        return {
-            **({"accuracy_at_start": start[0]["accuracy"], "seconds_at_start": start[0]["seconds"]} if start else {}),
-            "accuracy_per_epoch": [entry["accuracy"] for entry in epochs],
+        measured = {}
+        if self.held_out is not None:
+            measured = {
+                **({"accuracy_at_start": start[0]["accuracy"]} if start else {}),
+                "accuracy_per_epoch": [entry["accuracy"] for entry in epochs],
+                "confusion_matrix": self.held_out["confusion_matrix"],
+            }
+        return measured | {
+            **({"seconds_at_start": start[0]["seconds"]} if start else {}),
             "loss_per_epoch": [entry["loss"] for entry in epochs],
             "clips_per_second": [entry["clips_per_second"] for entry in epochs],
             "seconds_per_epoch": [entry["seconds"] for entry in epochs],
             "seconds": self.loop.seconds,
-            "confusion_matrix": self.held_out["confusion_matrix"],
         }
 
     def draw_features(self, path: Path) -> None:
@@ -151,16 +161,18 @@ def run_fold(settings: ClassificationSettings, accelerator: Accelerator, store: 
     """Trains with one fold held out, or finds that this was done before. Returns the fold's results."""
     checkpoint, record = to_go_on_from(fold.record, settings.resume_from_checkpoint, fold.output_dir)
     if fold.is_finished():
-        logger.info(f"fold {fold.number} was finished before")
+        logger.info(f"{fold.name} was finished before")
     else:
-        logger.info(f"fold {fold.number}: {len(fold.train)} clips to train on, {len(fold.test)} held out")
+        held_out = "none" if fold.test is None else len(fold.test)
+        logger.info(f"{fold.name}: {len(fold.train)} clips to train on, {held_out} held out")
         run = FoldRun(settings, accelerator, store, config, fold, checkpoint, record)
         results = fold.facts | run.train()
         if accelerator.is_main_process:
             with files_moved_into_place(fold.output_dir, last=RECORD_FILE) as folder:
                 run.save_model(folder)
                 record.with_facts(seconds=results["seconds"]).save(folder)
-                run.draw_features(folder / "embedding.png")
+                if run.held_out is not None:
+                    run.draw_features(folder / "embedding.png")
                 write_json(folder / RESULTS_FILE, results)
         accelerator.wait_for_everyone()
         accelerator.free_memory()  # it would keep every fold's network and optimizer
@@ -174,7 +186,7 @@ def arm_of(init: str, config: ESResNetConfig, parent: Record) -> str:
     return "+".join(filter(None, [config.initial_weights, *parent.tasks])) or "pretrained"
 
 
-def over_folds(folds: dict[str, dict], names: list[str]) -> dict:
+def over_folds(folds: dict[int, dict], names: list[str]) -> dict:
     """Means and standard deviations of what was measured in each fold, and the confusion of all held-out clips."""
     found = {}
     for curve in ("accuracy_per_epoch", "accuracy_at_start"):
@@ -190,8 +202,9 @@ def write_results(output_dir: Path, first_fold_dir: Path, results: dict) -> None
     """Puts the first fold's model, the results of all folds and their card into the output folder."""
     own = Record.read(first_fold_dir).own.facts  # as it was when the fold was trained
     results |= {name: own[name] for name in ("task", "corpora", "seed", "command", "options", "environment")}
-    last = np.array([final_accuracy(fold) for fold in results["folds"].values()])
-    logger.info(f"accuracy {last.mean():.4f} ± {last.std():.4f} at the end")
+    if results["folds"]:
+        last = np.array([final_accuracy(fold) for fold in results["folds"].values()])
+        logger.info(f"accuracy {last.mean():.4f} ± {last.std():.4f} at the end")
     with files_moved_into_place(output_dir, last=RECORD_FILE) as folder:
         # The root loads as the first fold's model; with a single fold, it is that model.
         for path in first_fold_dir.iterdir():
@@ -203,27 +216,32 @@ def write_results(output_dir: Path, first_fold_dir: Path, results: dict) -> None
 
 
 def cross_validate(settings: ClassificationSettings, accelerator: Accelerator) -> None:
-    """Fine-tunes once for each fold that is held out, and writes what came of it."""
+    """Fine-tunes once for each fold that is held out, or on everything, and writes what came of it."""
     extractor = make_extractor(settings)
-    ((corpus, dataset),) = load_corpora(settings)
-    names = class_names(dataset, corpus)
+    ((name, dataset),) = load_corpora(settings)
+    corpus = LabelledCorpus.of(name, dataset, settings.fold)
+    names = corpus.classes
     own = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
     if settings.init == "scratch":
         own["initial_weights"] = None
     config = make_config(settings, **own)
     parent, measured_on = parent_of(settings, config), environment(accelerator)
     folds = [
-        make_fold(settings, number, corpus, dataset, parent, config=config, extractor=extractor,
-                  environment=measured_on)
-        for number in folds_to_run(settings.fold, dataset, corpus)
-    ]  # fmt: skip
+        make_fold(settings, number, corpus, parent, config=config, extractor=extractor, environment=measured_on)
+        for number in corpus.folds_to_run(settings.fold)
+    ]
     check_layout(settings)
     start_tracking(settings, accelerator)
-    store = ClipStore([dataset], extractor, settings)
-    found = {str(fold.number): run_fold(settings, accelerator, store, config, fold) for fold in folds}
+    store = ClipStore([corpus.clips], extractor, settings)
+    found = {fold.number: run_fold(settings, accelerator, store, config, fold) for fold in folds}
     if accelerator.is_main_process:
-        results = {"corpus": corpus, "arm": arm_of(settings.init, config, parent), "folds": found}
-        results |= {"skipped_files": corpus_report(dataset)["skipped"], **over_folds(found, names)}
+        results = {"corpus": name, "arm": arm_of(settings.init, config, parent), "folds": {}}
+        if settings.fold == "none":
+            results |= found[None]
+        else:
+            results |= {"folds": {str(number): fold for number, fold in found.items()}, **over_folds(found, names)}
+        results |= {"skipped_files": corpus_report(dataset)["skipped"], "left_out": corpus.left_out}
+        results |= {"made_folds": corpus.made_folds}
         write_results(settings.output_dir, folds[0].output_dir, results)
 
 

@@ -21,6 +21,7 @@ _HOMES = {
     "cut_into_windows": "windows",
     "decode_audio": "audio",
     "load_corpus": "loading",
+    "loading_options": "loading",
     "opened_sound": "audio",
     "sound_files": "corpus",
     "train_test_folds": "combining",

@@ -1,13 +1,14 @@
 """`python -m datasets_scripts export|describe NAME …`: publish a corpus, or look at it."""
 
 import argparse
+import shlex
 import sys
 from pathlib import Path
 
 from .command_line import run_parsed
 from .corpora import CORPUS_NAMES
 from .errors import UserError
-from .options import argument, path, text
+from .options import argument, label_pattern, path, text
 
 TEXT = argument(text)
 
@@ -53,6 +54,15 @@ def _parser() -> argparse.ArgumentParser:
         )
         command.add_argument("--allow_partial", action="store_true", help="accept a copy that is not complete")
         command.add_argument("--skip_unreadable", action="store_true", help="leave out files that cannot be decoded")
+        command.add_argument(
+            "--label_pattern",
+            type=argument(label_pattern),
+            metavar="PATTERN",
+            help="of an audiofolder: regular expression with (?P<label>…), perhaps (?P<source>…), in files' names",
+        )
+        command.add_argument(
+            "--no_folder_labels", action="store_true", help="of an audiofolder: folders are neither classes nor folds"
+        )
     return parser
 
 
@@ -62,14 +72,9 @@ def _parser() -> argparse.ArgumentParser:
 def _load(arguments: argparse.Namespace):
     """The corpus and what it is."""
     from .corpora import CORPORA
-    from .loading import load_corpus
+    from .loading import load_corpus, loading_options
 
-    dataset = load_corpus(
-        arguments.name,
-        arguments.data_dir,
-        allow_partial=arguments.allow_partial,
-        skip_unreadable=arguments.skip_unreadable,
-    )
+    dataset = load_corpus(arguments.name, arguments.data_dir, **loading_options(arguments.name, vars(arguments)))
     return dataset, CORPORA[arguments.name]
 
 
@@ -79,8 +84,10 @@ def _export(arguments: argparse.Namespace) -> None:
     repository, target = _claim_repository(arguments), arguments.output_dir
     dataset, corpus = _load(arguments)
     # Without the folders: whoever reads the card has others, and should not learn ours.
-    options = [f"--{option}" for option in ("allow_partial", "skip_unreadable") if getattr(arguments, option)]
-    command = " ".join(["python -m datasets_scripts export", arguments.name, *options])
+    flags = ("allow_partial", "skip_unreadable", "no_folder_labels")
+    options = [f"--{option}" for option in flags if getattr(arguments, option)]
+    options += ["--label_pattern", arguments.label_pattern] if arguments.label_pattern else []
+    command = shlex.join(["python", "-m", "datasets_scripts", "export", arguments.name, *options])
     folder = Path(target).expanduser()
     if repository and is_export_of(folder, dataset):
         print(f"{target} holds this export already")

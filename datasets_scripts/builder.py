@@ -14,14 +14,23 @@ import pyarrow as pa
 from datasets.utils import tqdm
 
 from .audio import AudioFacts, inspect_audio
-from .corpus import Clip, Corpus, FolderCorpus, relative_name, walk_files
+from .corpus import Clip, Corpus, FolderCorpus, printable, relative_name, walk_files
 from .errors import AudioError, CorpusError
+from .identity import STRETCH_COLUMNS, WHOLE
 
-SCHEMA_VERSION = "1.3.0"  # in every cache key: raise it when the columns or the checks change
+SCHEMA_VERSION = "1.4.0"  # in every cache key: raise it when the columns or the checks change
 _SHOWN = 5
 _REPORT_MARK = "\n\nCorpus report: "
 _REPAIR = "Repair the files, or leave them out with skip_unreadable=True (--skip_unreadable)."
 _COMPLETE = "Get what is missing, or use the copy as it is with allow_partial=True (--allow_partial)."
+CONVERT = "convert them, such as: ffmpeg -i NAME.m4a NAME.wav"
+_SHORTEST = 0.001  # s: windows and tables tell stretches apart by milliseconds
+_ROUNDING = 0.05  # s by which a stretch may end after its file
+# Columns where stretches have labels: their place in s, and of which classes they are, and are not.
+STRETCH_FEATURES = {
+    **dict.fromkeys(STRETCH_COLUMNS, datasets.Value("float64")),
+    **dict.fromkeys(("labels", "absent_labels"), datasets.List(datasets.Value("string"))),
+}
 # Lists of a corpus report in words, in the order of their weight.
 STATES = {
     "shortfalls": "deviations from the official counts",
@@ -31,16 +40,22 @@ STATES = {
     "shortened": "files used without their end, which cannot be decoded",
     "wrong_durations": "clips of an unexpected length",
     "duplicates": "files left out with the same content as another",
+    "conflicts": "copies of one file with different labels, which has none therefore",
+    "unsupported": f"files in a format that cannot be read; {CONVERT}",
+    "empty_classes": "classes without a clip",
+    "strays": "files in no folder, so that folders are not taken for classes; move them into one, or away",
+    "unmatched": "files whose names do not match the label pattern",
     "unexpected_crossings": "unofficial crossings of the folds",
 }
 
 
 class CheckedClip(NamedTuple):
-    """A clip, the name of its file below the corpus's root, and what decoding it showed."""
+    """A clip, the name of its file below the corpus's root, and what decoding that showed."""
 
     clip: Clip
     name: str
     facts: AudioFacts
+    labels: Mapping[str, bool] = {}  # whether it is of a class, where that is said of stretches
 
 
 class FolderBuilder(datasets.ArrowBasedBuilder):
@@ -52,14 +67,23 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
         allow_partial: accept what the folder lacks, and say so in the report.
         skip_unreadable: leave unreadable files out, and say so in the report.
         cache_dir: where prepared data are kept.
+        **options: of the corpus's own.
     """
 
     VERSION = datasets.Version(SCHEMA_VERSION)
 
-    def __init__(self, corpus: FolderCorpus, root: Path, allow_partial: bool, skip_unreadable: bool, cache_dir: str):
-        self.corpus, self.root = corpus, root
+    def __init__(
+        self,
+        corpus: FolderCorpus,
+        root: Path,
+        allow_partial: bool,
+        skip_unreadable: bool,
+        cache_dir: str,
+        **options,
+    ):
+        self.corpus, self.root, self.options = corpus, root, options
         self.allow_partial, self.skip_unreadable = allow_partial, skip_unreadable
-        options = {"allow_partial": allow_partial, "skip_unreadable": skip_unreadable}
+        options = {"allow_partial": allow_partial, "skip_unreadable": skip_unreadable, **options}
         # Names, sizes and times of change: a changed folder is prepared anew, an unchanged one is not read again.
         fingerprint = _fingerprint(corpus.name, root, options)
         super().__init__(cache_dir=cache_dir, dataset_name=f"dls_{corpus.name}", hash=fingerprint)
@@ -71,12 +95,14 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
         )
 
     def _split_generators(self, dl_manager) -> list[datasets.SplitGenerator]:
-        corpus, listing = self.corpus, self.corpus.read(self.root)
+        corpus, listing = self.corpus, self.corpus.read(self.root, **self.options)
         folds, labels = [clip.fold for clip in listing.clips], [clip.label for clip in listing.clips]
         _check_identities(listing.clips, self.root)
+        unsupported = listing.findings.get("unsupported", [])
         if not listing.clips and not listing.missing:
-            raise CorpusError(f"{self.root}: holds no clip of {corpus.name}; expected {corpus.layout}")
-        found = {
+            others = f"; {_summary('in other formats', unsupported)}: {CONVERT}" if unsupported else ""
+            raise CorpusError(f"{self.root}: holds no clip of {corpus.name}; expected {corpus.layout}{others}")
+        found = listing.findings | {
             "missing": listing.missing,
             "unlisted": listing.unlisted,
             "shortfalls": shortfalls(folds, labels, corpus),
@@ -87,21 +113,29 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
         read, found["skipped"] = _read(listing.clips, self.root, corpus.whole_files)
         if not self.skip_unreadable:
             self._refuse({"unreadable": found["skipped"]}, _REPAIR)
-        found["wrong_durations"] = _wrong_durations(read, listing.seconds)
-        if not self.allow_partial:
-            self._refuse({"wrong duration": found["wrong_durations"]}, _COMPLETE)
-        if corpus.unique_content:
-            read, found["duplicates"] = _without_repeats(read)
         if not read:
             raise CorpusError(
                 f"{self.root}: none of the {len(listing.clips)} sound files can be read; {found['skipped'][:1]}"
             )
-        found["shortened"] = [f"{name}: {_how_much(facts)}" for _, name, facts in read if facts.missing]
+        found["wrong_durations"] = _wrong_durations(read, listing.seconds)
+        if not self.allow_partial:
+            self._refuse({"wrong duration": found["wrong_durations"]}, _COMPLETE)
+        shortened = {name: _how_much(facts) for _, name, facts, _ in read if facts.missing}
+        found["shortened"] = [f"{name}: {how_much}" for name, how_much in shortened.items()]
+        if corpus.unique_content:
+            self._refuse({"labels of stretches outside their file": _outside(read)}, "Mend these lines.")
+            read, found["duplicates"], found["conflicts"] = _each_stretch_once(read)
         found["crossings"] = _crossings(read)
         found["unexpected_crossings"] = _unexpected(found["crossings"], corpus.known_crossings)
+        used = {clip.label for clip, *_ in read} - {None}
+        found["empty_classes"] = sorted(listing.classes - used)
+        found = {
+            key: list(map(printable, names)) if isinstance(names, list) else names for key, names in found.items()
+        }
         self.info.description = describe_with_report(corpus.title, blank_report(corpus.name, len(read)) | found)
-        class_names = list(corpus.class_sizes) or sorted(set(labels) - {None})
-        self.info.features = common_features(class_names, corpus.columns)
+        self.info.features = common_features(list(corpus.class_sizes) or sorted(used), corpus.columns)
+        if any(clip.where for clip in listing.clips):
+            self.info.features = datasets.Features(self.info.features | STRETCH_FEATURES)
         table = _table(read, self.info.features)
         return [datasets.SplitGenerator(name=datasets.Split.TRAIN, gen_kwargs={"table": table})]
 
@@ -116,7 +150,7 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
 
 def _summary(kind: str, names: list[str]) -> str:
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return (f"{len(names)} {kind}: " if kind else "") + ", ".join(names[:_SHOWN]) + more
+    return (f"{len(names)} {kind}: " if kind else "") + ", ".join(map(printable, names[:_SHOWN])) + more
 
 
 def common_features(class_names: list[str], columns: Mapping[str, str]) -> datasets.Features:
@@ -139,7 +173,7 @@ def common_features(class_names: list[str], columns: Mapping[str, str]) -> datas
 
 def blank_report(corpus: str, clips: int) -> dict:
     """The report on a corpus that nothing is wrong with; see `corpus_report`."""
-    return {"corpus": corpus, "clips": clips, **{key: [] for key in STATES}, "crossings": {}}
+    return {"corpus": corpus, "clips": clips, "inferred": [], **{key: [] for key in STATES}, "crossings": {}}
 
 
 def describe_with_report(text: str, report: dict) -> str:
@@ -158,8 +192,11 @@ def corpus_report(dataset: datasets.Dataset) -> dict:
         `shortfalls` (deviations from the official counts, in words), `missing` (listed but absent),
         `unlisted` (present but not listed), `skipped` (unreadable: name and reason), `shortened` (used, though some of
         their length cannot be decoded: name, and how much can), `wrong_durations`, `duplicates` (left out because
-        another file has the same content), `unexpected_crossings` (recordings in several folds that the official split
-        does not have there). `crossings` maps each `source_id` that is in more than one fold to its folds.
+        another file has the same content), `conflicts` (those of them with different labels), `unsupported` (in a
+        format that cannot be read), `empty_classes` (without a clip), `strays` (in no folder, where all others are),
+        `unmatched` (by the label pattern), `unexpected_crossings` (recordings in several folds that the official split
+        does not have there). `crossings` maps each `source_id` that is in more than one fold to its folds, and
+        `inferred` says where labels and folds come from.
     """
     _, mark, report = dataset.info.description.partition(_REPORT_MARK)
     if not mark:
@@ -178,23 +215,29 @@ def _fingerprint(name: str, root: Path, options: dict) -> str:
 def _read(clips: list[Clip], root: Path, whole_files: bool) -> tuple[list[CheckedClip], list[str]]:
     """Decodes every file once: the clips that can be read; and name and reason of those that cannot."""
 
-    def check(clip: Clip) -> CheckedClip | str:
+    def check(path: Path) -> AudioFacts | str:
+        name = relative_name(path, root)
         try:
-            os.fspath(clip.path).encode()
-            facts, name = inspect_audio(clip.path), relative_name(clip.path, root)
-            if whole_files and facts.missing:
-                return f"{name}: is truncated: {_how_much(facts)}"
-            return CheckedClip(clip, name, facts)
+            os.fspath(path).encode()
+            facts = inspect_audio(path)
+            return f"{name}: is truncated: {_how_much(facts)}" if whole_files and facts.missing else facts
         except UnicodeEncodeError:
-            return f"{os.fsencode(clip.path)!r}: the file's name is not UTF-8; rename it"
+            return f"{os.fsencode(path)!r}: the file's name is not UTF-8; rename it"
         except AudioError as error:
             # Relative: the report goes into published cards, where a user's own paths have no business.
             return str(error).removeprefix(f"{root}{os.sep}")
 
+    paths = list(dict.fromkeys(clip.path for clip in clips))
     # libsndfile and xxhash work outside Python's lock, so threads are enough to use every core.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checked = list(tqdm(pool.map(check, clips), total=len(clips), desc=f"Checking {root.name}", unit=" clips"))
-    return [each for each in checked if not isinstance(each, str)], [each for each in checked if isinstance(each, str)]
+        checked = list(tqdm(pool.map(check, paths), total=len(paths), desc=f"Checking {root.name}", unit=" files"))
+    facts_of = {path: facts for path, facts in zip(paths, checked, strict=True) if not isinstance(facts, str)}
+    read = [
+        CheckedClip(clip, relative_name(clip.path, root), facts_of[clip.path])
+        for clip in clips
+        if clip.path in facts_of
+    ]
+    return read, [reason for reason in checked if isinstance(reason, str)]
 
 
 def _how_much(facts: AudioFacts) -> str:
@@ -218,21 +261,55 @@ def shortfalls(clip_folds: list[int], clip_labels: list[str | None], corpus: Cor
 
 def _wrong_durations(read: list[CheckedClip], seconds: tuple[float, float]) -> list[str]:
     low, high = seconds
-    lengths = ((name, facts.num_frames / facts.sampling_rate) for _, name, facts in read)
+    lengths = ((name, _seconds(facts)) for _, name, facts, _ in read)
     return [f"{n} ({s:.3f} s, expected {low:g} to {high:g} s)" for n, s in lengths if not low <= s <= high]
 
 
-def _without_repeats(read: list[CheckedClip]) -> tuple[list[CheckedClip], list[str]]:
-    first, repeats = {}, []
+def _seconds(facts: AudioFacts) -> float:
+    return facts.num_frames / facts.sampling_rate
+
+
+def _outside(read: list[CheckedClip]) -> list[str]:
+    return [
+        f"{clip.where}: {clip.start:g} to {clip.end:g} s of {name}, which has {_seconds(facts):.3f} s"
+        for clip, name, facts, _ in read
+        if clip.start >= _seconds(facts) or _seconds(facts) + _ROUNDING < clip.end < WHOLE[1]
+    ]
+
+
+def _each_stretch_once(read: list[CheckedClip]) -> tuple[list[CheckedClip], list[str], list[str]]:
+    """Puts together what is said of one stretch of one content, under its first name; what is said later prevails.
+
+    Returns:
+        The clips; files with the content of another; and those of them that should have another label.
+    """
+    first, merged, repeats, conflicts = {}, {}, {}, []
     for each in read:
-        if (same := first.setdefault(each.facts.digest, each)) is not each:
-            repeats.append(f"{each.name} (same as {same.name})")
-    return list(first.values()), repeats
+        clip, name, facts, _ = each
+        original = first.setdefault(facts.digest, each)
+        if name != original.name:
+            repeats[name] = f"{name} (same as {original.name})"
+            if not clip.where and clip.label and clip.label != (original.clip.label or clip.label):
+                conflicts.append(f"{original.name} ({original.clip.label}) and {name} ({clip.label})")
+        start, end = clip.start, min(clip.end, _seconds(facts))
+        is_whole = start == 0 and end >= _seconds(facts) - _SHORTEST
+        key = (facts.digest, *(WHOLE if is_whole else (start, end)))
+        part = clip._replace(start=key[1], end=key[2], path=original.clip.path, source_id=original.clip.source_id)
+        if not is_whole:
+            frames = round(end * facts.sampling_rate) - round(start * facts.sampling_rate)
+            facts = facts._replace(num_frames=max(1, frames))
+        same = merged.get(key, CheckedClip(part, original.name, facts))
+        merged[key] = same._replace(labels={**same.labels, **({clip.label: clip.present} if clip.label else {})})
+    found = []
+    for each in merged.values():
+        present = [label for label, is_present in each.labels.items() if is_present]
+        found.append(each._replace(clip=each.clip._replace(label=present[0] if len(present) == 1 else None)))
+    return found, list(repeats.values()), conflicts
 
 
 def _crossings(read: list[CheckedClip]) -> dict[str, list[int]]:
     folds: dict[str, set[int]] = {}
-    for clip, _, _ in read:
+    for clip, *_ in read:
         folds.setdefault(clip.source_id, set()).add(clip.fold)
     return {source: sorted(found) for source, found in folds.items() if len(found) > 1}
 
@@ -262,11 +339,22 @@ def _table(read: list[CheckedClip], features: datasets.Features) -> pa.Table:
             "audio": {"bytes": None, "path": os.fspath(clip.path)},
             "label": None if clip.label is None else label_of(clip.label),
             "fold": clip.fold,
-            "clip_id": clip.clip_id or facts.digest,
+            "clip_id": clip.clip_id or _name_of(clip, facts),
             "source_id": clip.source_id,
             **clip.extra,
             **{column: value for column, value in facts._asdict().items() if column in features},
+            **{column: value for column, value in _stretch(clip, labels).items() if column in features},
         }
-        for clip, _, facts in read
+        for clip, _, facts, labels in read
     ]
     return pa.Table.from_pylist(rows, schema=features.arrow_schema)
+
+
+def _name_of(clip: Clip, facts: AudioFacts) -> str:
+    is_whole = (clip.start, clip.end) == WHOLE
+    return facts.digest if is_whole else f"{facts.digest}@{clip.start:.3f}-{clip.end:.3f}"
+
+
+def _stretch(clip: Clip, labels: Mapping[str, bool]) -> dict:
+    by_presence = ([label for label, is_present in labels.items() if is_present is wanted] for wanted in (True, False))
+    return dict(zip(STRETCH_FEATURES, (clip.start, clip.end, *by_presence), strict=True))

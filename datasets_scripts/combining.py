@@ -18,7 +18,7 @@ def train_test_folds(dataset: datasets.Dataset, fold: int) -> tuple[datasets.Dat
 
     Args:
         dataset: from `load_corpus`.
-        fold: the fold held out for testing.
+        fold: the fold held out for testing, from 1; clips of fold 0 are always trained on.
 
     Returns:
         Every other fold's clips, and this fold's clips.
@@ -27,14 +27,12 @@ def train_test_folds(dataset: datasets.Dataset, fold: int) -> tuple[datasets.Dat
         CorpusError: there is no such fold, or nothing is left to train on.
     """
     folds = _folds(dataset)
-    existing = sorted(set(folds.tolist()))
-    if fold not in existing or len(existing) < 2:
+    existing = sorted(set(folds.tolist()) - {0})
+    if fold not in existing or (folds == fold).all():
         problem = f"fold {fold} cannot be held out" if fold in existing else f"there is no fold {fold}"
-        raise CorpusError(
-            f"{problem}: this corpus has {'folds ' if len(existing) > 1 else 'only fold '}"
-            f"{', '.join(map(str, existing))}"
-            + (" (a plain folder has no folds; give it a metadata.csv with a fold column)" if existing == [0] else "")
-        )
+        there = f"{'folds' if len(existing) > 1 else 'only fold'} {', '.join(map(str, existing))}"
+        nothing = "no folds (a plain folder has none; give it a metadata.csv with a fold column)"
+        raise CorpusError(f"{problem}: this corpus has {there if existing else nothing}")
     return dataset.select(np.flatnonzero(folds != fold)), dataset.select(np.flatnonzero(folds == fold))
 
 

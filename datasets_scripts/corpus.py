@@ -1,8 +1,9 @@
 """What every corpus must say about itself, and the folder reading they share. Imports nothing heavy."""
 
 import csv
+import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -13,6 +14,12 @@ CORPORA: dict[str, "Corpus"] = {}  # by name, as they are defined
 # What libsndfile reads and people record in; matched without regard to case.
 SOUND_EXTENSIONS = frozenset((
     ".wav", ".wave", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".snd", ".caf", ".w64",
+    ".bwf", ".rf64",
+))  # fmt: skip
+# What people record in, too, but libsndfile does not read.
+UNREADABLE_EXTENSIONS = frozenset((
+    ".m4a", ".m4b", ".aac", ".wma", ".webm", ".weba", ".mp4", ".mov", ".mka", ".mkv", ".amr", ".3gp", ".ac3", ".ape",
+    ".wv", ".tta", ".ra", ".dsf", ".dff",
 ))  # fmt: skip
 
 
@@ -38,10 +45,13 @@ class Clip(NamedTuple):
     Attributes:
         path: absolute path of the sound file.
         label: class name, None where there is none.
-        fold: official fold, from 1; 0 where there are no folds.
+        fold: official fold, from 1; 0 where there are no folds, and for clips that are never held out.
         clip_id: unique within the corpus; None stands for the content's digest.
         source_id: the original recording.
         extra: values of the corpus's own columns.
+        start, end: of the stretch that is the clip, in s; 0 and infinity: the whole file.
+        present: False: the clip is not of the class `label`.
+        where: file and line that say so, for messages; empty: nothing is said of stretches.
     """
 
     path: Path
@@ -50,16 +60,31 @@ class Clip(NamedTuple):
     clip_id: str | None
     source_id: str
     extra: Mapping[str, Any] = {}
+    start: float = 0.0
+    end: float = math.inf
+    present: bool = True
+    where: str = ""
 
 
 @dataclass
 class Listing:
-    """What a folder holds, against what its metadata promises. File names are relative to the corpus's root."""
+    """What a folder holds, against what its metadata promises. File names are relative to the corpus's root.
+
+    Attributes:
+        clips: several for a file where its stretches are told apart.
+        missing: listed, but not there.
+        unlisted: there, but not listed.
+        seconds: shortest and longest that clips may be.
+        classes: those that a file or folder stands for, whether or not it can be read.
+        findings: other lists of a corpus report.
+    """
 
     clips: list[Clip]
     missing: list[str] = field(default_factory=list)
     unlisted: list[str] = field(default_factory=list)
-    seconds: tuple[float, float] = (0.0, float("inf"))
+    seconds: tuple[float, float] = (0.0, math.inf)
+    classes: set[str] = field(default_factory=set)
+    findings: dict[str, list[str]] = field(default_factory=dict)
 
 
 class Corpus:
@@ -73,6 +98,7 @@ class Corpus:
         homepage: where it is described.
         citation: BibTeX.
         columns: columns beyond the common ones, and their types.
+        options: of `load_corpus`, that are for this corpus alone.
         fold_sizes: official number of clips per fold; empty where there is nothing official.
         class_sizes: official number of clips per class, in the official order.
         known_crossings: how many recordings are in several folds in the official split, by those folds.
@@ -85,6 +111,7 @@ class Corpus:
     homepage: ClassVar[str] = ""
     citation: ClassVar[str] = ""
     columns: ClassVar[dict[str, str]] = {}
+    options: ClassVar[tuple[str, ...]] = ()
     fold_sizes: ClassVar[dict[int, int]] = {}
     class_sizes: ClassVar[dict[str, int]] = {}
     known_crossings: ClassVar[dict[tuple[int, ...], int]] = {}
@@ -127,7 +154,7 @@ class FolderCorpus(Corpus):
         return next((root for mark in self.marks for root in (folder, *inside) if (root / mark).exists()), None)
 
     def read(self, root: Path) -> Listing:
-        """List the clips. Opens metadata, no sound file.
+        """List the clips. Opens metadata, no sound file. It is called with `options`, where a corpus has any.
 
         Raises:
             CorpusError: the metadata contradict themselves or the official classes.
@@ -172,6 +199,11 @@ def relative_name(path: Path, root: Path) -> str:
     return path.as_posix().removeprefix(f"{root.as_posix()}/")
 
 
+def printable(name: str) -> str:
+    """A name for lists and messages: line breaks, and bytes that are not UTF-8, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
 def listed_clips(
     root: Path, table: Path, clips: list[Clip], used: Callable[[Clip], bool] = lambda clip: True
 ) -> tuple[list[Clip], list[str], list[str]]:
@@ -203,27 +235,46 @@ def read_table(path: Path, required: list[str]) -> list[dict[str, str]]:
     """Rows of a CSV file with a header, each value stripped.
 
     Raises:
+        CorpusError: as `read_rows`; or a required value is lacking.
+    """
+    return [row for _, row in read_rows(path, required, required)]
+
+
+def read_rows(
+    path: Path, required: Collection[str], filled: Collection[str], **dialect
+) -> Iterator[tuple[int, dict[str, str]]]:
+    """Rows of a table with a header, each value stripped, with the number of the line that each ends in.
+
+    Args:
+        path: of the file.
+        required: columns that must be there.
+        filled: columns in which every row must have a value.
+        **dialect: as `csv.reader` takes it.
+
+    Raises:
         CorpusError: the file cannot be read, is not UTF-8 text, or lacks a required column or value.
     """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            absent = [column for column in required if column not in (reader.fieldnames or [])]
-            if absent:
-                raise CorpusError(
-                    f"{path}: no column {', '.join(absent)}; expected {', '.join(required)}, "
-                    f"found {', '.join(reader.fieldnames or []) or 'nothing'}"
-                )
-            rows = [
-                {key: (value or "").strip() for key, value in row.items() if isinstance(key, str)} for row in reader
-            ]
+            reader = csv.DictReader(file, skipinitialspace=True, **dialect)
+            columns = reader.fieldnames or []
+            if absent := [column for column in required if column not in columns]:
+                found = ", ".join(columns).replace("\0", "") or "nothing"
+                advice = "; separate columns by commas" if ";" in found and "," not in found else ""
+                advice = "; save it as UTF-8 text" if any("\0" in column for column in columns) else advice
+                expected = ", ".join(required)
+                raise CorpusError(f"{path}: no column {', '.join(absent)}; expected {expected}, found {found}{advice}")
+            for values in reader:
+                row = {key: (value or "").strip() for key, value in values.items() if isinstance(key, str)}
+                if any(values.get(None, ())):
+                    raise CorpusError(
+                        f"{path}, line {reader.line_num}: more values than columns; quote what has a comma in it"
+                    )
+                if empty := [column for column in filled if not row[column]]:
+                    raise CorpusError(f"{path}, line {reader.line_num}: no value for {', '.join(empty)}")
+                yield reader.line_num, row
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise CorpusError(f"{path}: cannot be read as a UTF-8 CSV table ({error})") from None
-    for number, row in enumerate(rows, 2):
-        empty = [column for column in required if not row[column]]
-        if empty:
-            raise CorpusError(f"{path}, line {number}: no value for {', '.join(empty)}")
-    return rows
+        raise CorpusError(f"{path}: cannot be read as a UTF-8 CSV table ({error}); save it as UTF-8 text") from None
 
 
 def whole_number(row: Mapping[str, str], column: str, path: Path) -> int:

@@ -9,6 +9,7 @@ import numpy as np
 from .audio import decode_audio
 from .builder import STATES, corpus_report
 from .errors import CorpusError
+from .identity import STRETCH_COLUMNS, WHOLE
 
 _DRAWN_SECONDS = 30.0  # of long recordings
 
@@ -48,14 +49,15 @@ def class_table(dataset: datasets.Dataset) -> str:
 def state(dataset: datasets.Dataset) -> str:
     """Markdown list of what the report says is lacking, left out or odd; or that nothing is."""
     report = corpus_report(dataset)
-    lines = []
+    lines = [f"- {words}" for words in report["inferred"]]
     for key, words in STATES.items():
         if found := report[key]:
             more = f", and {len(found) - 10} more" if len(found) > 10 else ""
             lines.append(f"- {len(found)} {words}: {', '.join(found[:10])}{more}")
     if report["crossings"]:
         lines.append(f"- {len(report['crossings'])} original recordings are in more than one fold")
-    return "\n".join(lines) or "- complete, nothing left out"
+    is_complete = len(lines) == len(report["inferred"])
+    return "\n".join([*lines, *(["- complete, nothing left out"] if is_complete else [])])
 
 
 def draw_classes(dataset: datasets.Dataset, path: Path) -> None:
@@ -85,7 +87,7 @@ def draw_classes(dataset: datasets.Dataset, path: Path) -> None:
     for axes in figure.subplots(rows, columns, squeeze=False).flat:
         axes.set_axis_off()
     for axes, (name, index) in zip(figure.axes, chosen.items(), strict=False):
-        axes.imshow(_picture(dataset[index]["audio"]), origin="lower", aspect="auto")
+        axes.imshow(_picture(dataset[index]), origin="lower", aspect="auto")
         axes.set_title(name, fontsize=9)
     figure.suptitle("Three-band spectrograms: low band red, middle green, high blue; time to the right, pitch upwards")
     try:
@@ -94,12 +96,13 @@ def draw_classes(dataset: datasets.Dataset, path: Path) -> None:
         raise CorpusError(f"{path}: the picture cannot be written ({error})") from None
 
 
-def _picture(audio: dict) -> np.ndarray:
+def _picture(clip: dict) -> np.ndarray:
     import torch
 
     from modeling_dls import three_band_spectrogram
 
-    samples, _ = decode_audio(audio, end=_DRAWN_SECONDS)
+    start, end = (clip.get(column, whole) for column, whole in zip(STRETCH_COLUMNS, WHOLE, strict=True))
+    samples, _ = decode_audio(clip["audio"], start, min(end, start + _DRAWN_SECONDS))
     mono = torch.from_numpy(samples).mean(0)
     shortest = 4096  # a few windows: the shortest clips are 50 ms
     bands = three_band_spectrogram(torch.nn.functional.pad(mono, (0, max(0, shortest - len(mono)))))

@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import datasets
@@ -14,8 +16,9 @@ from .corpus import FolderCorpus
 from .errors import CorpusError
 from .exporting import is_export, is_hub_id, load_export
 from .generating import LIMITS, SyntheticBuilder
+from .options import label_pattern
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("dls")
 
 # What others must know of a corpus whose sound is in what they use.
 _FACTS = ("title", "licence", "licence_id", "homepage", "citation")
@@ -38,7 +41,7 @@ def load_corpus(
     allow_partial: bool = False,
     skip_unreadable: bool = False,
     cache_dir: str | Path | None = None,
-    **synthetic_options,
+    **options,
 ) -> datasets.Dataset:
     """Load a corpus with its official folds.
 
@@ -50,7 +53,15 @@ def load_corpus(
         allow_partial: accept a copy that lacks clips, has files its metadata do not list, or clips of a wrong length.
         skip_unreadable: leave out files that cannot be decoded.
         cache_dir: where prepared data are kept; None: Hugging Face's place for them (`HF_DATASETS_CACHE`).
-        **synthetic_options: for synthetic only, see `SyntheticConfig`.
+        **options: for synthetic, see `SyntheticConfig`. For audiofolder: label_pattern, a regular expression with
+            groups `label` and perhaps `source` (the recording), which is searched for in every file's name; and
+            folder_labels, False where folders are neither classes nor folds.
+
+    An audiofolder's labels come from metadata.csv, metadata.jsonl, labels.csv and Raven's selection tables at any
+    depth, else from its files' names by label_pattern, else from its folders' names: see docs/datasets.md. Where
+    tables label stretches, each is a clip beside its whole file, and there are columns clip_start and clip_end (in s;
+    0 and infinity: the whole file), labels and absent_labels (names of classes of which it is, and is not). label is
+    the one class of which a clip is; None where there are several, or none.
 
     Returns:
         A dataset with the columns audio (`{"bytes", "path"}`, for `decode_audio`), label (ClassLabel, the official
@@ -63,19 +74,38 @@ def load_corpus(
     """
     if name not in CORPORA:
         raise CorpusError(f"there is no corpus {name!r}; choose one of {', '.join(CORPUS_NAMES)}")
-    unknown = synthetic_options.keys() - (LIMITS if name == "synthetic" else {})
+    unknown = options.keys() - (LIMITS if name == "synthetic" else CORPORA[name].options)
     if unknown:
         raise CorpusError(f"{name} has no option {', '.join(sorted(unknown))}")
+    if options.get("label_pattern") is not None:
+        try:
+            label_pattern(options["label_pattern"])
+        except ValueError as error:
+            raise CorpusError(f"label_pattern {error}") from None
     cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser()
     try:
-        dataset = _load(name, data_dir, allow_partial, skip_unreadable, cache, synthetic_options)
+        dataset = _load(name, data_dir, allow_partial, skip_unreadable, cache, options)
     except (OSError, DatasetGenerationError) as error:
         raise CorpusError(
             f"{name} cannot be prepared in {cache} ({error.__cause__ or error}); cache_dir or the environment "
             "variable HF_DATASETS_CACHE can name another place"
         ) from error
-    _warn(str(data_dir or name), corpus_report(dataset))
+    _say(str(data_dir or name), dataset)
     return dataset
+
+
+def loading_options(name: str, given: Mapping) -> dict:
+    """What of a command's options is for `load_corpus`, of one of its corpora.
+
+    Args:
+        name: of the corpus.
+        given: options by their names on the command line; those of a run that was recorded before they were may lack.
+    """
+    found = {option: given[option] for option in ("allow_partial", "skip_unreadable")}
+    own = {"label_pattern": given.get("label_pattern"), "folder_labels": not given.get("no_folder_labels")}
+    return found | {
+        option: value for option, value in own.items() if name in CORPORA and option in CORPORA[name].options
+    }
 
 
 def _load(
@@ -86,7 +116,7 @@ def _load(
         return load_export(corpus, os.path.expanduser(data_dir), str(cache))
     if isinstance(corpus, FolderCorpus):
         root = _find_root(corpus, data_dir, cache)
-        builder = FolderBuilder(corpus, root, allow_partial, skip_unreadable, str(cache))
+        builder = FolderBuilder(corpus, root, allow_partial, skip_unreadable, str(cache), **options)
     elif data_dir is None:
         builder = SyntheticBuilder(str(cache), **options)
     else:
@@ -135,8 +165,14 @@ def _archives_beside(file: Path, corpus: FolderCorpus) -> list[Path]:
     return [file.with_name(name) for name in official if file.with_name(name).exists()]
 
 
-def _warn(source: str, report: dict) -> None:
-    """Repeat at every load, cached or not, what was put up with."""
+def _say(source: str, dataset: datasets.Dataset) -> None:
+    """Says at every load, cached or not, what was inferred, and what was put up with."""
+    report = corpus_report(dataset)
+    if inferred := "; ".join(report["inferred"]):
+        names, counts = dataset.features["label"].names, Counter(dataset.with_format(None)["label"][:])
+        classes = ", ".join(f"{name} ({counts[number]})" for number, name in enumerate(names)) or "none"
+        without = f"; {counts[None]} clips without a class" if counts[None] else ""
+        logger.info("%s: %s; classes: %s%s", source, inferred, classes, without)
     for key, words in STATES.items():
         if report[key]:
             shown = ", ".join(report[key][:5]) + (", …" if len(report[key]) > 5 else "")

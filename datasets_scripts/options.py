@@ -10,6 +10,7 @@ which the command line prints as argparse does. Imports nothing heavy.
 
 import argparse
 import math
+import re
 import shlex
 import sys
 import textwrap
@@ -98,6 +99,17 @@ def text(value) -> str:
     """Reads a text that is not empty."""
     if not str(value).strip():
         raise ValueError("must not be empty")
+    return str(value)
+
+
+def label_pattern(value) -> str:
+    """Reads a regular expression that finds a class, and perhaps a recording, in a file's name."""
+    try:
+        groups = re.compile(text(value)).groupindex
+    except re.error as error:
+        raise ValueError(f"{value!r} is no regular expression ({error})") from error
+    if not groups or groups.keys() - {"label", "source"}:
+        raise ValueError(f"{value!r} must have the group (?P<label>…), and may have (?P<source>…), and no other name")
     return str(value)
 
 

@@ -83,7 +83,7 @@ def start_from_ridge(
     """Sets a classifier to ridge regression on the features of augmented views of the training clips.
 
     Args:
-        model: Not wrapped for several processes.
+        model: Not wrapped for several processes. It is left in training mode.
         loader: Of the training clips, prepared.
         make_views: A batch -> `input_values`.
         accelerator: Of the run.
@@ -109,6 +109,7 @@ def start_from_ridge(
             features.index_add_(0, index, vectors)
             views.index_add_(0, index, torch.ones_like(index, dtype=views.dtype))
             labels[index] = own_labels
+    model.train()
     seen = views > 0  # the sampler may leave a clip out of an epoch
     mean = features[seen] / views[seen, None]
     weight, bias = ridge_classifier(mean.cpu(), labels[seen].cpu(), model.config.num_labels)

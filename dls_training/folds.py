@@ -1,5 +1,6 @@
 """What of a labelled corpus is trained on and what is held out, and what the weights know of it."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,31 +12,40 @@ from datasets_scripts.errors import UserError
 from datasets_scripts.files import read_object
 
 from .checkpoints import PREFIX
+from .input_pipeline import label_numbers
 from .record import Record
 from .runs import begun
 from .settings import ClassificationSettings
 
+logger = logging.getLogger("dls")
+
 RESULTS_FILE = "fold_results.json"
+MOST_FOLDS = 5  # where they are made
 
 
 @dataclass
 class Fold:
-    """One fold held out.
+    """One fold held out, or none.
 
     Attributes:
-        number: Official.
-        train, test: Its clips; of the former as many as --labels_per_class says.
+        number: From 1; None where nothing is held out.
+        train, test: Its clips; of the former as many as --labels_per_class says. None where nothing is held out.
         record: Of its run.
         facts: What its results say besides what is measured.
         output_dir: Its own.
     """
 
-    number: int
+    number: int | None
     train: Dataset
-    test: Dataset
+    test: Dataset | None
     record: Record
     facts: dict
     output_dir: Path
+
+    @property
+    def name(self) -> str:
+        """For the log."""
+        return "all clips" if self.number is None else f"fold {self.number}"
 
     @property
     def results_file(self) -> Path:
@@ -44,38 +54,126 @@ class Fold:
     def is_finished(self) -> bool:
         """Whether there are results of this very run; a shorter one goes on instead."""
         measured = read_object(self.results_file) or {}
-        finished = Record.read(self.output_dir) if "confusion_matrix" in measured else None
+        finished = Record.read(self.output_dir) if "loss_per_epoch" in measured else None
         return finished is not None and finished.own.same_length(self.record.own)
 
 
-def class_names(dataset: Dataset, name: str) -> list[str]:
-    """A labelled corpus's classes.
+@dataclass
+class LabelledCorpus:
+    """What of a corpus can be fine-tuned on.
+
+    Attributes:
+        name: Of the corpus.
+        clips: Those of one class, with folds.
+        left_out: How many others there are, by the reason.
+        made_folds: How many folds were made, because it has none; 0: it has some, or none are needed.
+    """
+
+    name: str
+    clips: Dataset
+    left_out: dict[str, int]
+    made_folds: int = 0
+
+    @classmethod
+    def of(cls, name: str, dataset: Dataset, fold: int | str) -> "LabelledCorpus":
+        """Leaves out what has no label, and makes folds where a fold is to be held out and there are none.
+
+        Args:
+            name: Of the corpus.
+            dataset: From `load_corpus`.
+            fold: --fold.
+
+        Raises:
+            UserError: if there are no labels, or too few recordings of a class.
+        """
+        labels = label_numbers(dataset)
+        is_labelled = labels >= 0
+        if len(dataset.features["label"].names) < 2 or not is_labelled.any():
+            raise UserError(
+                f"--corpus {name} has no labels, or one class only: put each class's clips into a folder of its own, "
+                "or add a metadata.csv with file_name and label"
+            )
+        several = sum(len(found) > 1 for found in dataset["labels"][:]) if "labels" in dataset.column_names else 0
+        left_out = {"without_label": int((~is_labelled).sum()) - several, "with_several_labels": several}
+        if not is_labelled.all():
+            logger.info(
+                f"{name}: {is_labelled.sum()} clips have one label; left out: {left_out['without_label']} without a "
+                f"label, {several} with several"
+            )
+        made = 0
+        if fold != "none" and not np.any(np.array(dataset["fold"][:])[is_labelled]):
+            folds = np.zeros(len(dataset), int)
+            sources = np.array(dataset["source_id"][:])[is_labelled]
+            folds[is_labelled] = make_folds(labels[is_labelled], sources, dataset.features["label"].names, name)
+            made = int(folds.max())
+            logger.info(f"{name} has no folds: {made} were made, stratified by class and grouped by recording")
+            # Before a selection: columns added to one would write embedded clips to disk once more.
+            dataset = dataset.remove_columns("fold").add_column("fold", folds)
+        return cls(name, dataset.select(np.flatnonzero(is_labelled)), left_out, made)
+
+    @property
+    def classes(self) -> list[str]:
+        """In the order of the labels."""
+        return self.clips.features["label"].names
+
+    def folds_to_run(self, choice: int | str) -> list[int | None]:
+        """The folds to hold out, one after the other; None: nothing is held out.
+
+        Raises:
+            UserError: if there is no such fold, or nothing else to train on.
+        """
+        if choice == "none":
+            return [None]
+        folds = sorted(set(self.clips["fold"][:]))
+        if len(folds) < 2:
+            raise UserError(
+                f"--corpus {self.name} has no folds to hold out: all labelled clips are in fold {folds[0]}. Put some "
+                "into others, or train on everything with --fold none"
+            )
+        folds = [fold for fold in folds if fold]
+        if choice != "all" and choice not in folds:
+            raise UserError(f"--fold {choice}: {self.name} has folds {', '.join(map(str, folds))}")
+        return folds if choice == "all" else [choice]
+
+
+def make_folds(labels: np.ndarray, sources: np.ndarray, classes: list[str], corpus: str) -> np.ndarray:
+    """Folds that are stratified by class and keep recordings together.
+
+    There are as many as the rarest class has recordings, at most `MOST_FOLDS`; fewer, where otherwise a class would
+    be in one fold only.
+
+    Args:
+        labels: (clips,), of all clips.
+        sources: (clips,), names of the recordings that they are from.
+        classes: Names, for messages.
+        corpus: Likewise.
+
+    Returns:
+        (clips,), from 1; the same for the same clips.
 
     Raises:
-        UserError: if clips have no labels.
+        UserError: if all clips of a class are from one recording, or recordings that hold several classes allow none.
     """
-    if None in dataset["label"][:] or len(dataset.features["label"].names) < 2:
+    from sklearn.model_selection import StratifiedGroupKFold  # takes its time, and most corpora have folds
+
+    recordings = {label: len(set(sources[labels == label])) for label in np.unique(labels).tolist()}
+    rarest = min(recordings, key=recordings.get)
+    if recordings[rarest] < 2:
         raise UserError(
-            f"--corpus {name} has no labels, or one class only: put each class's clips into a folder of its own, or "
-            "add a metadata.csv with file_name and label"
+            f"--corpus {corpus} has no folds, and none can be made: all clips of {classes[rarest]} are from one "
+            "recording. Add another, or train on everything with --fold none"
         )
-    return dataset.features["label"].names
-
-
-def folds_to_run(choice: int | str, dataset: Dataset, name: str) -> list[int]:
-    """The folds to hold out, one after the other.
-
-    Raises:
-        UserError: if the corpus has no such fold, or none at all.
-    """
-    folds = sorted(set(dataset["fold"][:]))
-    if len(folds) < 2:
-        raise UserError(
-            f"--corpus {name} has no folds to hold out: add a metadata.csv with file_name, label and fold to it"
-        )
-    if choice != "all" and choice not in folds:
-        raise UserError(f"--fold {choice}: {name} has folds {', '.join(map(str, folds))}")
-    return folds if choice == "all" else [choice]
+    for number in range(min(MOST_FOLDS, recordings[rarest]), 1, -1):
+        splits = StratifiedGroupKFold(number, shuffle=True, random_state=0).split(labels, labels, sources)
+        folds = np.zeros(len(labels), int)
+        for fold, (_, held_out) in enumerate(splits, 1):
+            folds[held_out] = fold
+        if len(set(folds)) == number and all(len(set(folds[labels == label])) > 1 for label in recordings):
+            return folds
+    raise UserError(
+        f"--corpus {corpus} has no folds, and none can be made that have every class in more than one: add a "
+        "metadata.csv with file_name, label and fold, or train on everything with --fold none"
+    )
 
 
 def few_labels(train: Dataset, per_class: int | None, seed: int) -> Dataset:
@@ -87,24 +185,47 @@ def few_labels(train: Dataset, per_class: int | None, seed: int) -> Dataset:
     return train.select(np.sort(np.concatenate(chosen)))
 
 
-def make_fold(settings: ClassificationSettings, number: int, corpus: str, dataset: Dataset, parent: Record,
+def make_fold(settings: ClassificationSettings, number: int | None, corpus: LabelledCorpus, parent: Record,
               **facts) -> Fold:  # fmt: skip
     """Splits the corpus, and counts what of the held-out clips the weights have heard.
 
     Args:
         settings: Of the run.
-        number: Of the fold that is held out.
-        corpus: Its name.
-        dataset: Its clips.
+        number: Of the fold that is held out; None: everything is trained on.
+        corpus: Its clips.
         parent: The record of what the run starts from.
         **facts: See `begun`.
 
     Raises:
-        UserError: if the weights were trained on held-out clips with their labels, unless --allow_label_leakage.
+        UserError: if a class is in the held-out fold alone; or if the weights were trained on held-out clips with
+            their labels, unless --allow_label_leakage.
     """
     output_dir = settings.output_dir / f"fold-{number}" if settings.fold == "all" else settings.output_dir
-    train, test = train_test_folds(dataset, number)
+    train, test = (corpus.clips, None) if number is None else train_test_folds(corpus.clips, number)
+    if test is not None and (unheard := set(test["label"][:]) - set(train["label"][:])):
+        names = ", ".join(corpus.classes[label] for label in sorted(unheard))
+        raise UserError(
+            f"fold {number}: all clips of {names} are in this fold, and none is left to learn from. Put some into "
+            "another, or train on everything with --fold none"
+        )
     train = few_labels(train, settings.labels_per_class, settings.seed)
+    heard = {"training_clips": len(train)}
+    if test is not None:
+        heard |= facts_of_held_out(settings, number, test, parent)
+    record = begun(
+        settings, "classification", parent, [(corpus.name, corpus.clips)], ClipIdentities.of(train), with_labels=True,
+        clips={corpus.name: len(train)}, excluded_folds={} if number is None else {corpus.name: [number]},
+        name=str(output_dir), also={"fold": number, "classes": corpus.classes}, **facts,
+    )  # fmt: skip
+    return Fold(number, train, test, record, heard | {"run": record.own.identity_digest}, output_dir)
+
+
+def facts_of_held_out(settings: ClassificationSettings, number: int, test: Dataset, parent: Record) -> dict:
+    """What the weights know of the held-out clips.
+
+    Raises:
+        UserError: if they were trained on some with their labels, unless --allow_label_leakage.
+    """
     held_out = ClipIdentities.of(test)
     seen = parent.labels_seen(held_out)
     if seen and not settings.allow_label_leakage:
@@ -114,23 +235,16 @@ def make_fold(settings: ClassificationSettings, number: int, corpus: str, datase
             f"their labels, of {len(test)} clips {stages}: the accuracy would be no measure. Start from a network "
             "that has not seen them, or add --allow_label_leakage, which the card will report"
         )
-    heard = {
-        "training_clips": len(train),
+    return {
         "test_clips": len(test),
         # From scratch there was no pre-training; None also stands for one of which that is not known.
         "test_clips_heard_in_pretraining": parent.heard(held_out) if parent.stages else None,
         "test_labels_seen_before": seen,
     }
-    record = begun(
-        settings, "classification", parent, [(corpus, dataset)], ClipIdentities.of(train), with_labels=True,
-        clips={corpus: len(train)}, excluded_folds={corpus: [number]}, name=str(output_dir),
-        also={"fold": number, "classes": dataset.features["label"].names}, **facts,
-    )  # fmt: skip
-    return Fold(number, train, test, record, heard | {"run": record.own.identity_digest}, output_dir)
 
 
 def check_layout(settings: ClassificationSettings) -> None:
-    """Raises UserError if a run with --fold all would go on as one with --fold N, or the other way round."""
+    """Raises UserError if a run with --fold all would go on as one with --fold N or none, or the other way round."""
     output_dir = settings.output_dir
     folds = sorted(path for path in output_dir.glob("fold-*") if path.is_dir())
     single = [*output_dir.glob(f"{PREFIX}*"), *output_dir.glob(RESULTS_FILE)]

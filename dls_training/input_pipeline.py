@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from torch.utils.data import DataLoader, Sampler
 
-from datasets_scripts import cut_into_windows, load_corpus
+from datasets_scripts import cut_into_windows, load_corpus, loading_options
 from datasets_scripts.errors import UserError
 from modeling_dls import ESResNetFeatureExtractor
 from modeling_dls.spectrogram_esresnet import CPU_PART, POWER_FLOOR
@@ -148,8 +148,8 @@ def load_corpora(settings: TrainingSettings) -> list[tuple[str, Dataset]]:
     Raises:
         CorpusError: whatever is wrong with a folder or a file in it.
     """
-    options = {"allow_partial": settings.allow_partial, "skip_unreadable": settings.skip_unreadable}
-    corpora = [(name, load_corpus(name, source, **options)) for name, source in settings.corpus]
+    given = settings.plain()
+    corpora = [(name, load_corpus(name, source, **loading_options(name, given))) for name, source in settings.corpus]
     return [(name, windows_of(name, clips, settings)) for name, clips in corpora] if settings.windows else corpora
 
 

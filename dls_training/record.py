@@ -35,7 +35,7 @@ NOT_COMPARED = frozenset(
         # How fast the same numbers are computed.
         *("dataloader_num_workers", "num_threads", "keep_waveforms", "cache_gigabytes", "distributed_timeout"),
         # Names of options and of files, of which what they stand for is compared.
-        *("recipe", "allow_partial", "skip_unreadable"),
+        *("recipe", "allow_partial", "skip_unreadable", "label_pattern", "no_folder_labels"),
     )
 )
 FACTS = {

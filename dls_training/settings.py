@@ -7,7 +7,19 @@ from typing import ClassVar
 
 from datasets_scripts import CORPUS_NAMES
 from datasets_scripts.errors import UserError
-from datasets_scripts.options import Options, flag, named_source, one_of, option, path, path_or_id, real, text, whole
+from datasets_scripts.options import (
+    Options,
+    flag,
+    label_pattern,
+    named_source,
+    one_of,
+    option,
+    path,
+    path_or_id,
+    real,
+    text,
+    whole,
+)
 
 # Read by itself: importing its package would import transformers.
 PRESETS = tuple(run_path(str(Path(__file__).parents[1] / "modeling_dls" / "presets_esresnet.py"))["PRESETS"])
@@ -35,9 +47,9 @@ def excluded_fold(value) -> tuple[str | None, int]:
     return corpus or None, whole(0)(fold)
 
 
-def fold_or_all(value) -> int | str:
-    """Reads a fold's number, or "all"."""
-    return value if value == "all" else whole(0)(value)
+def fold_choice(value) -> int | str:
+    """Reads a fold's number, "all" or "none"."""
+    return value if value in ("all", "none") else whole(1)(value)
 
 
 @dataclass(kw_only=True)
@@ -81,6 +93,12 @@ class DataOptions(Options):
     )
     allow_partial: bool = option(False, flag, "accept a corpus that lacks some of its clips")
     skip_unreadable: bool = option(False, flag, "leave unreadable files out and report them")
+    label_pattern: str | None = option(
+        None, label_pattern, metavar="PATTERN",
+        help="of an audiofolder: a regular expression with the group (?P<label>...), and perhaps (?P<source>...) for "
+        "the recording, in the names of its files",
+    )  # fmt: skip
+    no_folder_labels: bool = option(False, flag, "of an audiofolder: its folders are neither classes nor folds")
     dataloader_num_workers: int | None = option(
         None, whole(0, 1024),
         help="decoding processes; 0 decodes between steps, on all cores (default: 0 on a CPU, where processes take "
@@ -89,6 +107,8 @@ class DataOptions(Options):
 
     def check(self) -> None:
         super().check()
+        if (self.label_pattern or self.no_folder_labels) and "audiofolder" not in dict(self.corpus):
+            raise UserError("--label_pattern and --no_folder_labels are for --corpus audiofolder=DIR: add that")
         if self.windows is None and (self.overlap or self.silence_db is not None):
             raise UserError("--overlap and --silence_db say how --windows cuts recordings up: add that")
         if self.keep_spectrograms and self.augmentation != "spectrogram":
@@ -311,7 +331,11 @@ bf16 where the processor computes in it, because that is faster.
 --recipe recommended is what worked best on a small machine (see results/)."""
 
     recipe: str = option("paper", one_of(*RECIPES), "a set of defaults, see below; options that are given prevail")
-    fold: int | str = option("all", fold_or_all, metavar="N|all", help="fold held out for evaluation")
+    fold: int | str = option(
+        "all", fold_choice, metavar="N|all|none",
+        help="fold held out for evaluation; where a corpus has none, folds are made. none: train on everything, "
+        "measure nothing (default: all)",
+    )  # fmt: skip
     init: str | None = option(
         None, one_of("pretrained", "scratch"),
         help="scratch keeps only the network and signal settings of --model_name_or_path (default: pretrained where "

@@ -106,7 +106,7 @@ class Pretraining(Task):
 
 
 class Classification(Task):
-    """Classes of a corpus with one fold, or each in turn, held out, by train_classification.py."""
+    """Classes of a corpus with one fold, each in turn, or none held out, by train_classification.py."""
 
     name = "classification"
     training = "Trained with labels as a classifier"
@@ -132,9 +132,11 @@ class Classification(Task):
         return {results["corpus"]: {"epochs": epochs(results), "folds": results["folds"], **curves}}
 
     def metadata(self, results):
-        return {"model_name": f"esresnet-{results['corpus']}", "eval_results": evaluations(results)}
+        return {"model_name": f"esresnet-{results['corpus']}", "eval_results": evaluations(results) or None}
 
     def card_fields(self, results):
+        if not results["folds"]:
+            return {}
         heard, leaks = [], Counter()
         for fold in results["folds"].values():
             heard.append(fold["test_clips_heard_in_pretraining"])
@@ -184,8 +186,9 @@ def with_start(results: dict, prefix: str = "") -> list[float]:
 
 
 def epochs(results: dict) -> list[int]:
-    """Of the accuracies `with_start`."""
-    return list(range(0 if "mean_accuracy_at_start" in results else 1, len(results["mean_accuracy_per_epoch"]) + 1))
+    """Of the accuracies `with_start`; none where none were measured."""
+    measured = len(results.get("mean_accuracy_per_epoch", []))
+    return list(range(0 if "mean_accuracy_at_start" in results else 1, measured + 1))
 
 
 def final_accuracy(fold_results: dict) -> float:

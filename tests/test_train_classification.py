@@ -12,7 +12,10 @@ from timm.models.densenet import DenseNet
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 
 from datasets_scripts import ClipIdentities, decode_audio, load_corpus, train_test_folds
+from dls_training.folds import make_folds
 from dls_training.record import Record, Stage
+from hub_cards.publishing import finished_run
+from hub_cards.space.analysis import TrainedFolder
 from modeling_dls import ESResNetConfig
 from modeling_dls.convert_esresnet_checkpoint import main as convert_imagenet
 from train_classification import arm_of
@@ -221,11 +224,118 @@ def test_bad_input(options, sound_folder, tmp_path):
         shutil.copy(path, unlabelled)
     without_corpus = [*SMALL, "--corpus", f"audiofolder={unlabelled}"]
     assert "no labels" in fail(script, *without_corpus, *output)
-    for label in "ab":
+    for label in "abc":
         (unlabelled / label).mkdir()
     for i, path in enumerate(sorted(unlabelled.glob("*.wav"))):
-        path.rename(unlabelled / "ab"[i % 2] / path.name)
-    assert "no folds" in fail(script, *without_corpus, *output)
+        path.rename(unlabelled / ("ab"[i % 2] if i else "c") / path.name)
+    one_of_c = fail(script, *without_corpus, *output)
+    assert "all clips of c are from one recording" in one_of_c and "--fold none" in one_of_c
+    assert "--label_pattern" in fail(script, "--no_folder_labels", *output)
+    assert "at least 1, not 0" in fail(script, *options, "--fold", "0", *output)
+
+
+def by_class(sound_folder, folder, names=lambda clip: f"{clip:02d}"):
+    """The same sounds without a table: a folder for each class."""
+    for clip in range(40):
+        path = folder / f"class-{clip % 4}" / f"{names(clip)}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(sound_folder / f"{clip:02d}.wav", path)
+    return folder
+
+
+def test_everything_is_trained_on_and_nothing_measured(pretrained, sound_folder, tmp_path):
+    """With --fold none, also resumed: a model, results, a card and a record that claim no accuracy."""
+    sounds = by_class(sound_folder, tmp_path / "sounds")
+    options = [*SMALL, "--corpus", f"audiofolder={sounds}", "--model_name_or_path", pretrained, "--fold", "none"]
+    options += ["--mixed_precision", "no"]
+    options += ["--classifier_init", "ridge", "--num_train_epochs", "2", "--checkpointing_steps", "1"]
+    command = [*options, "--output_dir", tmp_path / "run"]
+    with Forked(tmp_path / "log", train, "train_classification.py", command) as process:
+        process.wait_for((tmp_path / "run" / "checkpoint-6").exists)
+    log = succeed("train_classification.py", *command, "--resume_from_checkpoint", "latest")
+    assert "all clips: 40 clips to train on, none held out" in log and "ccuracy" not in log
+    results = results_of(tmp_path / "run")
+    assert results["folds"] == {} and results["training_clips"] == 40 and len(results["loss_per_epoch"]) == 2
+    assert not [key for key in results if "accuracy" in key or "confusion" in key or key.startswith("test")]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "Nothing was measured: all 40 labelled clips were trained on" in card and "model-index" not in card
+    assert "held-out" not in card and "0 clips" not in card
+    succeed("train_classification.py", *options, "--output_dir", tmp_path / "whole")
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("run", "whole"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert finished_run(tmp_path / "run")[0] == results
+    shown = TrainedFolder(tmp_path / "run", [])
+    assert len(shown.class_names) == 4 and len(shown.examples) == 4 and "class-1" in shown.examples[1]
+    log = succeed("train_classification.py", *command, "--resume_from_checkpoint", "latest")
+    assert "all clips was finished before" in log
+    # What it learned from cannot be what it is measured on.
+    measured = [*SMALL, "--corpus", f"audiofolder={sounds}", "--model_name_or_path", tmp_path / "run"]
+    assert "was trained on held-out clips" in fail(
+        "train_classification.py", *measured, "--output_dir", tmp_path / "m"
+    )
+    assert "belongs to a different run" in fail(
+        "train_classification.py", *command, "--fold", "1", "--resume_from_checkpoint", "latest"
+    )
+
+
+def test_folds_are_made_where_there_are_none(sound_folder, tmp_path):
+    """Grouped by recording, said in log, results and card; clips that have no label, or several, are left out."""
+    sounds = by_class(sound_folder, tmp_path / "sounds", lambda clip: f"{'xyz'[clip // 4 % 3]}-{clip:02d}")
+    (sounds / "labels.csv").write_text(
+        "file_name,start,end,label\n"
+        + "".join(f"{path.relative_to(sounds)},,,{path.parent.name}\n" for path in sorted(sounds.glob("*/*"))[:-2])
+        + "class-0/x-00.wav,,,class-1\nclass-3/x-39.wav,0.1,0.3,class-3\n"
+    )
+    options = [
+        *SMALL,
+        "--corpus",
+        f"audiofolder={sounds}",
+        "--label_pattern",
+        "(?P<source>[xyz])-",
+        "--max_train_steps",
+    ]
+    log = succeed("train_classification.py", *options, "1", "--output_dir", tmp_path / "run")
+    assert "audiofolder has no folds: 3 were made, stratified by class and grouped by recording" in log
+    assert "38 clips have one label; left out: 2 without a label, 1 with several" in log
+    results = results_of(tmp_path / "run")
+    assert results["made_folds"] == 3 and list(results["folds"]) == ["1", "2", "3"]
+    assert results["left_out"] == {"without_label": 2, "with_several_labels": 1}
+    assert sum(fold["test_clips"] for fold in results["folds"].values()) == 38
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "3 were made, stratified by class" in card and "2 clips without a label, 1 with several" in card
+    again = ["--resume_from_checkpoint", "latest", "--output_dir", tmp_path / "run"]
+    assert "fold 3 was finished before" in succeed("train_classification.py", *options, "1", *again)
+    few = ["--fold", "4", "--output_dir", tmp_path / "four"]
+    assert "--fold 4: audiofolder has folds 1, 2, 3" in fail("train_classification.py", *options, "1", *few)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_made_folds_keep_recordings_together_and_every_class_in_several(seed):
+    random = np.random.default_rng(seed)
+    recordings = np.concatenate([np.arange(4), np.arange(4), random.integers(0, 4, 12)])  # a class each
+    sources = random.permutation(np.repeat(np.arange(20), random.integers(1, 9, 20)))
+    folds = make_folds(recordings[sources], sources.astype(str), list("abcd"), "mine")
+    assert all(len(set(folds[sources == source])) == 1 for source in range(20))
+    assert all(len(set(folds[recordings[sources] == label])) > 1 for label in range(4))
+    counts = [len(set(sources[recordings[sources] == label])) for label in range(4)]
+    assert set(folds) <= set(range(1, min(5, *counts) + 1)) and len(set(folds)) > 1
+    np.testing.assert_array_equal(folds, make_folds(recordings[sources], sources.astype(str), list("abcd"), "mine"))
+
+
+def test_a_blank_fold_is_always_trained_on_and_a_class_in_one_fold_alone_is_refused(sound_folder, tmp_path):
+    sounds = shutil.copytree(sound_folder, tmp_path / "sounds")
+    lines = (sounds / "metadata.csv").read_text().splitlines()
+    (sounds / "metadata.csv").write_text("\n".join([*lines[:-8], *(line[:-1] for line in lines[-8:])]) + "\n")
+    options = [*SMALL, "--corpus", f"audiofolder={sounds}", "--max_train_steps", "1"]
+    log = succeed("train_classification.py", *options, "--output_dir", tmp_path / "run")
+    assert "fold 1: 24 clips to train on, 16 held out" in log and list(results_of(tmp_path / "run")["folds"]) == [
+        "1",
+        "2",
+    ]
+    text = (sounds / "metadata.csv").read_text().replace("class-3,1", "class-3,2").replace("class-3,\n", "class-3,2\n")
+    (sounds / "metadata.csv").write_text(text)
+    message = fail("train_classification.py", *options, "--output_dir", tmp_path / "other")
+    assert "fold 2: all clips of class-3 are in this fold" in message and "--fold none" in message
 
 
 # --- The closed-form classifier ---

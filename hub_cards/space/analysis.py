@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 
 import modeling_dls
-from datasets_scripts import load_corpus
+from datasets_scripts import load_corpus, loading_options
 from datasets_scripts.errors import AudioError, CorpusError, UserError
 from datasets_scripts.files import read_object
 from dls_training.input_pipeline import label_numbers
@@ -180,9 +180,8 @@ class TrainedFolder:
                 if place is None and name != "synthetic":  # nothing is downloaded for a page
                     self.missing.append(f"The clips of {name}: the run downloaded them. {advice}")
                     continue
-                tolerance = {option: options[option] for option in ("allow_partial", "skip_unreadable")}
                 try:
-                    found.append((name, load_corpus(name, place, **tolerance)))
+                    found.append((name, load_corpus(name, place, **loading_options(name, options))))
                 except CorpusError as error:
                     self.missing.append(f"The clips of {name}: {error}. {advice}")
         return found
@@ -202,7 +201,8 @@ class TrainedFolder:
             return [], ""
         name, clips = next((pair for pair in corpora if pair[0] == self.results.get("corpus")), corpora[0])
         held_out = self.results.get("folds") or self.results.get("excluded_folds", {}).get(name) or []
-        fold = next((int(fold) for fold in held_out), None)
+        # Folds that were made for the run are not in the corpus.
+        fold = None if self.results.get("made_folds") else next((int(fold) for fold in held_out), None)
         labels, folds = label_numbers(clips), np.array(clips["fold"][:])
         rows = np.flatnonzero(folds == fold) if fold is not None else np.arange(len(clips))
         _, first = np.unique(labels[rows], return_index=True)
