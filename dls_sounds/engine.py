@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from datasets_scripts import sound_files
+from datasets_scripts.corpus import SOUND_EXTENSIONS, UNREADABLE_EXTENSIONS, walk_files
 from datasets_scripts.errors import AudioError, UserError
 from dls_training.waveforms import in_order, one_core_each, resampled, sound_blocks, stream_windows
 
@@ -27,6 +27,7 @@ from .tables import table_name
 logger = logging.getLogger("dls")
 
 PCM_BLOCK = 1 << 17  # bytes
+ALL_EXTENSIONS = SOUND_EXTENSIONS | UNREADABLE_EXTENSIONS
 
 
 class Recording(NamedTuple):
@@ -60,13 +61,18 @@ class Finding(NamedTuple):
     error: str | None = None
 
 
+def suffix(name: str) -> str:
+    """Of a file's name, in lower case."""
+    return os.path.splitext(name)[1].lower()
+
+
 def common_root(inputs: list[Path]) -> Path:
     """The folder below which all inputs are, absolute."""
     return Path(os.path.commonpath([os.path.abspath(path if path.is_dir() else path.parent) for path in inputs]))
 
 
 def find_files(inputs: list[Path]) -> list[Path]:
-    """The sound files that inputs name, in order, each once.
+    """The sound files that inputs name, in order, each once; also those of formats that cannot be read, to be listed.
 
     Raises:
         UserError: naming an input that is not there, or holds no sound files.
@@ -74,7 +80,7 @@ def find_files(inputs: list[Path]) -> list[Path]:
     found = {}
     for path in inputs:
         if path.is_dir():
-            files = list(sound_files(path))
+            files = [Path(entry.path) for entry in walk_files(path) if suffix(entry.name) in ALL_EXTENSIONS]
             if not files:
                 raise UserError(f"{path} holds no sound files (wav, flac, ogg, mp3, aiff, …)")
         elif path.exists():
@@ -99,6 +105,8 @@ def decoded(recordings: Iterable[Recording], network: TrainedNetwork, step: int,
                 yield [Finding(recording, *place) for place in places], found
         except AudioError as unreadable:
             error = table_name(unreadable)
+            if suffix(recording.path) in UNREADABLE_EXTENSIONS:
+                error += "; its format cannot be read: convert it, such as with ffmpeg -i NAME.m4a NAME.wav"
         yield [Finding(recording, error=error)], None
 
     return in_order(windows, recordings, threads)

@@ -121,6 +121,17 @@ def test_names_that_are_no_text(pretrained, recordings, tmp_path):
         assert [row["file"] for row in csv.DictReader(file)] == ["\\udcff.wav", 'a\nb, "c.wav']
 
 
+def test_formats_that_cannot_be_read_are_listed(pretrained, recordings, tmp_path):
+    """With the way to convert them; not passed over without a word."""
+    folder = copies(recordings, tmp_path / "in", "a.wav")
+    (folder / "b.M4A").write_bytes(b"of a telephone")
+    log, table = run(folder, pretrained, tmp_path / "out.parquet")
+    assert table["file"].to_pylist() == ["a.wav"] and "1 of 2 files cannot be read" in log
+    with open(tmp_path / "out.unreadable.csv", newline="") as file:
+        (row,) = csv.DictReader(file)
+    assert row["file"] == "b.M4A" and "ffmpeg -i" in row["reason"]
+
+
 def test_bad_input_leaves_what_was_there(recordings, classifier, pretrained, tmp_path):
     output, elsewhere = tmp_path / "out.parquet", tmp_path / "empty"
     elsewhere.mkdir()
