@@ -90,9 +90,7 @@ def test_readme_from_recordings_to_pipeline(shared_dir, sound_folder, tmp_path, 
     snippets = [*blocks("python"), *re.findall(r"```python\n(.*?)```", CARDS, flags=re.DOTALL)]
     assert len(snippets) == 3
     for output in answers(*((tmp_path, snippet) for snippet in snippets)):
-        assert (
-            "'dog': " in output or "torch.Size([1, 10])" in output or re.search(r"^0\.\d+$", output, re.MULTILINE)
-        )
+        assert "'dog': " in output or "torch.Size([1, 10])" in output or re.search(r"^0\.\d+$", output, re.MULTILINE)
 
 
 @pytest.mark.parametrize(("name", "tables"), [("speed", 10), ("scaling", 1), ("datasets", 1)])
