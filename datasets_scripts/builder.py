@@ -129,10 +129,9 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
         found["unexpected_crossings"] = _unexpected(found["crossings"], corpus.known_crossings)
         used = {clip.label for clip, *_ in read} - {None}
         found["empty_classes"] = sorted(listing.classes - used)
-        found = {
-            key: list(map(printable, names)) if isinstance(names, list) else names for key, names in found.items()
-        }
-        self.info.description = describe_with_report(corpus.title, blank_report(corpus.name, len(read)) | found)
+        report = blank_report(corpus.name, len(read)) | found
+        report |= {key: [printable(name) for name in report[key]] for key in STATES}
+        self.info.description = describe_with_report(corpus.title, report)
         self.info.features = common_features(list(corpus.class_sizes) or sorted(used), corpus.columns)
         if any(clip.where for clip in listing.clips):
             self.info.features = datasets.Features(self.info.features | STRETCH_FEATURES)

@@ -148,7 +148,7 @@ def load_corpora(settings: TrainingSettings) -> list[tuple[str, Dataset]]:
     Raises:
         CorpusError: whatever is wrong with a folder or a file in it.
     """
-    given = settings.plain()
+    given = vars(settings)
     corpora = [(name, load_corpus(name, source, **loading_options(name, given))) for name, source in settings.corpus]
     return [(name, windows_of(name, clips, settings)) for name, clips in corpora] if settings.windows else corpora
 

@@ -298,7 +298,7 @@ temperatures are measured alike.
 
 @dataclass(kw_only=True)
 class ClassificationSettings(TrainingSettings):
-    """Fine-tunes ESResNet on a labelled corpus, with cross-validation over its official folds."""
+    """Fine-tunes ESResNet on a labelled corpus, with cross-validation over its folds, or on all of it."""
 
     SCRIPT: ClassVar[str] = "train_classification.py"
     RECIPES: ClassVar[dict[str, dict]] = {
