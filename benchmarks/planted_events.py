@@ -2,14 +2,14 @@
 
     python benchmarks/planted_events.py --esc10 /data/ESC-10
 
-The steps of docs/own_recordings.md: pre-training on recordings, fine-tuning on all that is labelled, detections.
-The network hears folds 2 to 5 and background; the sixty events are clips of fold 1. A detection is right if an event
-of its class, for which no other detection stands, is heard for half of the shorter of the two. Nothing is chosen: it
-is the recommended recipe, as many epochs as are asked for, and the default threshold.
+The steps of docs/own_recordings.md: pre-training on recordings, fine-tuning on all that is labelled, detections. The
+recordings are background, too, with the clips of folds 2 to 5 in it and a labels.csv that says where; the sixty events
+are clips of fold 1. A detection is right if an event of its class, for which no other detection stands, is heard for
+half of the shorter of the two. Nothing is chosen: it is the recommended recipe, as many epochs as are asked for, and
+the default threshold.
 """
 
 import csv
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,9 +18,10 @@ from pathlib import Path
 
 from measuring import REPOSITORY, ratio_line, run
 
-RATE, SECONDS, EVENTS = 44100, 3600, 60
-CLIP = 5  # s
-BACKGROUND, QUIETER_DB = "background", 20  # than the events
+RATE, EVENTS, CLIP = 44100, 60, 5  # s
+SPACE, SPACE_IN_THE_HOUR = 15, 60  # s, for each clip
+CLIPS_A_FILE = 20
+BACKGROUND, LOUDER_DB = "background", 20  # than the background are the events
 
 
 def noise(random, seconds: float):
@@ -35,44 +36,37 @@ def noise(random, seconds: float):
     return (sound * swell / np.sqrt(np.mean(sound**2))).astype("float32")
 
 
-def make_recordings(clips, folder: Path, random) -> None:
-    """The labelled clips of all folds but the first, and as much background as there are clips of a class."""
-    import soundfile
-
-    rows = ["file_name,label"]
-    names = clips.features["label"].names
-    for row in clips.filter(lambda fold: fold != 1, input_columns="fold"):
-        source = Path(row["audio"]["path"])
-        shutil.copy(source, folder / source.name)
-        rows.append(f"{source.name},{names[row['label']]}")
-    for number in range((len(rows) - 1) // len(names)):
-        soundfile.write(folder / f"background-{number}.wav", 0.03 * noise(random, CLIP), RATE)
-        rows.append(f"background-{number}.wav,{BACKGROUND}")
-    (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
-
-
-def plant(clips, path: Path, random) -> list[tuple[str, float, float]]:
-    """Writes an hour of background with clips of the first fold in it: (label, start, end) of each."""
+def plant(clips, path: Path, space: int, random) -> list[tuple[str, float, float]]:
+    """Writes a recording of background with a clip in each `space` (s), at random: (label, start, end) of each."""
     import numpy as np
     import soundfile
 
     from datasets_scripts import decode_audio
 
-    hour, events = noise(random, SECONDS), []
-    held_out = clips.filter(lambda fold: fold == 1, input_columns="fold")
-    chosen = random.permutation(len(held_out))[:EVENTS].tolist()
-    for number, clip in enumerate(chosen):
-        samples, rate = decode_audio(held_out[clip]["audio"])
+    names, recording, events = clips.features["label"].names, noise(random, space * len(clips)), []
+    for number, row in enumerate(clips):
+        samples, rate = decode_audio(row["audio"])
         assert rate == RATE
         heard = np.flatnonzero(np.abs(samples[0]) > 1e-4)  # without the silence that clips are filled up with
         sound = samples[0, heard[0] : heard[-1] + 1]
-        sound = sound * (10 ** (QUIETER_DB / 20) / np.sqrt(np.mean(sound**2)))
-        start = round((number + random.uniform(0.1, 0.8)) * SECONDS / EVENTS * RATE)
-        hour[start : start + len(sound)] += sound
-        label = held_out.features["label"].names[held_out[clip]["label"]]
-        events.append((label, start / RATE, (start + len(sound)) / RATE))
-    soundfile.write(path, hour * (0.9 / np.abs(hour).max()), RATE)
+        sound = sound * (10 ** (LOUDER_DB / 20) / np.sqrt(np.mean(sound**2)))
+        start = round((number * space + CLIP + random.uniform(0, space - 2 * CLIP)) * RATE)
+        recording[start : start + len(sound)] += sound
+        events.append((names[row["label"]], start / RATE, (start + len(sound)) / RATE))
+    soundfile.write(path, recording * (0.9 / np.abs(recording).max()), RATE)
     return events
+
+
+def make_recordings(clips, folder: Path, random) -> None:
+    """Labelled recordings of twenty clips each, with as many stretches of background as there are clips of a class."""
+    rows = ["file_name,start,end,label"]
+    for number, first in enumerate(range(0, len(clips), CLIPS_A_FILE)):
+        own = clips.select(range(first, min(len(clips), first + CLIPS_A_FILE)))
+        for event, (label, start, end) in enumerate(plant(own, folder / f"{number}.wav", SPACE, random)):
+            rows.append(f"{number}.wav,{start:.3f},{end:.3f},{label}")
+            if event % len(clips.features["label"].names) == 0:
+                rows.append(f"{number}.wav,{event * SPACE},{event * SPACE + CLIP},{BACKGROUND}")
+    (folder / "labels.csv").write_text("\n".join(rows) + "\n")
 
 
 def matched(events: list[tuple[str, float, float]], detections: list[tuple[str, float, float]]) -> int:

@@ -588,6 +588,7 @@ def pretext(tmp_path, batch_size, accumulation, num_clips=8, training=False, row
         cache_gigabytes=1.0,
         dataloader_num_workers=0,
         memory_format="auto",
+        num_threads=1,
         clip_seconds=0.1,
         audio_channels=1,
         num_train_epochs=2,
