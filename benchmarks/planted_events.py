@@ -93,8 +93,10 @@ def find(clips, folder: Path, seed: int, epochs: int) -> dict[str, float]:
     random = np.random.default_rng(seed)
     recordings, hour, found = folder / "recordings", folder / "hour.wav", folder / "detections.csv"
     recordings.mkdir(parents=True)
-    make_recordings(clips, recordings, random)
-    events = plant(clips, hour, random)
+    clips = clips.select(random.permutation(len(clips)))
+    make_recordings(clips.filter(lambda fold: fold != 1, input_columns="fold"), recordings, random)
+    held_out = clips.filter(lambda fold: fold == 1, input_columns="fold")
+    events = plant(held_out.select(range(EVENTS)), hour, SPACE_IN_THE_HOUR, random)
     common = [
         "--recipe",
         "recommended",
@@ -106,16 +108,8 @@ def find(clips, folder: Path, seed: int, epochs: int) -> dict[str, float]:
         "none",
     ]
     started = time.perf_counter()
-    command(
-        "train_npid.py",
-        *common,
-        "--num_train_epochs",
-        epochs,
-        "--knn_interval",
-        epochs,
-        "--output_dir",
-        folder / "npid",
-    )
+    length = ["--windows", "--num_train_epochs", epochs, "--knn_interval", epochs]
+    command("train_npid.py", *common, *length, "--output_dir", folder / "npid")
     start_from = ["--model_name_or_path", folder / "npid", "--fold", "none", "--output_dir", folder / "mine"]
     command("train_classification.py", *common, *start_from)
     command("-m", "dls_sounds", "predict", hour, "--model", folder / "mine", "--overlap", 0.5, "--output", found)
@@ -144,4 +138,4 @@ def measure(args) -> list[dict]:
 
 
 if __name__ == "__main__":
-    run(measure, esc10=("ESC-10", "the 400 real clips"), epochs=(60, "of the pre-training"), seeds=3)
+    run(measure, esc10=("ESC-10", "the 400 real clips"), epochs=(60, "of the pre-training"), seeds=2)

@@ -3,8 +3,8 @@
     python benchmarks/run_all.py --esc10 /data/ESC-10
     python benchmarks/run_all.py --report       # only the documents, from the CSVs
 
-Without ESC-10 the generated corpus is used. The tables of those that take longer, or measure something else (precision,
-memory_bank, load_corpora, planted_events), are written from the CSVs that are there.
+Without ESC-10 the generated corpus is used. The tables of those that take longer, or measure something else
+(precision, memory_bank, load_corpora, planted_events), are written from the CSVs that are there.
 """
 
 import argparse
