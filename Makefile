@@ -53,7 +53,7 @@ style: $(BIN)/.installed
 	$(BIN)/ruff check --fix $(CODE)
 	$(BIN)/ruff format $(CODE)
 
-# About an hour, with the machine to itself. `make benchmark ESC10=/data/ESC-10` measures on real sounds.
+# Of speed, with the machine to itself; takes a while. `make benchmark ESC10=/data/ESC-10` measures on real sounds.
 benchmark: $(BIN)/.installed
 	$(BIN)/python benchmarks/run_all.py $(if $(ESC10),--esc10 $(ESC10))
 

@@ -3,8 +3,8 @@
     python benchmarks/run_all.py --esc10 /data/ESC-10
     python benchmarks/run_all.py --report       # only the documents, from the CSVs
 
-Without ESC-10 the generated corpus is used. The tables of those that take longer, or measure something else
-(precision, memory_bank, load_corpora, planted_events), are written from the CSVs that are there.
+Without ESC-10 the generated corpus is used. The tables of those that take longer, or measure something else (memory,
+long_recordings, precision, memory_bank, load_corpora, planted_events), are written from the CSVs that are there.
 """
 
 import argparse
@@ -24,8 +24,6 @@ BENCHMARKS = (
     "search",
     "prediction",
     "pretraining",
-    "memory",
-    "long_recordings",
 )
 DOCUMENTS = [REPOSITORY / "docs" / name for name in ("speed.md", "scaling.md", "datasets.md", "own_recordings.md")]
 MARKED = re.compile(r"(<!-- (\w+)\.csv -->\n).*?(<!-- end -->)", re.DOTALL)
