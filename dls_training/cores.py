@@ -136,7 +136,7 @@ class Meeting:
 class BatchNormOfAllParts(torch.autograd.Function):
     """Batch norm in training over a batch of which every process has a part.
 
-    The same passes over memory as torch's own: those of evaluation, with statistics that have been exchanged.
+    By torch's own kernels, with statistics that have been exchanged; backward, one pass corrects what they know not.
     """
 
     @staticmethod
@@ -246,7 +246,7 @@ class BackboneOnCores:
             for module in (self.backbone, *self.norms()) if self.parts > 1 else ():
                 module.__dict__.pop("forward", None)
             self.processes, self.connections, self.inputs, self.gradients = [], [], [], []
-            self.meeting = None
+            self.meeting, self.in_backward, self.has_all_gradients = None, False, True
 
     def forward(self, input_values: torch.Tensor, output_hidden_states: bool | None = None, **kwargs):
         """The backbone's, for all clips at once: `pooler_output` alone, where it is computed in parts."""

@@ -12,6 +12,7 @@ from corpora_trees import write_table
 from datasets_scripts import ClipIdentities, corpus_report, cut_into_windows, decode_audio, load_corpus
 from datasets_scripts.errors import AudioError, CorpusError
 from datasets_scripts.windows import MIN_NEW_SHARE
+from modeling_dls import feature_extraction_esresnet
 
 RATE = 8000
 
@@ -151,3 +152,8 @@ def test_embedded_sound_is_not_copied(recordings):
     assert not windows.cache_files, "nothing was written"
     assert windows[5]["audio"]["bytes"] == content
     assert windows.remove_columns("audio")[0]["source_id"] == "7.ogg"
+
+
+def test_a_published_model_and_a_corpus_agree_when_a_last_window_is_worth_it():
+    """A checkpoint's code is by itself, and has the number once more."""
+    assert feature_extraction_esresnet.MIN_NEW_SHARE == MIN_NEW_SHARE
