@@ -156,7 +156,7 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
 
 
 def parts_of_a_batch(settings: TrainingSettings, accelerator: Accelerator) -> int:
-    """In how many processes `BackboneOnCores` computes a batch; on Linux it follows from --num_threads and the batch."""
+    """In how many processes `BackboneOnCores` computes a batch: on Linux, by --num_threads and the batch alone."""
     # macOS has fork, but its libraries do not survive it, and a daemon may not fork. Of several processes, each has a
     # part already.
     may_fork = sys.platform.startswith("linux") and not multiprocessing.current_process().daemon
