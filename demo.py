@@ -24,7 +24,8 @@ PRETRAINING = ["--recipe", "recommended", "--num_train_epochs", "60", "--knn_int
 # A new classifier and all layers, so that both arms show how fast they learn; the recipe's closed form would be there
 # at once.
 FINE_TUNING = [
-    "--recipe", "recommended", "--classifier_init", "random", "--no-freeze_batch_norm", "--learning_rate", "2.5e-4",
+    "--recipe", "recommended", "--classifier_init", "random", "--no-freeze_batch_norm", "--precise_bn",
+    "--learning_rate", "2.5e-4",
     "--fold", "1", "--labels_per_class", "8", "--num_train_epochs", "10", "--report_to", "none",
 ]  # fmt: skip
 

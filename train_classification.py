@@ -16,6 +16,7 @@ import json
 import logging
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,7 @@ from datasets_scripts.command_line import run_command
 from datasets_scripts.files import files_moved_into_place, write_json
 from dls_training.checkpoints import claim_output_dir
 from dls_training.clips import ClipStore
-from dls_training.closed_form import start_from_ridge
+from dls_training.closed_form import batch_norm_statistics, estimate_batch_norm_statistics, start_from_ridge
 from dls_training.folds import RESULTS_FILE, Fold, LabelledCorpus, check_layout, make_fold
 from dls_training.input_pipeline import (
     ViewMaker,
@@ -71,6 +72,7 @@ class FoldRun:
             None if fold.test is None else accelerator.prepare(evaluation_loader(store, fold.test, settings))
         )
         self.held_out: dict | None = None  # of the newest evaluation
+        self.precise_statistics: dict[str, torch.Tensor] = {}  # batch norm's, which go with the newest evaluation
 
     def save_model(self, folder: Path | None) -> None:
         if folder is None:  # the main process has everything
@@ -91,7 +93,31 @@ class FoldRun:
 
         return self.loop.optimize(batch, clip_losses)
 
-    def evaluate(self, epoch: int = 0, is_last: bool = False) -> dict[str, float]:
+    def evaluate(self, epoch: int, is_last: bool = False) -> dict[str, float]:
+        """Accuracy on the held-out fold after an epoch; nothing where nothing is held out.
+
+        With --precise_bn, what is scored has the statistics that it would be saved with, and `running_accuracy` is
+        what the running ones give. Training goes on with these.
+        """
+        if not self.settings.precise_bn or not epoch:
+            return self.score()
+        running = {f"running_{name}": value for name, value in self.score().items()}
+        statistics = batch_norm_statistics(self.model)
+        estimate_batch_norm_statistics(self.model, self.passes(), self.accelerator)
+        self.precise_statistics = batch_norm_statistics(self.model)
+        found = self.score()
+        self.model.load_state_dict(statistics, strict=False)
+        return found | running
+
+    @torch.no_grad()
+    def passes(self) -> Iterator[None]:
+        """Sends the training clips through the backbone, with the views and in the batches of the first epoch."""
+        self.loop.loader.set_epoch(0)
+        for batch in self.loop.loader:
+            with self.accelerator.autocast():
+                yield self.model.esresnet(self.make_views(batch))
+
+    def score(self) -> dict[str, float]:
         """Accuracy on the held-out fold, of which `held_out` then has all metrics and, of its clips in order, `labels`
         and `features`. Means over a clip's windows count: the prediction is the class of the largest probability.
         Nothing where nothing is held out.
@@ -120,11 +146,12 @@ class FoldRun:
         if self.settings.classifier_init == "ridge" and not history:
             from_scratch = self.settings.init == "scratch"
             start_from_ridge(self.model, self.loop.loader, self.make_views, self.accelerator, from_scratch)
-            history.append({"epoch": 0, "step": 0, **self.evaluate(), "seconds": self.loop.seconds})
+            history.append({"epoch": 0, "step": 0, **self.evaluate(0), "seconds": self.loop.seconds})
             logger.info(f"{self.loop.log_prefix}before training: {describe(history[0])}")
         self.loop.train(self.step, self.evaluate)
         if self.held_out is None:  # everything was done before this process began
-            self.evaluate()
+            self.evaluate(self.loop.progress.epoch)
+        self.model.load_state_dict(self.precise_statistics, strict=False)
         return self.results()
 
     def results(self) -> dict:
@@ -137,6 +164,11 @@ class FoldRun:
             measured = {
                 **({"accuracy_at_start": start[0]["accuracy"]} if start else {}),
                 "accuracy_per_epoch": [entry["accuracy"] for entry in epochs],
+                **(
+                    {"running_accuracy_per_epoch": [entry["running_accuracy"] for entry in epochs]}
+                    if self.precise_statistics
+                    else {}
+                ),
                 "confusion_matrix": self.held_out["confusion_matrix"],
             }
         return measured | {
@@ -189,7 +221,7 @@ def arm_of(init: str, config: ESResNetConfig, parent: Record) -> str:
 def over_folds(folds: dict[int, dict], names: list[str]) -> dict:
     """Means and standard deviations of what was measured in each fold, and the confusion of all held-out clips."""
     found = {}
-    for curve in ("accuracy_per_epoch", "accuracy_at_start"):
+    for curve in ("accuracy_per_epoch", "running_accuracy_per_epoch", "accuracy_at_start"):
         if all(curve in fold for fold in folds.values()):
             by_fold = np.array([fold[curve] for fold in folds.values()])
             found |= {f"mean_{curve}": by_fold.mean(axis=0).tolist(), f"std_{curve}": by_fold.std(axis=0).tolist()}

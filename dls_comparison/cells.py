@@ -182,6 +182,8 @@ def measured(results: dict) -> dict:
         found["epochs"] = list(range(0 if start else 1, len(runs[0]["accuracy_per_epoch"]) + 1))
         for name in ("accuracy", "seconds"):
             found[name] = [([run[f"{name}_at_start"]] if start else []) + run[f"{name}_per_epoch"] for run in runs]
+        if "running_accuracy_per_epoch" in runs[0]:
+            found["running_accuracy"] = [run["running_accuracy_per_epoch"] for run in runs]
     elif history := [entry for entry in results.get("history", []) if "knn_accuracy" in entry]:
         found = {name: results[name] for name in ("clips", "excluded_folds", "knn")}
         found["epochs"] = [entry["epoch"] for entry in history]

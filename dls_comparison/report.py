@@ -10,7 +10,7 @@ from hub_cards.card import TEMPLATES, markdown_table
 
 from . import tables
 from .cells import CellStore
-from .outcomes import FIRST_EPOCHS, RESAMPLES, curves, gather
+from .outcomes import FEWEST_FOR_INTERVAL, FIRST_EPOCHS, curves, gather
 from .running import duration
 
 
@@ -42,7 +42,7 @@ def write_report(store: CellStore) -> None:
         machines=tables.machines(results),
         circumstances=tables.differences_in_circumstances(results),
         first_epochs=FIRST_EPOCHS,
-        resamples=RESAMPLES,
+        fewest=FEWEST_FOR_INTERVAL,
     )
     with files_moved_into_place(folder) as unfinished:
         (unfinished / "README.md").write_text(text, encoding="utf-8")

@@ -15,11 +15,12 @@ TEXTS = {
     "command", "key",
 }  # fmt: skip
 # What is no text is JSON: accuracy and seconds are lists over folds of lists over `epochs`, of which 0 is before any
-# step. An empty field is something that a cell of this kind does not have.
+# step; `running_accuracy`, of --precise_bn, begins with epoch 1. An empty field is something that a cell of this kind
+# does not have.
 COLUMNS = (
     "cell", "kind", "pretraining", "arm", "setting", "change", "seed", "fold", "starts_from", "wall_seconds", "epochs",
-    "folds", "test_clips", "test_clips_heard_in_pretraining", "accuracy", "seconds",
-    "clips", "excluded_folds", "knn", "knn_accuracy",
+    "folds", "test_clips", "test_clips_heard_in_pretraining", "accuracy", "running_accuracy",
+    "seconds", "clips", "excluded_folds", "knn", "knn_accuracy",
     "hardware", "threads", "precision", "commit", "versions", "command", "key", "network", "options",
 )  # fmt: skip
 csv.field_size_limit(1 << 30)  # the default is less than the epochs of a long run take

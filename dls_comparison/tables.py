@@ -13,12 +13,15 @@ from .plan import SCRATCH, Plan
 
 def of_setting(plan: Plan, name: str, arms: dict[str, Runs], cells: dict[str, dict]) -> dict:
     """What the report says of a fine-tuning setting: lists of rows with the same keys, by what they tell."""
+    running = {arm: runs.running for arm, runs in arms.items() if runs.running_accuracy.size}
     return {
         "name": name,
         "options": plan.settings[name],
         "accuracy": accuracy_rows(arms),
         "baseline": baseline(plan, arms).label,
         "differences": difference_rows(plan, arms),
+        "running_accuracy": accuracy_rows(running),
+        "running_differences": difference_rows(plan, running) if running else [],
         "closed_form": closed_form_rows(arms),
         "seconds": seconds_rows(arms, plan.target, cells),
     }
@@ -60,7 +63,7 @@ def difference_rows(plan: Plan, arms: dict[str, Runs]) -> list[dict]:
         row = {
             "arm": runs.label,
             "difference": f"{mean:+.3f}" if seeds else "no seed in common",
-            "95 % interval": f"{low:+.3f} to {high:+.3f}" if math.isfinite(low) else "one run only",
+            "95 % interval": f"{low:+.3f} to {high:+.3f}" if math.isfinite(low) else "too few seeds or folds",
             "seeds × folds": f"{seeds} × {folds}",
         }
         if epoch:

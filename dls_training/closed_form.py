@@ -117,6 +117,16 @@ def start_from_ridge(
     model.classifier.bias.copy_(bias)
 
 
+def batch_norm_statistics(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies of the running means and variances and the counts of batches, by their names in the state dict."""
+    return {
+        f"{name}.{key}": value.clone()
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        for key, value in module.named_buffers()
+    }
+
+
 def estimate_batch_norm_statistics(model: torch.nn.Module, passes: Iterable, accelerator: Accelerator) -> None:
     """Sets batch norm's statistics to the mean over some batches.
 

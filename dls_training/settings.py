@@ -347,6 +347,11 @@ bf16 where the processor computes in it, because that is faster.
         False, flag,
         help="keep the batch-norm statistics of the pre-training: batches of a few labelled clips estimate them badly",
     )  # fmt: skip
+    precise_bn: bool = option(
+        False, flag,
+        help="estimate batch-norm statistics anew on the training clips after each epoch (PreciseBN): these are "
+        "scored and saved; the accuracy with the running ones, which lag behind in the first epochs, stands beside",
+    )  # fmt: skip
     classifier_init: str = option(
         "random", one_of("random", "ridge"),
         help="ridge: start from a closed-form classifier, ridge regression on the features of the network as it is; "
@@ -368,6 +373,9 @@ bf16 where the processor computes in it, because that is faster.
                 "--freeze_batch_norm needs statistics: of a pre-training (--init pretrained), or those that "
                 "--classifier_init ridge takes of the training clips"
             )
+        if self.precise_bn and (self.freeze_batch_norm or self.freeze_backbone):
+            kept = "--freeze_backbone" if self.freeze_backbone else "--freeze_batch_norm"
+            raise UserError(f"--precise_bn estimates the statistics that {kept} keeps: leave one of them out")
         if self.fold == "all" and self.resume_from_checkpoint not in (None, "latest"):
             raise UserError("--resume_from_checkpoint DIR is of one fold: name it with --fold N, or give latest")
         if len(self.corpus) > 1:

@@ -26,6 +26,7 @@ import reproduce
 from datasets_scripts.command_line import run_command
 from datasets_scripts.errors import UserError
 from dls_comparison import running
+from dls_comparison.outcomes import interval
 from dls_comparison.plan import read_plan
 from dls_comparison.results import add_result, read_results
 
@@ -506,6 +507,8 @@ def made_up(cell, random: np.random.Generator) -> dict:
             [round(80 * (level + random.uniform(0, 0.1 * i))) / 80 for i in range(EPOCHS)] for _ in folds
         ]  # fmt: skip
         seconds = [np.cumsum(random.uniform(5, 9, EPOCHS)).tolist() for _ in folds]
+    if cell.facts["arm"] in ("scratch", "dls") and cell.facts["setting"] == "default":
+        result["running_accuracy"] = [[random.integers(80) / 80 for _ in range(EPOCHS)] for _ in folds]
     return result | {"accuracy": accuracy, "seconds": seconds}
 
 
@@ -563,7 +566,6 @@ def test_differences_are_paired(reported):
     rows = {row["arm"]: row for row in table((folder / "README.md").read_text(), "Accuracy less that")}
     scratch = fold_results(cells, "default", "scratch")
     means = [np.mean([run["accuracy"][epoch] for run in scratch.values()]) for epoch in range(EPOCHS)]
-    random = np.random.default_rng(77)
     for arm, seeds in SEEDS.items():
         if arm == "scratch":
             continue
@@ -574,16 +576,50 @@ def test_differences_are_paired(reported):
             for f in FOLDS
         }
         assert float(row["difference"]) == pytest.approx(sum(early.values()) / len(early), abs=6e-4)
-        draws = []
-        for _ in range(4000):
-            drawn_seeds, drawn_folds = random.choice(seeds, len(seeds)), random.choice(FOLDS, len(FOLDS))
-            draws.append(np.mean([early[s, f] for s in drawn_seeds for f in drawn_folds]))
-        interval = [float(end) for end in row["95 % interval"].split(" to ")]
-        assert interval == pytest.approx(np.percentile(draws, [2.5, 97.5]), abs=0.004)
+        if len(seeds) == 2:
+            assert row["95 % interval"] == "too few seeds or folds"
+        else:
+            ends = [float(end) for end in row["95 % interval"].split(" to ")]
+            table_of = np.array([[early[s, f] for f in FOLDS] for s in seeds])
+            assert ends == pytest.approx(interval(table_of), abs=6e-4)
         reached = np.mean([runs[s, f]["accuracy"][2] for s in seeds for f in FOLDS])
         assert row["accuracy after epoch 3"] == f"{reached:.3f}"
         first = next((str(epoch) for epoch, mean in enumerate(means, 1) if mean >= reached), "not within 6")
         assert row["which “scratch” reaches after epoch"] == first
+
+
+def test_running_statistics_stand_beside(reported):
+    """In tables of their own, for each arm and each difference."""
+    folder, cells = reported
+    report = (folder / "README.md").read_text().partition("## default")[2].partition("\n## ")[0]
+    beside = report.partition("**The same weights with the running statistics of training**")[2]
+    rows = {row["arm"]: row for row in table(beside, "")}
+    running = {
+        arm: np.mean(
+            [cells[f"finetune.default.{arm}.seed{seed}"]["running_accuracy"] for seed in (0, 1, 2)], axis=(0, 1)
+        )
+        for arm in ("scratch", "dls")
+    }
+    assert rows["DLS"]["epoch 1"].startswith(f"{running['dls'][0]:.3f} ±")
+    assert rows["scratch"]["epoch 6 (last)"].startswith(f"{running['scratch'][-1]:.3f} ±")
+    differences = {row["arm"]: row for row in table(beside, "| arm | difference")}
+    early = np.mean(running["dls"][:3]) - np.mean(running["scratch"][:3])
+    assert float(differences["DLS"]["difference"]) == pytest.approx(early, abs=6e-4)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 5), (5, 5)])
+def test_interval_covers_what_it_says(shape):
+    """Simulated: whether runs differ by seeds, by folds, by both, or by neither, 95 % or more contain the truth."""
+    random, (seeds, folds), trials = np.random.default_rng(0), shape, 2000
+    for by_seed, by_fold in ((0, 0), (1, 0), (0, 1), (1, 1), (3, 0.3), (0.3, 3)):
+        draws = random.standard_normal((trials, *shape))
+        draws += by_seed * random.standard_normal((trials, seeds, 1)) + by_fold * random.standard_normal(
+            (trials, 1, folds)
+        )
+        ends = np.array([interval(values) for values in draws])
+        covered = np.mean((ends[:, 0] <= 0) & (ends[:, 1] >= 0))
+        assert covered > 0.95 - 3 * np.sqrt(0.95 * 0.05 / trials), (by_seed, by_fold)
+        assert covered < 0.998, "an interval that always covers says nothing"
 
 
 def test_without_scratch_the_first_arm_is_what_others_are_compared_with(reported, tmp_path):

@@ -120,6 +120,51 @@ def test_killed_within_and_between_folds(options, pretrained, all_folds, tmp_pat
         assert results_of(tmp_path / "run")[key] == results_of(all_folds)[key]
 
 
+def test_precise_batch_norm(options, sound_folder, tmp_path):
+    """What is scored has the statistics that are saved; the running ones are scored beside, and trained on with."""
+    common = [*options, "--fold", "2", "--learning_rate", "1e-3", "--augmentation", "spectrogram"]
+    command = [*common, "--precise_bn", "--output_dir", tmp_path / "precise"]
+    with Forked(tmp_path / "log", train, "train_classification.py", command) as process:
+        process.wait_for((tmp_path / "precise" / "fold-2" / "checkpoint-3").exists)
+    succeed("train_classification.py", *command, "--resume_from_checkpoint", "latest")
+    succeed("train_classification.py", *common, "--output_dir", tmp_path / "running")
+    found, running = results_of(tmp_path / "precise"), results_of(tmp_path / "running")
+    assert found["folds"]["2"]["running_accuracy_per_epoch"] == running["folds"]["2"]["accuracy_per_epoch"]
+    assert found["mean_running_accuracy_per_epoch"] == running["mean_accuracy_per_epoch"]
+    test = train_test_folds(load_corpus("audiofolder", sound_folder), 2)[1]
+    assert accuracy_clip_by_clip(tmp_path / "precise", test) == found["mean_accuracy_per_epoch"][-1]
+    precise, lagging = (load_file(tmp_path / name / "model.safetensors") for name in ("precise", "running"))
+    differing = {key.rpartition(".")[2] for key in precise if not torch.equal(precise[key], lagging[key])}
+    assert differing <= {"running_mean", "running_var", "num_batches_tracked"} and "running_var" in differing
+
+
+def test_precise_batch_norm_is_that_of_all_training_clips(options, sound_folder, tmp_path):
+    """Of a single batch of all of them, the first batch norm's mean is that of what the stem's convolution gives."""
+    common = [*options, "--augmentation_strength", "0", "--augmentation", "spectrogram", "--keep_spectrograms"]
+    command = [*common, "--per_device_train_batch_size", "40", "--num_train_epochs", "1", "--fold", "none"]
+    succeed("train_classification.py", *command, "--precise_bn", "--output_dir", tmp_path / "run")
+    model = AutoModelForAudioClassification.from_pretrained(tmp_path / "run").eval()
+    extractor = AutoFeatureExtractor.from_pretrained(tmp_path / "run")
+    outputs = []
+    stem = model.esresnet.embedder.embedder
+    stem.convolution.register_forward_hook(lambda module, inputs, output: outputs.append(output))
+    for clip in load_corpus("audiofolder", sound_folder):
+        samples, rate = decode_audio(clip["audio"])
+        samples = samples[0] if rate == 44100 else resample(samples, rate)
+        values = extractor(samples, sampling_rate=44100, return_tensors="pt")["input_values"]
+        with torch.no_grad():
+            model(values)
+    mean = torch.cat(outputs).mean(dim=(0, 2, 3))
+    # Half of the clips are played backwards in training, which a convolution with strides notices.
+    torch.testing.assert_close(stem.normalization.running_mean, mean, atol=0.05 * mean.std().item(), rtol=0)
+
+
+def test_precise_batch_norm_has_something_to_do(tmp_path):
+    for kept in ("--freeze_backbone", "--freeze_batch_norm"):
+        message = fail("train_classification.py", "--model_name_or_path", tmp_path, kept, "--precise_bn")
+        assert f"--precise_bn estimates the statistics that {kept} keeps" in message
+
+
 def test_init_scratch_keeps_only_the_settings(options, pretrained, tmp_path):
     """The same network and signal settings as the checkpoint's, other weights: those of a run without checkpoint."""
     checkpoint = shutil.copytree(pretrained, tmp_path / "imagenet")
