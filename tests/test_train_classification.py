@@ -123,9 +123,9 @@ def test_killed_within_and_between_folds(options, pretrained, all_folds, tmp_pat
 def test_precise_batch_norm(options, sound_folder, tmp_path):
     """What is scored has the statistics that are saved; the running ones are scored beside, and trained on with."""
     common = [*options, "--fold", "2", "--learning_rate", "1e-3", "--augmentation", "spectrogram"]
-    command = [*common, "--precise_bn", "--output_dir", tmp_path / "precise"]
+    command = [*common, "--precise_bn", "--checkpointing_steps", "1", "--output_dir", tmp_path / "precise"]
     with Forked(tmp_path / "log", train, "train_classification.py", command) as process:
-        process.wait_for((tmp_path / "precise" / "fold-2" / "checkpoint-3").exists)
+        process.wait_for((tmp_path / "precise" / "checkpoint-4").exists)
     succeed("train_classification.py", *command, "--resume_from_checkpoint", "latest")
     succeed("train_classification.py", *common, "--output_dir", tmp_path / "running")
     found, running = results_of(tmp_path / "precise"), results_of(tmp_path / "running")
