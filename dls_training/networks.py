@@ -14,7 +14,10 @@ from .settings import AS_LONG_AS_CLIPS, TrainingSettings
 logger = logging.getLogger("dls")
 
 USUAL = {"clip_seconds": 5.0, "audio_channels": 1}
-STRUCTURE = ("embedding_size", "hidden_sizes", "depths", "layer_type", "attention", "pooling", "growth_rate")
+STRUCTURE = (
+    "embedding_size", "hidden_sizes", "depths", "layer_type", "attention", "pooling", "growth_rate",
+    "downsample_in_bottleneck",
+)  # fmt: skip
 
 
 def structure(config: ESResNetConfig) -> dict:

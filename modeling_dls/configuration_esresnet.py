@@ -42,6 +42,8 @@ class ESResNetConfig(PretrainedConfig):
         embedding_dim (`int`, defaults to 128): Size of the projection for instance discrimination (d in the paper);
             `embedding_size` is the stem's width, as in transformers' ResNet.
         growth_rate (`int`, *optional*): Channels that each dense layer adds; None builds a ResNet.
+        downsample_in_bottleneck (`bool`, defaults to `False`): Whether bottlenecks stride in the 1x1 convolution,
+            as in He et al.'s first ResNets, and not in the 3x3 convolution, as in ESResNet (v1.5).
         initial_weights (`str`, *optional*): Where the weights came from before they were trained on sounds:
             `"imagenet"`; None means that they were random.
 
@@ -77,6 +79,7 @@ class ESResNetConfig(PretrainedConfig):
         pooling="mean",
         embedding_dim=128,
         growth_rate=None,
+        downsample_in_bottleneck=False,
         initial_weights=None,
         **kwargs,
     ):
@@ -107,9 +110,9 @@ class ESResNetConfig(PretrainedConfig):
         self.embedding_dim = embedding_dim
         self.growth_rate = growth_rate
         self.initial_weights = initial_weights
-        # transformers' ResNetStage reads these; ESResNet has the v1.5 layout: the stride is in the 3x3 convolution.
+        # transformers' ResNetStage reads these two.
         self.downsample_in_first_stage = False
-        self.downsample_in_bottleneck = False
+        self.downsample_in_bottleneck = downsample_in_bottleneck
         kwargs["auto_map"] = AUTO_MAP | (kwargs.get("auto_map") or {})
         super().__init__(**kwargs)
 

@@ -2,6 +2,7 @@
 
     python -m modeling_dls.convert_esresnet_checkpoint SOURCE OUTPUT_DIR [--labels FILE] [--n_fft ...]
     python -m modeling_dls.convert_esresnet_checkpoint SOURCE OUTPUT_DIR [--preset NAME] [--no_attention] [--seed N]
+        [--allow_partial] [--downsample_in_bottleneck]
 
 SOURCE is a .pt, .pth, .bin or .safetensors file, or a folder with a model.safetensors. Which network it holds, how
 deep and wide, and the original's attention and number of classes are read from names and shapes; the signal settings
@@ -11,6 +12,9 @@ From ImageNet weights, the classifier is dropped: what is left is a start for `-
 script, which adds its own head. The attention starts randomly, as ESResNet's does on ImageNet weights: gates around a
 half (standard deviation 0.2 in training) dampen the features that they were trained for and roughen them. Where these
 are to stay as they are, as for `--freeze_backbone`, there is `--no_attention`.
+Of a ResNet whose last stages are missing, `--allow_partial` takes the others; the rest starts randomly and is named.
+He et al.'s first ResNets (v1) have a stage's stride in its first 1x1 convolution, which a file in torchvision's names
+does not tell: `--downsample_in_bottleneck`.
 ImageNet's networks have learned from pictures with a mean of about 0 and a standard deviation of about 1, and their
 first batch norm expects them: their spectrograms are standardised, while the original ESResNet takes plain decibels.
 """
@@ -51,6 +55,8 @@ DENSENET_NAMES = (
     (r"^stages\.(\d)\.dense\.block\.", lambda m: f"features.denseblock{int(m[1]) + 1}."),
     (r"\.normalization\.", "."),
 )
+# Layers in each stage of the ResNets that there are weights for: what the first stages are followed by.
+RESNET_DEPTHS = [2, 2, 2, 2], [3, 4, 6, 3], [3, 4, 23, 3], [3, 8, 36, 3]
 # What the original alone has.
 ORIGINAL_MARK = r"att\d\.|classifier\.|window$"
 
@@ -155,8 +161,12 @@ def convert_state_dict(
     return {name: state[their] for name, their in theirs.items() if their in state}
 
 
-def find_layout(state: dict) -> ImageNetLayout | None:
+def find_layout(state: dict, allow_partial: bool = False) -> ImageNetLayout | None:
     """In whose names an ImageNet network is; None if it is none, but, as far as names tell, the original ESResNet.
+
+    Args:
+        state: Parameter name -> tensor.
+        allow_partial: Whether the classifier, too, may be missing, by which a ResNet is told from the original.
 
     Raises:
         ConversionError: if the names are of several kinds.
@@ -166,7 +176,7 @@ def find_layout(state: dict) -> ImageNetLayout | None:
         kinds = "; ".join(f"{layout.network}: {name}" for layout, name in found.items())
         raise ConversionError(f"mixes the names of several networks ({kinds})")
     layout = next(iter(found), None)
-    is_imagenets = "fc.weight" in state and not any(re.match(ORIGINAL_MARK, name) for name in state)
+    is_imagenets = (allow_partial or "fc.weight" in state) and not any(re.match(ORIGINAL_MARK, name) for name in state)
     return None if layout is TORCHVISION_RESNET and not is_imagenets else layout
 
 
@@ -196,13 +206,34 @@ def network_settings(layout: ImageNetLayout, state: dict) -> dict:
     return settings | {"hidden_sizes": widths, "layer_type": layer_type}
 
 
-def check_transformers_config(path: Path) -> None:
-    """What shapes do not tell: whether a ResNet has its strides and its activation where an ESResNet has them.
+def with_missing_stages(settings: dict) -> dict:
+    """A ResNet's settings, completed by those of the network whose first stages these are.
+
+    Raises:
+        ConversionError: if there is no such network, or more than one.
+    """
+    depths, widths = settings["depths"], settings["hidden_sizes"]
+    found = [whole for whole in RESNET_DEPTHS if whole[: len(depths)] == depths]
+    if len(found) != 1:
+        raise ConversionError(
+            f"stages of {depths} layers are the beginning of {len(found)} known ResNets: --allow_partial cannot tell "
+            "what follows"
+        )
+    missing = len(found[0]) - len(depths)
+    widths = [*widths, *(widths[-1] * 2 ** (stage + 1) for stage in range(missing))]
+    return settings | {"depths": found[0], "hidden_sizes": widths}
+
+
+def check_transformers_config(path: Path) -> bool:
+    """What shapes do not tell: whether a ResNet has its first stride and its activation where an ESResNet has them.
+
+    Returns:
+        Whether later strides are in the 1x1 convolution.
 
     Raises:
         ConversionError: naming the settings, if it has not; or if this is no configuration.
     """
-    wanted = {"downsample_in_first_stage": False, "downsample_in_bottleneck": False, "hidden_act": "relu"}
+    wanted = {"downsample_in_first_stage": False, "hidden_act": "relu"}
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         differing = [f"{name} is {config[name]}" for name in wanted if config.get(name, wanted[name]) != wanted[name]]
@@ -210,6 +241,7 @@ def check_transformers_config(path: Path) -> None:
         raise ConversionError(f"{path.name} is no configuration: {error}") from error
     if differing:
         raise ConversionError(f"{path.name} describes another network than an ESResNet: {', '.join(differing)}")
+    return bool(config.get("downsample_in_bottleneck", False))
 
 
 def read_state_dict(source: Path) -> dict:
@@ -285,18 +317,29 @@ def from_original(state: dict, labels: Path | None, signal_settings: dict) -> tu
 
 
 def from_imagenet(
-    state: dict, layout: ImageNetLayout, preset: str | None, attention: bool, seed: int, signal_settings: dict
-) -> tuple:
+    state: dict, layout: ImageNetLayout, preset: str | None, seed: int, allow_partial: bool, network: dict,
+    signal_settings: dict,
+) -> tuple:  # fmt: skip
     """A backbone with ImageNet's weights and, where that is asked for, new attention; its extractor. See `convert`."""
     extractor = ESResNetFeatureExtractor.from_preset(preset or "esresnet50", **signal_settings, do_normalize=True)
-    config = ESResNetConfig(attention=attention, initial_weights="imagenet", **network_settings(layout, state))
+    settings = network_settings(layout, state)
+    stages = len(settings["depths"])
+    if allow_partial and layout is not DENSENET:
+        settings = with_missing_stages(settings)
+    config = ESResNetConfig(initial_weights="imagenet", **network, **settings)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = modeling_dls.ESResNetModel(config)
     # Old files do not count batches, which nothing here depends on.
     optional = rf"{layout.classifier}|.*num_batches_tracked$"
-    backbone = convert_state_dict(state, model, layout.names, optional, layout.network, new=r"attention\.")
+    absent = "|".join(rf"^stages\.{stage}\." for stage in range(stages, len(config.depths)))
+    new = rf"attention\.|{absent}" if absent else r"attention\."
+    backbone = convert_state_dict(state, model, layout.names, optional, layout.network, new)
     model.load_state_dict(backbone, strict=False)
+    if absent:
+        count = sum(tensor.numel() for name, tensor in model.state_dict().items() if re.search(absent, name))
+        names = ", ".join(f"stages.{stage}" for stage in range(stages, len(config.depths)))
+        print(f"not in the file, and random: {names} ({count:,} numbers)")
     return model, extractor
 
 
@@ -307,6 +350,8 @@ def convert(
     preset: str | None = None,
     attention: bool = True,
     seed: int = 0,
+    allow_partial: bool = False,
+    downsample_in_bottleneck: bool = False,
     **signal_settings,
 ):
     """Reads a checkpoint and writes a folder for `from_pretrained`, moved into place when complete.
@@ -317,7 +362,9 @@ def convert(
         labels: Of the original; see `read_labels`.
         preset: With ImageNet weights: whose pictures the extractor makes; None means `"esresnet50"`, at full size.
         attention: With ImageNet weights: whether the network has attention.
-        seed: Of that attention.
+        seed: Of that attention, and of stages that are missing.
+        allow_partial: With a ResNet's weights: whether its last stages may be missing. They start randomly.
+        downsample_in_bottleneck: With a ResNet's weights: see [`ESResNetConfig`]; a transformers folder tells itself.
         **signal_settings: Of [`ESResNetFeatureExtractor`], instead of its defaults or the preset's.
 
     Returns:
@@ -333,17 +380,18 @@ def convert(
     file = source / "model.safetensors" if source.is_dir() else source
     state = read_state_dict(file)
     try:
-        layout = find_layout(state)
-        if layout is None and (preset or not attention):
-            raise ConversionError("no ImageNet weights, which --preset and --no_attention go with")
+        layout = find_layout(state, allow_partial)
+        if layout is None and (preset or not attention or allow_partial or downsample_in_bottleneck):
+            raise ConversionError("no ImageNet weights, which these options go with")
         if layout is not None and labels:
             raise ConversionError("ImageNet weights, whose classes are dropped: leave --labels out")
         if layout is None:
             model, extractor = from_original(state, labels, signal_settings)
         else:
             if (config_file := file.with_name("config.json")).is_file():
-                check_transformers_config(config_file)
-            model, extractor = from_imagenet(state, layout, preset, attention, seed, signal_settings)
+                downsample_in_bottleneck = check_transformers_config(config_file)
+            network = {"attention": attention, "downsample_in_bottleneck": downsample_in_bottleneck}
+            model, extractor = from_imagenet(state, layout, preset, seed, allow_partial, network, signal_settings)
     except ConversionError as error:
         raise ConversionError(f"{file}: {error}") from error
 
@@ -371,6 +419,12 @@ def main(argv: list[str] | None = None) -> int:
     imagenet.add_argument("--preset", help="whose spectrograms the network gets (default: esresnet50, at full size)")
     imagenet.add_argument("--no_attention", dest="attention", action="store_false", help="plain ResNet or DenseNet")
     imagenet.add_argument("--seed", type=int, help="of the attention, which starts randomly (default: 0)")
+    imagenet.add_argument("--allow_partial", action="store_true", help="of a ResNet: its last stages may be missing")
+    imagenet.add_argument(
+        "--downsample_in_bottleneck", action="store_true",
+        help="of a ResNet: strides are in the first 1x1 convolutions (v1), which files in torchvision's names do not "
+        "tell",
+    )  # fmt: skip
     signal = parser.add_argument_group("signal")
     signal.add_argument("--n_fft", type=int, help="FFT length in samples (default: 2048)")
     signal.add_argument("--win_length", type=int, help="window in samples (default: 1654)")

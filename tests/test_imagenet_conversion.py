@@ -84,6 +84,55 @@ def assert_same_features(model, network):
 # --- What comes out ---
 
 
+def test_strides_in_the_first_convolution(tmp_path):
+    """He et al.'s first layout: a transformers folder tells it, a file in torchvision's names does not."""
+    config = ResNetConfig(
+        embedding_size=8, hidden_sizes=WIDTHS, depths=DEPTHS, layer_type="bottleneck", downsample_in_bottleneck=True
+    )
+    source = trained(ResNetForImageClassification(config))
+    assert main([str(save_folder(source, tmp_path)), str(tmp_path / "a"), "--no_attention"]) == 0
+    model = AutoModel.from_pretrained(tmp_path / "a")
+    assert model.config.downsample_in_bottleneck
+    assert_same_features(model, source)
+    (tmp_path / "resnet" / "config.json").unlink()
+    options = ["--no_attention", "--downsample_in_bottleneck"]
+    assert main([str(tmp_path / "resnet"), str(tmp_path / "b"), *options]) == 0
+    assert_same_features(AutoModel.from_pretrained(tmp_path / "b"), source)
+
+
+def test_last_stages_that_are_missing(tmp_path, capsys):
+    """With --allow_partial the first stages' pictures are the source's, the rest is random by the seed, and named."""
+    source = trained(timm.create_model("resnet18"))
+    state = {n: t for n, t in source.state_dict().items() if not n.startswith(("layer4", "fc"))}
+    torch.save(state, tmp_path / "weights.pth")
+    assert_refused(capsys, tmp_path / "weights.pth", "not a complete checkpoint")
+    model = convert(state, tmp_path, "--no_attention", "--allow_partial")
+    assert "not in the file, and random: stages.3 (" in capsys.readouterr().out
+    assert model.config.depths == [2, 2, 2, 2] and model.config.hidden_sizes == [64, 128, 256, 512]
+    pictures = torch.randn(2, 3, 66, 97, generator=torch.Generator().manual_seed(1))
+    ours = model(pictures[:, None], output_hidden_states=True).hidden_states[3][:, 0]
+    theirs = source.layer3(
+        source.layer2(source.layer1(source.maxpool(source.act1(source.bn1(source.conv1(pictures))))))
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+    assert main([str(tmp_path / "weights.pth"), str(tmp_path / "again"), "--no_attention", "--allow_partial"]) == 0
+    again = AutoModel.from_pretrained(tmp_path / "again").state_dict()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in model.state_dict().items())
+    ambiguous = {
+        n: t for n, t in trained(timm.create_model("resnet50")).state_dict().items() if "layer1" in n or "1." in n[:6]
+    }
+    torch.save(ambiguous, tmp_path / "first.pth")
+    assert_refused(capsys, tmp_path / "first.pth", "are the beginning of 3 known ResNets", options=["--allow_partial"])
+
+
+def test_real_weights_of_three_stages(shared_dir, tmp_path, capsys):
+    weights = shared_dir / "data" / "weights" / "resnet50_imagenet_stages_1_to_3.safetensors"
+    assert main([str(weights), str(tmp_path / "out"), "--allow_partial", "--downsample_in_bottleneck"]) == 0
+    config = AutoModel.from_pretrained(tmp_path / "out").config
+    assert (config.embedding_size, config.hidden_sizes, config.depths, config.layer_type) == RESNET50[:4]
+    assert config.initial_weights == "imagenet" and "stages.3" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("make, structure", SOURCES.values(), ids=SOURCES)
 def test_features_and_structure_are_the_sources(make, structure, tmp_path):
     source = trained(make())
@@ -238,7 +287,6 @@ def test_a_folder_without_weights_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize(
     "config, message",
     [
-        ({"downsample_in_bottleneck": True}, "downsample_in_bottleneck is True"),
         ({"downsample_in_first_stage": True}, "downsample_in_first_stage is True"),
         ({"hidden_act": "gelu"}, "hidden_act is gelu"),
         ([], "config.json is no configuration"),
@@ -258,7 +306,12 @@ def test_options_of_the_other_kind_are_refused(small, tmp_path, capsys):
         capsys, tmp_path / "weights.pt", "leave --labels out", options=["--labels", str(tmp_path / "labels.txt")]
     )
     torch.save({"att5.bn.weight": torch.zeros(8)}, tmp_path / "original.pt")
-    for option in (["--no_attention"], ["--preset", "esresnet18"]):
+    for option in (
+        ["--no_attention"],
+        ["--preset", "esresnet18"],
+        ["--allow_partial"],
+        ["--downsample_in_bottleneck"],
+    ):
         assert_refused(capsys, tmp_path / "original.pt", "no ImageNet weights", options=option)
     assert main([str(tmp_path / "weights.pt"), str(tmp_path / "out"), "--preset", "resnet"]) == 2
     assert "unknown preset 'resnet'" in capsys.readouterr().err
