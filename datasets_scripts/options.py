@@ -63,6 +63,13 @@ def whole(low: int, high: int = LARGEST) -> Callable[[Any], int]:
     return lambda value: _within(_number(value, int, "a whole number"), low, high)
 
 
+def whole_numbers(low: int, high: int = LARGEST) -> Callable[[Any], list[int]]:
+    """Reads whole numbers in low..high with commas between, or a list of them."""
+    return lambda value: [
+        whole(low, high)(number) for number in (value.split(",") if isinstance(value, str) else value)
+    ]
+
+
 def real(low: float, high: float = math.inf, below: float = math.inf) -> Callable[[Any], float]:
     """Reads finite numbers in low..high, and below `below`."""
 
@@ -285,6 +292,8 @@ def _words(own: Field, value) -> list[str]:
 def _words_of_one(name: str, value) -> list[str]:
     if isinstance(value, bool):
         return [f"--{name}" if value else f"--no-{name}"]
+    if isinstance(value, list):
+        value = ",".join(map(str, value))
     parts = value if isinstance(value, tuple) else (value,)
     return [] if value is None else [f"--{name}", "=".join(str(part) for part in parts if part is not None)]
 

@@ -108,7 +108,7 @@ class Planner:
         plan.directories = self.read_corpora(directories)
         plan.corpus = top.take("corpus", str)
         top.check_known(plan.corpus, plan.directories, "corpus")
-        self.folds, self.each_fold = self.read_folds()
+        self.folds, self.some_folds = self.read_folds()
         self.starts: dict[str, list[dict[int | None, Cell]]] = {IMAGENET: [{None: self.read_imagenet()}]}
         for name, section in top.sections("pretraining").items():
             self.starts[name] = self.read_pretraining(name, section)
@@ -137,7 +137,7 @@ class Planner:
         return corpora | directories
 
     def read_folds(self) -> tuple[list[int], bool]:
-        """The folds to hold out, as far as they are known, and whether each is to be a cell of its own."""
+        """The folds to hold out, as far as they are known, and whether these are some of the corpus's."""
         from datasets_scripts.loading import CORPORA
 
         if isinstance(self.top.content.get("folds"), list):
@@ -226,11 +226,12 @@ class Planner:
                 section.fail(f"arm {arm} is for seeds {own}, none of which is here", "seeds")
             where = f"{section.where} ({name}), arm {arm}"
             per_fold = source != SCRATCH and None not in self.starts[source][0]
-            folds = self.folds if self.each_fold or per_fold else [None]
+            folds = self.folds if per_fold or (self.some_folds and len(self.folds) == 1) else [None]
+            together = ",".join(map(str, self.folds)) if self.some_folds else "all"
             own_turns = [(turn, seed) for turn, seed in enumerate(seeds) if seed in own]
             for (turn, seed), fold in product(own_turns, folds):
                 words, start = (
-                    [*self.common, *options, "--fold", str(fold or "all")],
+                    [*self.common, *options, "--fold", str(fold or together)],
                     self.start_cell(source, turn, fold),
                 )
                 facts = {"arm": arm, "setting": name, "seed": seed, "fold": fold}

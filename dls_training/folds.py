@@ -131,9 +131,10 @@ class LabelledCorpus:
                 "into others, or train on everything with --fold none"
             )
         folds = [fold for fold in folds if fold]
-        if choice != "all" and choice not in folds:
+        chosen = folds if choice == "all" else [int(number) for number in str(choice).split(",")]
+        if not set(chosen) <= set(folds):
             raise UserError(f"--fold {choice}: {self.name} has folds {', '.join(map(str, folds))}")
-        return folds if choice == "all" else [choice]
+        return chosen
 
 
 def make_folds(labels: np.ndarray, sources: np.ndarray, classes: list[str], corpus: str) -> np.ndarray:
@@ -200,7 +201,7 @@ def make_fold(settings: ClassificationSettings, number: int | None, corpus: Labe
         UserError: if a class is in the held-out fold alone; or if the weights were trained on held-out clips with
             their labels, unless --allow_label_leakage.
     """
-    output_dir = settings.output_dir / f"fold-{number}" if settings.fold == "all" else settings.output_dir
+    output_dir = settings.output_dir / f"fold-{number}" if settings.has_several_folds else settings.output_dir
     train, test = (corpus.clips, None) if number is None else train_test_folds(corpus.clips, number)
     if test is not None and (unheard := set(test["label"][:]) - set(train["label"][:])):
         names = ", ".join(corpus.classes[label] for label in sorted(unheard))
@@ -244,11 +245,11 @@ def facts_of_held_out(settings: ClassificationSettings, number: int, test: Datas
 
 
 def check_layout(settings: ClassificationSettings) -> None:
-    """Raises UserError if a run with --fold all would go on as one with --fold N or none, or the other way round."""
+    """Raises UserError if a run with several folds would go on as one with a single one or none, or vice versa."""
     output_dir = settings.output_dir
     folds = sorted(path for path in output_dir.glob("fold-*") if path.is_dir())
     single = [*output_dir.glob(f"{PREFIX}*"), *output_dir.glob(RESULTS_FILE)]
-    if (folds and settings.fold != "all") or (single and settings.fold == "all"):
+    if single if settings.has_several_folds else folds:
         found = (folds or single)[0].name
         raise UserError(
             f"--output_dir {output_dir} belongs to a different run: --fold is {settings.fold!r}, but {found} is "

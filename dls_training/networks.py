@@ -112,9 +112,12 @@ def make_config(settings: TrainingSettings, **overrides) -> ESResNetConfig:
     Raises:
         UserError: if there is no such checkpoint, or it was made from another preset than --preset, or changed.
     """
-    changes, source = given(settings, "pooling"), settings.model_name_or_path
+    changes, source = given(settings, "pooling", "embedding_size", "hidden_sizes"), settings.model_name_or_path
     if not source:
-        return ESResNetConfig.from_preset(settings.preset, **changes, **overrides)
+        try:
+            return ESResNetConfig.from_preset(settings.preset, **changes, **overrides)
+        except ValueError as error:
+            raise UserError(f"--preset {settings.preset} with {', '.join(changes)} changed: {error}") from error
     try:
         config = ESResNetConfig.from_pretrained(source, **overrides)
     except (OSError, ValueError) as error:

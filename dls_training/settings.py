@@ -19,6 +19,7 @@ from datasets_scripts.options import (
     real,
     text,
     whole,
+    whole_numbers,
 )
 
 # Read by itself: importing its package would import transformers.
@@ -48,8 +49,11 @@ def excluded_fold(value) -> tuple[str | None, int]:
 
 
 def fold_choice(value) -> int | str:
-    """Reads a fold's number, "all" or "none"."""
-    return value if value in ("all", "none") else whole(1)(value)
+    """Reads a fold's number, several with commas between, "all" or "none"."""
+    if value in ("all", "none"):
+        return value
+    numbers = sorted({whole(1)(number) for number in str(value).split(",")})
+    return numbers[0] if len(numbers) == 1 else ",".join(map(str, numbers))
 
 
 @dataclass(kw_only=True)
@@ -136,6 +140,10 @@ class ModelOptions(Options):
         help="network and spectrogram, where no checkpoint is given; a densenet needs timm (default: the recipe's)",
     )  # fmt: skip
     pooling: str | None = option(None, one_of("mean", "statistics"), "instead of the preset's")
+    embedding_size: int | None = option(None, whole(1, 1 << 16), "width of the stem, instead of the preset's")
+    hidden_sizes: list[int] | None = option(
+        None, whole_numbers(1, 1 << 16), "width of each stage, instead of the preset's", metavar="N,N,N,N"
+    )
     frequency_scale: str | None = option(None, one_of("linear", "mel"), "instead of the preset's")
     spec_height: int | None = option(None, whole(1, 4096), "of each band's picture, instead of the preset's")
     spec_width: int | None = option(None, whole(1, 4096), "of each band's picture, instead of the preset's")
@@ -332,9 +340,9 @@ bf16 where the processor computes in it, because that is faster.
 
     recipe: str = option("paper", one_of(*RECIPES), "a set of defaults, see below; options that are given prevail")
     fold: int | str = option(
-        "all", fold_choice, metavar="N|all|none",
-        help="fold held out for evaluation; where a corpus has none, folds are made. none: train on everything, "
-        "measure nothing (default: all)",
+        "all", fold_choice, metavar="N[,N]|all|none",
+        help="fold held out for evaluation, or several, one after the other; where a corpus has none, folds are made. "
+        "none: train on everything, measure nothing (default: all)",
     )  # fmt: skip
     init: str | None = option(
         None, one_of("pretrained", "scratch"),
@@ -361,6 +369,11 @@ bf16 where the processor computes in it, because that is faster.
         False, flag, "go on where the weights have been trained on held-out clips with their labels; the card says so"
     )
 
+    @property
+    def has_several_folds(self) -> bool:
+        """Whether folds are held out one after the other, each in a folder of its own."""
+        return isinstance(self.fold, str) and self.fold != "none"
+
     def check(self) -> None:
         super().check()
         self.init = self.init or ("pretrained" if self.model_name_or_path else "scratch")
@@ -376,7 +389,7 @@ bf16 where the processor computes in it, because that is faster.
         if self.precise_bn and (self.freeze_batch_norm or self.freeze_backbone):
             kept = "--freeze_backbone" if self.freeze_backbone else "--freeze_batch_norm"
             raise UserError(f"--precise_bn estimates the statistics that {kept} keeps: leave one of them out")
-        if self.fold == "all" and self.resume_from_checkpoint not in (None, "latest"):
+        if self.has_several_folds and self.resume_from_checkpoint not in (None, "latest"):
             raise UserError("--resume_from_checkpoint DIR is of one fold: name it with --fold N, or give latest")
         if len(self.corpus) > 1:
             raise UserError("--corpus can be given once: fine-tuning has one label set")

@@ -420,11 +420,15 @@ def test_recipes(sound_folder, tmp_path):
     signal = json.loads((tmp_path / "classification" / "preprocessor_config.json").read_text())
     assert signal["frequency_scale"] == "mel"
     changed = ["--pooling", "mean", "--frequency_scale", "linear", "--spec_height", "16", "--spec_width", "40"]
+    changed += ["--embedding_size", "24", "--hidden_sizes", "16,24,32,40"]
     succeed("train_npid.py", *quick, *changed, "--output_dir", tmp_path / "changed")
     config, signal = (
         json.loads((tmp_path / "changed" / f"{name}.json").read_text()) for name in ("config", "preprocessor_config")
     )
-    assert config["pooling"] == "mean" and config["embedding_size"] == 32
+    assert (
+        config["pooling"] == "mean" and config["embedding_size"] == 24 and config["hidden_sizes"] == [16, 24, 32, 40]
+    )
+    assert "--hidden_sizes 16,24,32,40" in results_of(tmp_path / "changed")["command"]
     assert [signal[name] for name in ("frequency_scale", "spec_height", "spec_width")] == ["linear", 16, 40]
     nowhere = ["--output_dir", tmp_path / "never"]
     for option, value, own in (("--pooling", "mean", "statistics"), ("--spec_height", "16", "32")):
@@ -434,6 +438,8 @@ def test_recipes(sound_folder, tmp_path):
         succeed("train_npid.py", *quick, option, own, *start[:2], "--output_dir", tmp_path / f"again{option}")
     message = fail("train_npid.py", *quick, "--preset", "esresnet50", "--frequency_scale", "mel", *nowhere)
     assert "--preset esresnet50 with frequency_scale changed" in message and "spec_height" in message
+    message = fail("train_npid.py", *quick, "--hidden_sizes", "16,24", *nowhere)
+    assert "--preset small_mel with hidden_sizes changed" in message and "equally long" in message
     # What no longer goes together is told with the way out.
     assert "--no-keep_spectrograms" in fail("train_npid.py", *quick, "--augmentation", "both")
     assert "--warmup_steps 0" in fail("train_npid.py", *quick, "--lr_scheduler_type", "constant")
