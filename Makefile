@@ -6,9 +6,11 @@ BIN := $(VENV)/bin
 PARALLEL := -n 2 --dist loadfile
 # What has a target of its own.
 OTHERWISE := not browser and not benchmark and not soak
+# Where ESC-10 is, for what measures on real sounds.
+ESC10 ?= $(wildcard ../shared/data/ESC-10)
 CODE := modeling_dls datasets_scripts dls_training dls_sounds dls_comparison hub_cards benchmarks tests *.py
 
-.PHONY: demo test test-fast test-benchmarks test-soak test-browser docs/space.png quality style benchmark clean
+.PHONY: demo test test-fast test-benchmarks test-soak test-browser docs/space.png quality style benchmark gpu clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +58,13 @@ style: $(BIN)/.installed
 # Of speed, with the machine to itself; takes a while. `make benchmark ESC10=/data/ESC-10` measures on real sounds.
 benchmark: $(BIN)/.installed
 	$(BIN)/python benchmarks/run_all.py $(if $(ESC10),--esc10 $(ESC10))
+
+# On a machine with a GPU, within ten minutes: the tests that it changes, training steps of the paper's network, and the
+# paper's recipe on ESC-10. Writes results/gpu.
+gpu: $(BIN)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
+	$(BIN)/python benchmarks/gpu.py --compile
+	$(BIN)/python reproduce.py results/gpu.yaml --max_minutes 6 $(if $(ESC10),--corpus esc10=$(ESC10))
 
 clean:
 	rm -rf $(VENV) demo_output runs build *.egg-info .pytest_cache .ruff_cache

@@ -14,7 +14,7 @@ from typing import ClassVar
 
 from datasets_scripts.command_line import run_command
 from datasets_scripts.errors import Interrupted, UserError
-from datasets_scripts.options import Options, flag, named_source, option, path, real, text
+from datasets_scripts.options import Options, flag, named_source, option, path, real, text, whole
 from dls_comparison.plan import read_plan
 
 
@@ -35,6 +35,9 @@ class ComparisonSettings(Options):
     only: str = option("*", text, "cells with such names, and what they start from (default: all)", metavar="GLOB")
     max_minutes: float | None = option(
         None, real(0), "save and end after M minutes (default: go on to the end)", metavar="M"
+    )
+    num_processes: int = option(
+        1, whole(1, 1024), "of each train script: started with accelerate launch on GPUs, with torchrun without any"
     )
     delete_weights: bool = option(False, flag, "delete a cell's weights once no unfinished cell needs them")
     dry_run: bool = option(False, flag, "print cells and commands")
@@ -68,7 +71,7 @@ def main(settings: ComparisonSettings) -> int:
     from dls_comparison.report import write_report
     from dls_comparison.running import cells_to_run, check_commands, run_cells, time_left
 
-    store = CellStore(plan, settings.work_dir)
+    store = CellStore(plan, settings.work_dir, settings.num_processes)
     store.find_imagenet()
     for what, reason in store.skipped().items():
         print(f"{what} is skipped: {reason}")

@@ -32,7 +32,7 @@ def run(measure: Callable[[argparse.Namespace], list[dict]], **options) -> None:
     """
     module = sys.modules[measure.__module__]
     parser = argparse.ArgumentParser(description=module.__doc__.splitlines()[0])
-    options["output"] = Path(module.__file__).with_suffix(".csv"), "a CSV, the picture beside it"
+    options.setdefault("output", (Path(module.__file__).with_suffix(".csv"), "a CSV, the picture beside it"))
     for name, about in options.items():
         default, about = about if isinstance(about, tuple) else (about, "")
         kind = {"action": "store_true"} if default is False else {"type": type(default)}
@@ -40,7 +40,9 @@ def run(measure: Callable[[argparse.Namespace], list[dict]], **options) -> None:
             kind = {"type": type(default[0]), "nargs": "+"}
         parser.add_argument(f"--{name}", default=default, help=f"{about} (default: %(default)s)", **kind)
     args = parser.parse_args()
-    (provenance,) = apart(measured_on, [()])  # before: what is measured later belongs to this commit
+    (provenance,) = apart(
+        measured_on, [(getattr(args, "device", "cpu"),)]
+    )  # before: what is measured later belongs to this commit
     write_table(args.output, measure(args), provenance)
     print(markdown(args.output, module), flush=True)
 
@@ -183,8 +185,8 @@ def ratio_line(what: str, ratios: Iterable[float], reach: str = "") -> dict:
     return {"what": what, **spread("ratio", list(ratios)), "reach": reach}
 
 
-def measured_on() -> dict:
-    """Processor, threads, versions, commit and command."""
+def measured_on(device: str = "cpu") -> dict:
+    """Processor or accelerator, threads, versions, commit and command."""
     import torch
     import torchaudio
     import transformers
@@ -192,7 +194,7 @@ def measured_on() -> dict:
     from dls_training.runtime import hardware, source_commit
 
     return {
-        "hardware": hardware(torch.device("cpu")),
+        "hardware": hardware(torch.device(device)),
         "threads": torch.get_num_threads(),
         "torch": str(torch.__version__),  # of a type whose unpickling would import torch
         "torchaudio": torchaudio.__version__,
@@ -213,6 +215,7 @@ def anywhere(word: str) -> str:
 
 def write_table(path: Path, lines: list[dict], provenance: dict) -> None:
     """Writes a CSV and moves it into place."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_suffix(".unfinished")
     names = dict.fromkeys(name for line in lines for name in line)
     with unfinished.open("w", newline="", encoding="utf-8") as file:

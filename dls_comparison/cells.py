@@ -5,6 +5,7 @@ import shutil
 import time
 from pathlib import Path
 
+import torch
 from huggingface_hub import hf_hub_download, snapshot_download
 
 from datasets_scripts.files import files_moved_into_place, read_object, write_json
@@ -27,11 +28,12 @@ class CellStore:
         csv: Of results, see results.py.
         work: Folder of weights and checkpoints. For each cell: its output folder, what it printed so far (`CELL.log`)
             and, in `CELL.json`, the key that it was started with and, until it is finished, the seconds that it took.
+        num_processes: Of each of the train scripts.
         results: The CSV's content when it was last read.
     """
 
-    def __init__(self, plan: Plan, work: Path):
-        self.plan, self.work = plan, work
+    def __init__(self, plan: Plan, work: Path, num_processes: int = 1):
+        self.plan, self.work, self.num_processes = plan, work, num_processes
         self.csv = plan.file.with_suffix("") / "cells.csv"
         self.read()
 
@@ -67,7 +69,7 @@ class CellStore:
 
     def command(self, cell: Cell) -> list[str]:
         """What a user would type, in the repository's folder."""
-        return command(cell, self.plan.directories, self.work)
+        return command(cell, self.plan.directories, self.work, self.num_processes)
 
     def log(self, cell: Cell) -> Path:
         return self.work / f"{cell.name}.log"
@@ -110,7 +112,7 @@ class CellStore:
             "wall_seconds": round(seconds, 2),
             **measured(read_object(folder / "all_results.json") or {}),
             "network": network(folder),
-            "command": shlex.join(command(cell, anywhere, Path("runs") / self.plan.file.stem)),
+            "command": shlex.join(command(cell, anywhere, Path("runs") / self.plan.file.stem, self.num_processes)),
             "key": cell.key,
         }
         add_result(self.csv, result, [other.name for other in self.plan.cells])
@@ -157,12 +159,21 @@ class CellStore:
         return reasons
 
 
-def command(cell: Cell, directories: dict[str, str | None], work: Path) -> list[str]:
+def launcher(num_processes: int) -> list[str]:
+    """What starts a train script in several processes, on GPUs where there are any."""
+    if num_processes == 1:
+        return ["python"]
+    if torch.accelerator.is_available():
+        return ["accelerate", "launch", "--multi_gpu", "--num_processes", str(num_processes)]
+    return ["torchrun", "--nproc_per_node", str(num_processes)]  # accelerate's would start one process on a CPU
+
+
+def command(cell: Cell, directories: dict[str, str | None], work: Path, num_processes: int) -> list[str]:
     """The words of a cell's command, with corpora in `directories` and output folders in `work`."""
     output = cell.ready or str(work / cell.name)
     if cell.script == CONVERSION:
         return ["python", *CONVERSION.split(), cell.options[0], output, *cell.options[1:]]
-    words = ["python", cell.script]
+    words = [*launcher(num_processes), cell.script]
     for name in cell.corpora:
         words += ["--corpus", f"{name}={directories[name]}" if directories[name] else name]
     if cell.start:

@@ -5,6 +5,7 @@ import ctypes
 import fcntl
 import io
 import math
+import os
 import re
 import shlex
 import signal
@@ -29,6 +30,12 @@ PROGRESS_BAR = re.compile(r".*\[\d+:\d\d[\d:]*[<,].*?\]")
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 SECONDS_FOR_A_PREDECESSOR = 120
 POLL_SECONDS = 0.2
+# How a command begins -> what this environment's Python is called with instead.
+PROGRAMS = {
+    ("python",): [],
+    ("accelerate", "launch"): ["-m", "accelerate.commands.launch"],
+    ("torchrun",): ["-m", "torch.distributed.run"],
+}
 SETTINGS = {PRETRAINING: PretrainingSettings, FINE_TUNING: ClassificationSettings}
 
 
@@ -67,7 +74,8 @@ def check_commands(store: CellStore, cells: list[Cell]) -> None:
         answer = io.StringIO()
         try:
             with contextlib.redirect_stderr(answer), contextlib.redirect_stdout(answer):
-                SETTINGS[cell.script].parsed(store.command(cell)[2:])
+                command = store.command(cell)
+                SETTINGS[cell.script].parsed(command[command.index(cell.script) + 1 :])
         except SystemExit as error:
             message = answer.getvalue().strip().splitlines()[-1].rpartition("error: ")[2]
             raise UserError(f"{plan.file}: options of {cell.where}: {message}") from error
@@ -198,7 +206,7 @@ def run_script(command: list[str], log: Path, lock: int, signal_to_send: Callabl
     """Runs a script in a process group of its own, so that signals reach it from here only, and only once.
 
     Args:
-        command: `python SCRIPT …` or `python -m MODULE …`, as typed in the repository's folder.
+        command: `python SCRIPT …` or `python -m MODULE …`, as typed in the repository's folder; or with a launcher.
         log: A file that its output is added to. (A pipe would break if reproduce.py were killed.) On a terminal, what
             is added is shown.
         lock: See `claimed`.
@@ -207,7 +215,11 @@ def run_script(command: list[str], log: Path, lock: int, signal_to_send: Callabl
     Returns:
         Its exit code, and whether it was sent the signal.
     """
-    script = str(HERE / command[1]) if command[1].endswith(".py") else command[1]
+    command = [str(HERE / word) if word in SETTINGS else word for word in command]
+    words, program = next(found for found in PROGRAMS.items() if found[0] == tuple(command[: len(found[0])]))
+    command = [sys.executable, *program, *command[len(words) :]]
+    # torchrun leaves it to accelerate to choose the device: without a GPU it needs to be told.
+    environment = os.environ | ({"ACCELERATE_USE_CPU": "true"} if words == ("torchrun",) else {})
     libc = ctypes.CDLL(None)
 
     def end_with_parent():
@@ -219,8 +231,8 @@ def run_script(command: list[str], log: Path, lock: int, signal_to_send: Callabl
     with log.open("ab") as output, log.open("rb") as news:
         news.seek(0, io.SEEK_END)
         process = subprocess.Popen(
-            [sys.executable, script, *command[2:]], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
-            start_new_session=True, pass_fds=[lock], preexec_fn=end_with_parent,
+            command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+            start_new_session=True, pass_fds=[lock], preexec_fn=end_with_parent, env=environment,
         )  # fmt: skip
         try:
             while True:

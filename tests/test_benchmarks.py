@@ -157,3 +157,22 @@ def test_every_benchmark_explains_itself(name):
         [sys.executable, str(ROOT / "benchmarks" / f"{name}.py"), "--help"], capture_output=True, text=True, check=True
     )
     assert ended.stdout.startswith("usage:") and ("--output" in ended.stdout) == (name != "run_all")
+
+
+def test_the_gpu_benchmark_in_miniature(tmp_path):
+    """The same code on the processor, with a small network: each step has its rate and its share of the product."""
+    options = ["--device", "cpu", "--preset", "tiny", "--clips", "4", "--matrix", "256", "--rounds", "1", "--output"]
+    command = [sys.executable, ROOT / "benchmarks" / "gpu.py", *options, tmp_path / "gpu" / "step.csv"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    with open(tmp_path / "gpu" / "step.csv", newline="") as file:
+        lines = {line["what"]: line for line in csv.DictReader(file)}
+    assert list(lines) == [
+        name
+        for p in ("fp32", "bf16")
+        for name in (f"step in {p}", f"{p} matrix product", f"step in {p}, share of the {p} matrix product")
+    ]
+    assert (
+        float(lines["step in bf16"]["rate"]) > 0
+        and float(lines["step in fp32, share of the fp32 matrix product"]["ratio"]) > 0
+    )
+    assert "| step in fp32 |" in printed

@@ -556,6 +556,7 @@ def test_run_that_ended_within_an_epoch_goes_on_with_more_steps(tmp_path):
     assert longer.outcome() == whole.outcome()
 
 
+@pytest.mark.gpu
 def test_gradient_scaler_goes_on(tmp_path):
     """With fp16 the scale decides which steps are taken: a run that is stopped goes on with the scale that it had."""
     whole = Run(tmp_path / "whole", scaled=True).train()

@@ -341,6 +341,17 @@ def test_imagenet_weights_are_converted(sound_folder, tmp_path):
     assert code == 0 and "0 cell(s) to run" in output and "skipped" not in output
 
 
+def test_cells_in_several_processes(sound_folder, tmp_path):
+    """Of a launcher that starts as many as it is told; what was typed stands in the CSV."""
+    miniature = Miniature(tmp_path, sound_folder)
+    only = ["--only", "finetune.from-ridge.scratch.*", "--num_processes", "2"]
+    code, output = call(miniature.folder, *miniature.options, *only)
+    assert code == 0, output
+    (cell,) = cells_of(miniature.results).values()
+    assert cell["command"].startswith("torchrun --nproc_per_node 2 train_classification.py --corpus audiofolder=DIR")
+    assert "2 process(es)" in (miniature.work / f"{FIRST}.log").read_text()
+
+
 def test_ends_in_time(finished, tmp_path):
     copy = finished[0].copy(tmp_path)
     copy.write(EXAMPLE.replace("--num_train_epochs 8 --knn_interval 4", "--num_train_epochs 100000"))
@@ -737,7 +748,7 @@ def test_a_damaged_line_is_named(damage, reported, tmp_path):
 # What is committed.
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "results").glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in (ROOT / "results").glob("*/cells.csv")))
 def test_committed_reports_are_what_their_numbers_say(name, tmp_path):
     """From the YAML file and the CSV alone, wherever they are."""
     committed, made = ROOT / "results" / name, tmp_path / "results" / name

@@ -47,6 +47,7 @@ def all_folds(options, pretrained, tmp_path_factory):
     return folder
 
 
+@pytest.mark.gpu
 def test_cross_validation(all_folds, sound_folder):
     results = results_of(all_folds)
     assert results["arm"] == "npid" and results["corpus"] == "audiofolder" and results["seed"] == 0
@@ -90,6 +91,7 @@ def resample(samples, rate):
     return torchaudio.functional.resample(torch.from_numpy(samples), rate, 44100)
 
 
+@pytest.mark.gpu
 def test_learns(options, tmp_path):
     """Four classes an octave apart are learned from scratch within a few epochs."""
     succeed(
@@ -103,6 +105,7 @@ def test_learns(options, tmp_path):
     assert model.config.id2label == {i: f"class-{i}" for i in range(4)}
 
 
+@pytest.mark.gpu
 def test_killed_within_and_between_folds(options, pretrained, all_folds, tmp_path):
     """Resumed, every fold ends as in the uninterrupted run; a finished fold is not run again."""
     command = [*options, "--model_name_or_path", pretrained, "--output_dir", tmp_path / "run"]
@@ -120,6 +123,7 @@ def test_killed_within_and_between_folds(options, pretrained, all_folds, tmp_pat
         assert results_of(tmp_path / "run")[key] == results_of(all_folds)[key]
 
 
+@pytest.mark.gpu
 def test_precise_batch_norm(options, sound_folder, tmp_path):
     """What is scored has the statistics that are saved; the running ones are scored beside, and trained on with."""
     common = [*options, "--fold", "2", "--learning_rate", "1e-3", "--augmentation", "spectrogram"]
@@ -188,6 +192,7 @@ def test_few_labels(options, tmp_path):
     assert results_of(tmp_path / "run")["folds"]["1"]["training_clips"] == 8
 
 
+@pytest.mark.gpu
 def test_freeze_backbone(options, pretrained, tmp_path):
     """Only the classifier moves: not even the backbone's batch-norm statistics do."""
     frozen = ["--model_name_or_path", pretrained, "--freeze_backbone", "--fold", "1"]
@@ -406,6 +411,7 @@ def test_closed_form_classifier_alone(init, options, pretrained, sound_folder, t
     assert "closed-form classifier's weights" in card and "last epoch" not in card
 
 
+@pytest.mark.gpu
 def test_training_goes_on_from_the_closed_form_classifier(options, pretrained, tmp_path):
     common = [*options, "--model_name_or_path", pretrained, "--fold", "2", "--classifier_init", "ridge"]
     for name, extra in (("alone", ["--num_train_epochs", "0"]), ("still", ["--learning_rate", "0"]), ("on", [])):

@@ -68,6 +68,7 @@ def test_plain_launch_uses_every_core(options, tmp_path):
     assert "torch.channels_last tensors, decoding in 1 processes" in first
 
 
+@pytest.mark.gpu
 def test_memory_format_and_decoding_change_nothing_but_speed(uninterrupted, options, tmp_path):
     """In fp32 the first loss agrees to rounding."""
     losses = []
@@ -118,6 +119,7 @@ def test_output_folder(uninterrupted, sound_folder):
     assert not list(folder.glob(".*"))
 
 
+@pytest.mark.gpu
 def test_output_folder_loads(uninterrupted):
     folder = uninterrupted[0]
     extractor = AutoFeatureExtractor.from_pretrained(folder)
@@ -129,6 +131,7 @@ def test_output_folder_loads(uninterrupted):
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.gpu
 def test_signal_saves_and_resumes_exactly(number, code, uninterrupted, options, tmp_path):
     """The signal falls into an epoch; the resumed run ends where the uninterrupted one did, bit for bit."""
     run = tmp_path / "run"
@@ -151,6 +154,7 @@ def train_and_die_while_saving(options: list) -> int:
         return train("train_npid.py", options)
 
 
+@pytest.mark.gpu
 def test_killed_run_resumes_exactly(uninterrupted, options, tmp_path):
     """SIGKILL while it starts, at once after a checkpoint, and while a checkpoint is being written."""
     run = tmp_path / "run"
@@ -219,6 +223,7 @@ def test_full_disk_leaves_the_last_checkpoint(uninterrupted, options, tmp_path):
     assert_same_outcome(run, uninterrupted[0])
 
 
+@pytest.mark.gpu
 def test_new_clips_join(uninterrupted, options, sound_folder, tmp_path):
     """Known clips keep their rows, in whatever order they come; new ones get rows of their own."""
     new = tmp_path / "new"
@@ -320,6 +325,7 @@ def test_every_option(sound_folder, tmp_path):
     assert len(list((tmp_path / "run").glob("checkpoint-*"))) == 1
 
 
+@pytest.mark.gpu
 def test_learns_to_tell_clips_apart(sound_folder, tmp_path):
     """Guessing one of 40 clips costs ln 40 = 3.69."""
     succeed(
@@ -330,6 +336,7 @@ def test_learns_to_tell_clips_apart(sound_folder, tmp_path):
     assert results_of(tmp_path / "run")["history"][-1]["loss"] < 3
 
 
+@pytest.mark.gpu
 def test_nce_options(sound_folder, tmp_path):
     """A running Z and excluded positives change the outcome; K and t are the checkpoint's identity."""
     common = [*SMALL, "--corpus", f"audiofolder={sound_folder}", "--max_train_steps", "4", "--nce_k", "4"]
@@ -400,6 +407,7 @@ def test_help_explains_defaults(capsys):
     assert "--recipe recommended stands for\n  --preset small_mel" in text
 
 
+@pytest.mark.gpu
 def test_recipes(sound_folder, tmp_path):
     """Both scripts, one after the other; an option that is given prevails, and a checkpoint brings its network."""
     quick = ["--recipe", "recommended", "--corpus", f"audiofolder={sound_folder}", "--clip_seconds", "0.5"]
