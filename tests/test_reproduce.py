@@ -26,9 +26,11 @@ import reproduce
 from datasets_scripts.command_line import run_command
 from datasets_scripts.errors import UserError
 from dls_comparison import running
+from dls_comparison.cells import CellStore
 from dls_comparison.outcomes import interval
 from dls_comparison.plan import read_plan
 from dls_comparison.results import add_result, read_results
+from dls_comparison.sections import read_yaml
 
 EXAMPLE = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8"), re.DOTALL)[1]
 
@@ -746,6 +748,15 @@ def test_a_damaged_line_is_named(damage, reported, tmp_path):
 
 
 # What is committed.
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "results").glob("*.yaml")), ids=lambda file: file.stem)
+def test_committed_plans_are_commands_that_the_scripts_take(file, tmp_path):
+    """Those that wait for a machine or for time, too."""
+    everywhere = dict.fromkeys(read_yaml(file).content["corpora"], str(tmp_path))
+    store = CellStore(read_plan(file, everywhere), tmp_path)
+    running.check_commands(store, store.plan.cells)
+    assert {cell.kind for cell in store.plan.cells} >= {"pretrain", "finetune"}
 
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in (ROOT / "results").glob("*/cells.csv")))
