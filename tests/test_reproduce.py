@@ -25,7 +25,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 import reproduce
 from datasets_scripts.command_line import run_command
 from datasets_scripts.errors import UserError
-from dls_comparison import running
+from dls_comparison import paper, running
 from dls_comparison.cells import CellStore
 from dls_comparison.outcomes import interval
 from dls_comparison.plan import read_plan
@@ -757,6 +757,10 @@ def test_committed_plans_are_commands_that_the_scripts_take(file, tmp_path):
     store = CellStore(read_plan(file, everywhere), tmp_path)
     running.check_commands(store, store.plan.cells)
     assert {cell.kind for cell in store.plan.cells} >= {"pretrain", "finetune"}
+
+
+def test_the_papers_claims_are_answered_by_the_reports():
+    assert (ROOT / "docs" / "paper.md").read_text(encoding="utf-8") == paper.document()
 
 
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in (ROOT / "results").glob("*/cells.csv")))
