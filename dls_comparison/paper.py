@@ -64,7 +64,7 @@ def first_epochs(report: Report) -> str | None:
         scratch, dls = (mean(runs, epoch) for runs in found)
         lagging, dls_lagging = (mean(runs, epoch, running=True) for runs in found)
         parts.append(
-            f"epoch {epoch}: DLS {dls:.3f}, scratch {scratch:.3f} (running statistics {dls_lagging:.3f}, {lagging:.3f})"
+            f"epoch {epoch}: DLS {dls:.3f}, scratch {scratch:.3f} (running: {dls_lagging:.3f}, {lagging:.3f})"
         )
     return "; ".join(parts)
 
