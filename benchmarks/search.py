@@ -12,15 +12,15 @@ from pathlib import Path
 from measuring import Arm, paired, ratio_line, run, summarise, take_turns
 
 
-def write_index(path: Path, windows: int, dim: int) -> None:
-    """Of files of an hour."""
+def write_index(path: Path, windows: int, dim: int, root: Path = Path("/")) -> None:
+    """Of files of an hour, `0.wav` and so on below `root`."""
     import numpy as np
     import pyarrow as pa
 
     from dls_sounds.index import rows_per_block, schema
     from dls_sounds.tables import write_parquet
 
-    facts = {"model": "none", "digest": "", "layer": "projection", "seconds": 5.0, "overlap": 0.0, "root": "/"}
+    facts = {"model": "none", "digest": "", "layer": "projection", "seconds": 5.0, "overlap": 0.0, "root": str(root)}
     random, rows, columns = np.random.default_rng(0), rows_per_block(dim), schema(dim, facts)
 
     def tables():

@@ -5,15 +5,15 @@
 
 Each seed draws ten classes, and for each an example from folds 3 to 5. The user answers about clips of these folds,
 as `dls label` asks: through its `Session`, one clip after the other, each time the first of the list. What is
-measured is the ranking of another fold's clips. Beside it the same with a network of random weights, whose
-batch norm has seen the same clips; other ways of asking; and, on fold 1 alone, other strengths of whitening and penalty.
+measured is the ranking of another fold's clips. Beside it the same with a network of random weights, whose batch
+norm has seen some of the clips; other ways of asking; and, on fold 1 alone, other strengths of whitening and penalty.
 """
 
 import csv
 import tempfile
 from pathlib import Path
 
-from measuring import REPOSITORY, run
+from measuring import run
 
 ASKED_FOLDS, CHOICE_FOLD, REPORT_FOLD = (3, 4, 5), 1, 2
 SHRINKAGES, PENALTIES = (0.03, 0.1, 0.3), (1.0, 3.0, 10.0, 30.0)

@@ -7,11 +7,13 @@ A `Session` is an index, a labels.csv and a `Learner`. The page of `dls label` a
 import csv
 import math
 import unicodedata
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock
+from threadpoolctl import threadpool_limits
 
 from datasets_scripts.corpus import read_rows
 from datasets_scripts.errors import UserError
@@ -80,8 +82,9 @@ class Learner:
         mean, target = means.mean(axis=0), targets.mean()
         covariance = sum(moment for _, _, moment in groups) / len(groups) - np.outer(mean, mean)
         covariance[np.diag_indices_from(covariance)] += PENALTY * covariance.trace() / len(mean)
-        weight = np.linalg.solve(covariance, (targets - target) @ means / len(groups))
-        return self.vectors @ weight.astype(np.float32) + np.float32(target - mean @ weight)
+        with threadpool_limits(1):  # for so little, threads that find no free core take a thousand times as long
+            weight = np.linalg.solve(covariance, (targets - target) @ means / len(groups))
+            return self.vectors @ weight.astype(np.float32) + np.float32(target - mean @ weight)
 
     def similarity(self, present: np.ndarray) -> np.ndarray:
         """(windows,): mean cosine of each with (n, dim) whitened vectors of unit length."""
@@ -156,7 +159,7 @@ class Session:
         self.number_of = {unicodedata.normalize("NFC", name): number for number, name in enumerate(names)}
         order = np.argsort(self.numbers, kind="stable")
         bounds = np.searchsorted(self.numbers[order], np.arange(len(names) + 1))
-        self.rows_of = [order[first:last] for first, last in zip(bounds, bounds[1:], strict=False)]
+        self.rows_of = [order[first:last] for first, last in pairwise(bounds)]
         there = np.array([(index.root / name).is_file() for name in names])
         self.askable, self.gone = there[self.numbers], int((~there).sum())
         if not there.any():
@@ -317,12 +320,10 @@ class Session:
 
     def line(self, row: int, label: str, present: bool) -> dict[str, str]:
         """Of labels.csv; where a row of the index is a whole file, without times."""
-        whole = self.index.facts["seconds"] is None
-        start, end = (
-            "" if whole else f"{time:.{DECIMALS}f}".rstrip("0").rstrip(".")
-            for time in (self.starts[row], self.ends[row])
-        )
-        values = self.files[row], start, end, label, str(int(present))
+        times = ("", "")
+        if self.index.facts["seconds"] is not None:
+            times = (f"{time:.{DECIMALS}f}".rstrip("0").rstrip(".") for time in (self.starts[row], self.ends[row]))
+        values = self.files[row], *times, label, str(int(present))
         return dict(zip(COLUMNS, values, strict=True))
 
     def rewrite(self, goes, new: list[dict]) -> list[dict]:
