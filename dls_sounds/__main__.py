@@ -6,7 +6,7 @@ from importlib import import_module
 
 from datasets_scripts.command_line import run_command
 
-from .settings import EmbedSettings, PredictSettings, SearchSettings
+from .settings import EmbedSettings, LabelSettings, PredictSettings, SearchSettings
 
 # {command: (its settings, the module whose `main` takes them)}; a module is imported when its options are known to be
 # good, for `--help` should not wait for it.
@@ -14,6 +14,7 @@ COMMANDS = {
     "embed": (EmbedSettings, "embedding"),
     "search": (SearchSettings, "searching"),
     "predict": (PredictSettings, "predicting"),
+    "label": (LabelSettings, "page"),
 }
 
 

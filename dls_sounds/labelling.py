@@ -263,6 +263,69 @@ class Session:
     def candidate(self, row: int, score: float = math.nan) -> Candidate:
         return Candidate(row, self.files[row], float(self.starts[row]), float(self.ends[row]), float(score))
 
+    def find(self, text: str) -> int:
+        """The row that a person means: a file of the index, or what is in no other file's name, and perhaps `@ seconds`.
+
+        Raises:
+            UserError: if there is none, or the name is in several.
+        """
+        name, at, time = text.strip().rpartition("@")
+        try:
+            seconds = float(time) if at else 0.0
+        except ValueError:
+            name, seconds = "", 0.0
+        name = unicodedata.normalize("NFC", name.strip() if name else text.strip())
+        found = [name] if name in self.number_of else [other for other in self.number_of if name and name in other]
+        if len(found) != 1:
+            some = f"; {', '.join(found[:3])}, …" if found else ""
+            raise UserError(
+                f"{name!r} is in the names of {len(found)} files of the index: expected one, such as "
+                f"{self.files[0]} @ {self.starts[0]:g}{some}"
+            )
+        rows = self.rows_of[self.number_of[found[0]]]
+        return int(rows[np.searchsorted(self.starts[rows], seconds, "right").clip(1) - 1])
+
+    def training_command(self) -> list[str]:
+        """Words after `python -m` that make a classifier of what was answered, in closed form.
+
+        Raises:
+            UserError: if labels.csv is not where train_classification.py looks for it.
+        """
+        if not any(said.present for said in self.said):
+            raise UserError(f"{self.path} says of nothing what it is: answer yes to some sounds first")
+        if self.path != (self.index.root / "labels.csv").absolute():
+            raise UserError(
+                f"training reads the labels among the recordings: move {self.path} to {self.index.root}/labels.csv, "
+                "and start dls label without --labels"
+            )
+        return [
+            "train_classification", "--recipe", "recommended", "--corpus", f"audiofolder={self.index.root}", "--fold",
+            "none", "--model_name_or_path", self.index.facts["model"], "--num_train_epochs", "0", "--report_to", "none",
+            "--output_dir", str(self.model),
+        ]  # fmt: skip
+
+    @property
+    def model(self) -> Path:
+        """The folder of the classifier that is trained on the answers, beside the index."""
+        return self.index.path.with_name(f"{self.index.path.stem}_model")
+
+    def prediction_command(self) -> list[str]:
+        """Words after `python -m` that find everything of which the classifier has learned.
+
+        Raises:
+            UserError: if there is none yet.
+        """
+        if not self.model.is_dir():
+            raise UserError("there is no classifier yet: train on these first")
+        seconds = self.index.facts["seconds"]
+        windows = (
+            [] if seconds is None else ["--windows", f"{seconds:g}", "--overlap", f"{self.index.facts['overlap']:g}"]
+        )
+        output = self.index.path.with_name(f"{self.index.path.stem}_detections.csv")
+        return [
+            "dls_sounds", "predict", str(self.index.root), "--model", str(self.model), *windows, "--output", str(output),
+        ]  # fmt: skip
+
     def sounds_like(self, label: str, vector: np.ndarray) -> None:
         """Starts from a sound that is not in the index: an example of the class that is not written down.
 

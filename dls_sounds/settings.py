@@ -122,3 +122,19 @@ class PredictSettings(RecordingOptions):
             raise UserError("argument INPUT: - (standard input) goes with no other")
         if self.sampling_rate and not streamed:
             raise UserError("--sampling_rate is that of standard input (INPUT -): files tell their own")
+
+
+@dataclass(kw_only=True)
+class LabelSettings(NetworkOptions):
+    """Opens a page to hear, name and correct what is in an index, and to teach a classifier by that."""
+
+    SCRIPT: ClassVar[str] = "dls label"
+
+    index: Path = option(None, path, "a .parquet file of dls embed", positional=True, required=True)
+    labels: Path | None = option(None, path, "the table of answers (default: labels.csv among the recordings)")
+    run_folder: Path | None = option(None, path, "a finished run, to try any sound on in a tab of its own")
+    port: int = option(7860, whole(1, 65535), "of 127.0.0.1")
+
+    def check(self) -> None:
+        if self.labels and self.labels.suffix.lower() != ".csv":
+            raise UserError(f"--labels {self.labels}: expected the name of a .csv file")

@@ -4,7 +4,6 @@ import argparse
 import sys
 
 from datasets_scripts.command_line import run_parsed
-from datasets_scripts.errors import UserError
 from datasets_scripts.options import argument, named_source, path, text, whole
 
 NAME, PORT = argument(text), argument(whole(1, 65535))
@@ -55,13 +54,9 @@ def publish_run(arguments: argparse.Namespace) -> None:
 
 def run_space(arguments: argparse.Namespace) -> None:
     """Serves the page until it is interrupted."""
-    try:
-        from .space.app import serve
-    except ModuleNotFoundError as error:
-        if error.name != "gradio":
-            raise
-        raise UserError("the page needs Gradio: pip install -e '.[space]'") from error
-    serve(arguments.run_folder, arguments.corpus, arguments.port)
+    from dls_sounds.page import load_app
+
+    load_app().serve(arguments.run_folder, arguments.corpus, arguments.port)
 
 
 if __name__ == "__main__":

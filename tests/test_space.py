@@ -19,9 +19,9 @@ from dls_training.memory_bank import BANK_FILE, MemoryBank
 from dls_training.nearest_neighbours import weighted_knn
 from dls_training.report import draw_map
 from hub_cards.__main__ import main
-from hub_cards.space import analysis as analysis_module
-from hub_cards.space.analysis import NEIGHBOURS, TrainedFolder
-from hub_cards.space.pictures import map_figure, spectrogram_figure, time_line_figure
+from dls_sounds.page import analysis as analysis_module
+from dls_sounds.page.analysis import NEIGHBOURS, TrainedFolder
+from dls_sounds.page.pictures import map_figure, spectrogram_figure, time_line_figure
 from modeling_dls.feature_extraction_esresnet import evaluation_windows
 
 RATE = 8000  # of `sound_folder`
@@ -242,7 +242,7 @@ def test_folder_that_is_no_run(tmp_path):
 
 
 def test_without_gradio(tmp_path, monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, "hub_cards.space.app", raising=False)
+    monkeypatch.delitem(sys.modules, "dls_sounds.page.app", raising=False)
     monkeypatch.setitem(sys.modules, "gradio", None)
     assert main(["space", str(tmp_path)]) == 2
     assert capsys.readouterr().err == "error: the page needs Gradio: pip install -e '.[space]'\n"
@@ -257,7 +257,7 @@ def test_command_names_what_is_wrong(tmp_path, capsys):
 def test_page(classifier, tmp_path):
     """Every output has its value or is hidden; what a clip is called cannot add markup; a bad file has a message."""
     pytest.importorskip("gradio")
-    from hub_cards.space.app import Page, build
+    from dls_sounds.page.app import Page, build
 
     page = Page(classifier, tmp_path / "sounds")
     page.sounds.mkdir()

@@ -11,18 +11,20 @@ from datasets import Dataset
 
 import modeling_dls
 from datasets_scripts import load_corpus, loading_options
+from datasets_scripts.audio import opened_sound
 from datasets_scripts.errors import AudioError, CorpusError, UserError
 from datasets_scripts.files import read_object
 from dls_training.input_pipeline import label_numbers
 from dls_training.memory_bank import BANK_FILE
 from dls_training.nearest_neighbours import KNN_SIGMA
-from dls_training.waveforms import read_waveform
+from dls_training.waveforms import sound_blocks
+from hub_cards.tasks import Pretraining, task_of
 from modeling_dls.feature_extraction_esresnet import evaluation_windows, window_starts
 
-from ..tasks import Pretraining, task_of
 from .memory import Memory, Neighbour
 
 MAX_SECONDS = 600.0  # of a sound; memory and time to answer are bounded by it
+MAX_SAMPLES = int(MAX_SECONDS) * 48_000 * 2  # of all channels together that are decoded of it
 WINDOWS_AT_A_TIME = 16
 NEIGHBOURS = 5
 EXAMPLES = 6
@@ -90,13 +92,13 @@ class Network:
             raise UserError(f"{folder}: {error}") from error
 
     def waveform(self, path: str) -> torch.Tensor:
-        """(audio_channels, samples), `MAX_SECONDS` at most.
+        """(audio_channels, samples): what `analysed_seconds` says of a file, decoded block by block.
 
         Raises:
             AudioError: if the file cannot be read as a sound.
         """
-        longest = round(MAX_SECONDS * self.extractor.sampling_rate)
-        return read_waveform({"bytes": None, "path": path}, self.extractor, last=longest)
+        audio = {"bytes": None, "path": path}
+        return torch.cat(list(sound_blocks(audio, self.extractor, (0.0, analysed_seconds(path)))), dim=1)
 
     def per_window(self, waveform: torch.Tensor) -> torch.Tensor:
         """(windows, classes) probabilities of a classifier; (windows, embedding_dim) of instance discrimination."""
@@ -238,7 +240,7 @@ class TrainedFolder:
         loudest = int(np.argmax(levels))
         return Analysis(
             seconds=samples / rate,
-            cut=soundfile.info(path).duration > MAX_SECONDS,
+            cut=soundfile.info(path).duration > analysed_seconds(path),
             scores=self._named(whole),
             windows=[
                 Window(start / rate, min(start + length, samples) / rate, level, self._named(scores))
@@ -261,6 +263,16 @@ class TrainedFolder:
         """
         windows = evaluation_windows(self.network.waveform(path), self.network.extractor.max_length)
         return self.network.extractor.spectrogram(windows[window])
+
+
+def analysed_seconds(path: str) -> float:
+    """How much of a file is analysed at most: less where it has many channels, or a high rate.
+
+    Raises:
+        AudioError: if the file cannot be read as a sound.
+    """
+    with opened_sound({"bytes": None, "path": path}) as sound:
+        return min(MAX_SECONDS, MAX_SAMPLES / (sound.sampling_rate * sound.num_channels))
 
 
 def read_results(folder: Path) -> dict:

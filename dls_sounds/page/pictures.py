@@ -10,6 +10,24 @@ from .memory import Memory
 
 DPI = 150
 LINES = 5  # of the time line
+GREY = "#808080"
+
+
+def on_any_ground(figure: Figure) -> Figure:
+    """Makes a figure that can be read on a bright page and on a dark one: no ground of its own, all else mid-grey."""
+    figure.set_facecolor("none")
+    for axes in figure.axes:
+        axes.set_facecolor("none")
+        axes.tick_params(colors=GREY)
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+            text.set_color(GREY)
+        for spine in axes.spines.values():
+            spine.set_edgecolor(GREY)
+        if legend := axes.get_legend():
+            legend.get_frame().set_alpha(0)
+            for text in legend.get_texts():
+                text.set_color(GREY)
+    return figure
 
 
 def spectrogram_figure(spectrogram: torch.Tensor, start: float, seconds: float) -> Figure:
@@ -26,7 +44,7 @@ def spectrogram_figure(spectrogram: torch.Tensor, start: float, seconds: float) 
         draw_spectrogram(axes, picture, "")
     axes.set_xticks([0, width / 2, width - 1], [f"{start + share * seconds:.1f} s" for share in (0, 0.5, 1)])
     axes.set_xlabel("low pitches red, middle ones green, high ones blue", fontsize="small")
-    return figure
+    return on_any_ground(figure)
 
 
 def map_figure(memory: Memory, analysis: Analysis) -> Figure:
@@ -38,7 +56,7 @@ def map_figure(memory: Memory, analysis: Analysis) -> Figure:
     title = f"{drawn}{len(memory.vectors)} clips, on their two principal components"
     draw_map(axes, memory.vectors[rows], memory.labels[rows], memory.classes, title, analysis.embedding, nearest)
     axes.title.set_fontsize("small")
-    return figure
+    return on_any_ground(figure)
 
 
 def time_line_figure(analysis: Analysis) -> Figure:
@@ -52,4 +70,4 @@ def time_line_figure(analysis: Analysis) -> Figure:
     axes.set(xlabel="s", xlim=(0, analysis.seconds), ylim=(-0.03, 1.03))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="x-small", loc="upper left", bbox_to_anchor=(1, 1))
-    return figure
+    return on_any_ground(figure)

@@ -17,8 +17,12 @@ from datasets_scripts import decode_audio
 from datasets_scripts.errors import AudioError, UserError
 from dls_training.runtime import start_logging
 
-from .analysis import MAX_SECONDS, NEIGHBOURS, Analysis, TrainedFolder, in_words
+from ..labelling import Session
+from ..settings import LabelSettings
+from .analysis import NEIGHBOURS, Analysis, TrainedFolder, in_words
 from .pictures import map_figure, spectrogram_figure, time_line_figure
+from .teaching import KEYBOARD, ExampleEmbedder, Teaching, lay_out
+from .teaching import STYLE as TEACHING_STYLE
 
 logger = logging.getLogger("dls")
 
@@ -29,8 +33,15 @@ LARGEST_UPLOAD = "1gb"
 FONT = ["system-ui", "sans-serif"]  # of the visitor's machine: Gradio's own comes from elsewhere
 STYLE = """
 .gradio-container { max-width: 1240px !important; margin: auto; }
-#problem { border-left: 4px solid #c2410c; padding: 0.4em 0.9em; background: #fff7ed; }
-#problem * { color: #7c2d12; }
+:is(#problem, .problem) { border-left: 4px solid #c2410c; padding: 0.4em 0.9em; background: #c2410c22; }
+.gradio-container .row { flex-wrap: wrap; }
+.neighbours .clip { overflow-wrap: anywhere; }
+@media (max-width: 640px) {
+  .gradio-container, .gradio-container main { padding: 6px !important; }
+  .gradio-container .row > * { min-width: min(100%, 160px) !important; }
+  .gradio-container .row > .column { flex: 1 1 100% !important; }
+  .neighbours audio { width: 130px; }
+}
 .block.titled { padding-top: 2.4em !important; }
 .neighbours { width: 100%; }
 .neighbours, .neighbours tr { border: none !important; }
@@ -62,7 +73,7 @@ class Page:
             return self.nothing(f"**This file cannot be read as a sound.** {html.escape(in_words(error, path))}")
         except OSError as error:
             return self.nothing(f"**This file cannot be read:** {error.strerror}")
-        limit = f"The sound is longer than {MAX_SECONDS / 60:g} minutes: only its beginning is analysed."
+        limit = f"The sound is long: only its first {analysis.seconds:.0f} s are analysed."
         is_long = len(analysis.windows) > 1
         has_line = is_long and bool(analysis.scores)
         remembered = self.trained.memory is not None
@@ -154,74 +165,103 @@ def window_rows(analysis: Analysis) -> list[list]:
     return rows
 
 
-def build(page: Page) -> gr.Blocks:
-    """Lays the page out."""
-    trained, extractor = page.trained, page.trained.network.extractor
-    seconds = f"{extractor.max_length / extractor.sampling_rate:g} s"
-    paths, labels = page.examples()
-    with gr.Blocks(title="DLS: try a sound", analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
-        gr.Markdown(trained.task.introduction(trained, seconds))
-        with gr.Row():
-            with gr.Column(scale=5):
-                sound = gr.Audio(
-                    type="filepath", sources=["upload", "microphone"], label="A sound: choose a file, or record",
-                    editable=False, buttons=["download"], elem_id="sound",
-                )  # fmt: skip
-                if paths:
-                    gr.Examples(paths, sound, example_labels=labels, label=f"Or a clip of {trained.examples_from}")
-                problem = gr.Markdown(visible=False, elem_id="problem")
-                scores = gr.Label(num_top_classes=5, label=trained.task.score, visible=False, elem_id="labels")
-                spectrogram = gr.Plot(format="png", visible=False, elem_id="spectrogram", elem_classes="titled")
-            with gr.Column(scale=6):
-                neighbours = gr.HTML(
-                    label=f"The {NEIGHBOURS} nearest clips in the memory bank (distance: 1 − cosine)", show_label=True,
-                    container=True, visible=False, elem_id="neighbours", elem_classes="titled",
-                )  # fmt: skip
-                map_of_bank = gr.Plot(
-                    label="Where it lies among the clips that the network remembers", format="png", visible=False,
-                    elem_id="map", elem_classes="titled",
-                )  # fmt: skip
-                for sentence in trained.missing:
-                    gr.Markdown(html.escape(sentence), elem_classes="missing")
-        time_line = gr.Plot(
-            label="Over time", format="png", visible=False, elem_id="time-line", elem_classes="titled"
-        )  # fmt: skip
-        windows = gr.Dataframe(
-            headers=["window", "label", "score", "level (dB)"], label="Windows: click on one to see its spectrogram",
-            interactive=False, visible=False, max_height=300, elem_id="windows",
-        )  # fmt: skip
-        analysis = gr.State()
-        outputs = [problem, scores, spectrogram, neighbours, map_of_bank, time_line, windows, analysis]
-        # One analysis at a time: it uses every core, and more of them at once would only each be slower.
-        once = {"concurrency_limit": 1, "concurrency_id": "network", "api_visibility": "private"}
-        sound.change(page.analysed, sound, outputs, **once)
-        windows.select(page.chosen, [sound, analysis], spectrogram, **once)
+def build(page: Page | None, teaching: Teaching | None = None) -> gr.Blocks:
+    """Lays the page out: what tries a trained folder, what teaches, or both, in tabs."""
+    title = "DLS: teach by ear" if teaching else "DLS: try a sound"
+    with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 86400)) as blocks:
+        if teaching is None:
+            lay_out_trial(page)
+        elif page is None:
+            lay_out(teaching)
+        else:
+            with gr.Tab("Teach"):
+                lay_out(teaching)
+            with gr.Tab("Try a sound"):
+                lay_out_trial(page)
     return blocks
 
 
-def serve(folder: Path, corpora: list[tuple[str, str | None]], port: int) -> None:
+def lay_out_trial(page: Page) -> None:
+    """Puts what tries a trained folder into the page that is being built."""
+    trained, extractor = page.trained, page.trained.network.extractor
+    seconds = f"{extractor.max_length / extractor.sampling_rate:g} s"
+    paths, labels = page.examples()
+    gr.Markdown(trained.task.introduction(trained, seconds))
+    with gr.Row():
+        with gr.Column(scale=5):
+            sound = gr.Audio(
+                type="filepath", sources=["upload", "microphone"], label="A sound: choose a file, or record",
+                editable=False, buttons=["download"], elem_id="sound",
+            )  # fmt: skip
+            if paths:
+                gr.Examples(paths, sound, example_labels=labels, label=f"Or a clip of {trained.examples_from}")
+            problem = gr.Markdown(visible=False, elem_id="problem")
+            scores = gr.Label(num_top_classes=5, label=trained.task.score, visible=False, elem_id="labels")
+            spectrogram = gr.Plot(format="png", visible=False, elem_id="spectrogram", elem_classes="titled")
+        with gr.Column(scale=6):
+            neighbours = gr.HTML(
+                label=f"The {NEIGHBOURS} nearest clips in the memory bank (distance: 1 − cosine)", show_label=True,
+                container=True, visible=False, elem_id="neighbours", elem_classes="titled",
+            )  # fmt: skip
+            map_of_bank = gr.Plot(
+                label="Where it lies among the clips that the network remembers", format="png", visible=False,
+                elem_id="map", elem_classes="titled",
+            )  # fmt: skip
+            for sentence in trained.missing:
+                gr.Markdown(html.escape(sentence), elem_classes="missing")
+    time_line = gr.Plot(
+        label="Over time", format="png", visible=False, elem_id="time-line", elem_classes="titled"
+    )  # fmt: skip
+    windows = gr.Dataframe(
+        headers=["window", "label", "score", "level (dB)"], label="Windows: click on one to see its spectrogram",
+        interactive=False, visible=False, max_height=300, elem_id="windows",
+    )  # fmt: skip
+    analysis = gr.State()
+    outputs = [problem, scores, spectrogram, neighbours, map_of_bank, time_line, windows, analysis]
+    # One analysis at a time: it uses every core, and more of them at once would only each be slower.
+    once = {"concurrency_limit": 1, "concurrency_id": "network", "api_visibility": "private"}
+    sound.change(page.analysed, sound, outputs, **once)
+    windows.select(page.chosen, [sound, analysis], spectrogram, **once)
+
+
+def serve(
+    folder: Path | None, corpora: list[tuple[str, str | None]], port: int, session: Session | None = None,
+    settings: LabelSettings | None = None,
+) -> None:  # fmt: skip
     """Shows the page on 127.0.0.1 until it is interrupted.
+
+    Args:
+        folder: A run's, to try sounds on; None: that part is left out.
+        corpora: Names and folders of corpora, see `TrainedFolder`.
+        port: Of 127.0.0.1.
+        session: What is taught; None: that part is left out.
+        settings: Of `dls label`, with a session.
 
     Raises:
         UserError: if the folder is not a run's output, or the port is taken.
         CorpusError: if a corpus cannot be used.
     """
     start_logging()
-    trained = TrainedFolder(folder, corpora)
-    for sentence in trained.missing:
+    trained = TrainedFolder(folder, corpora) if folder else None
+    for sentence in trained.missing if trained else ():
         logger.warning(sentence)
     with tempfile.TemporaryDirectory(prefix="dls-space-") as sounds:
-        blocks = build(Page(trained, Path(sounds))).queue(max_size=WAITING)
+        page = trained and Page(trained, Path(sounds))
+        teaching = session and Teaching(session, Path(sounds), ExampleEmbedder(session, settings))
+        blocks = build(page, teaching).queue(max_size=WAITING)
         try:
             blocks.launch(
                 server_name=HOST, server_port=port, share=False, ssr_mode=False, mcp_server=False, quiet=True,
                 prevent_thread_lock=True, allowed_paths=[sounds], max_file_size=LARGEST_UPLOAD, footer_links=[],
-                theme=gr.themes.Default(font=FONT, font_mono=["monospace"]), css=STYLE,
+                theme=gr.themes.Default(font=FONT, font_mono=["monospace"]), css=STYLE + TEACHING_STYLE,
+                head=KEYBOARD if teaching else None,
             )  # fmt: skip
         except OSError as error:
             raise UserError(
                 f"--port {port} cannot be used on {HOST}, another program may have it: choose another"
             ) from error
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # to leave no sounds behind then, either
+        if session:
+            logger.info(f"answers go into {session.path}")
         logger.info(f"open http://{HOST}:{port} (Ctrl-C ends it)")
         blocks.block_thread()
