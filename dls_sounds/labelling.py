@@ -264,7 +264,7 @@ class Session:
         return Candidate(row, self.files[row], float(self.starts[row]), float(self.ends[row]), float(score))
 
     def find(self, text: str) -> int:
-        """The row that a person means: a file of the index, or what is in no other file's name, and perhaps `@ seconds`.
+        """The row that is meant: a file of the index, or what is in one file's name alone, and perhaps `@ seconds`.
 
         Raises:
             UserError: if there is none, or the name is in several.
@@ -299,9 +299,9 @@ class Session:
                 "and start dls label without --labels"
             )
         return [
-            "train_classification", "--recipe", "recommended", "--corpus", f"audiofolder={self.index.root}", "--fold",
-            "none", "--model_name_or_path", self.index.facts["model"], "--num_train_epochs", "0", "--report_to", "none",
-            "--output_dir", str(self.model),
+            "train_classification", "--recipe", "recommended", "--corpus", f"audiofolder={self.index.root}",
+            "--fold", "none", "--model_name_or_path", self.index.facts["model"], "--num_train_epochs", "0",
+            "--report_to", "none", "--output_dir", str(self.model),
         ]  # fmt: skip
 
     @property
@@ -317,13 +317,12 @@ class Session:
         """
         if not self.model.is_dir():
             raise UserError("there is no classifier yet: train on these first")
-        seconds = self.index.facts["seconds"]
-        windows = (
-            [] if seconds is None else ["--windows", f"{seconds:g}", "--overlap", f"{self.index.facts['overlap']:g}"]
-        )
+        facts = self.index.facts
+        windows = ["--windows", f"{facts['seconds']:g}", "--overlap", f"{facts['overlap']:g}"]
         output = self.index.path.with_name(f"{self.index.path.stem}_detections.csv")
         return [
-            "dls_sounds", "predict", str(self.index.root), "--model", str(self.model), *windows, "--output", str(output),
+            "dls_sounds", "predict", str(self.index.root), "--model", str(self.model), "--output", str(output),
+            *(windows if facts["seconds"] else ()),
         ]  # fmt: skip
 
     def sounds_like(self, label: str, vector: np.ndarray) -> None:

@@ -335,12 +335,8 @@ def lay_out(teaching: Teaching) -> None:
     progress = gr.HTML(elem_id="progress")
 
     outputs = [problem, card, following, counts, row, label, *names]
-    once = {
-        "concurrency_limit": 1,
-        "concurrency_id": "session",
-        "api_visibility": "private",
-        "show_progress": "hidden",
-    }
+    private = {"concurrency_limit": 1, "api_visibility": "private"}
+    once = {**private, "concurrency_id": "session", "show_progress": "hidden"}
     state = [label, order, row]
     class_name.submit(teaching.begin, [class_name, order], outputs, **once)
     example.submit(teaching.example, [example, *state], outputs, **once)
@@ -352,6 +348,6 @@ def lay_out(teaching: Teaching) -> None:
     undo.click(teaching.undone, state, outputs, **once)
     for number, button in enumerate(names):
         button.click(teaching.named(number), state, outputs, **once)
-    long = {"concurrency_limit": 1, "concurrency_id": "command", "api_visibility": "private"}
+    long = {**private, "concurrency_id": "command"}
     train.click(teaching.train, None, progress, **long)
     predict.click(teaching.predict, None, progress, **long)
