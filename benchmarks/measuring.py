@@ -23,8 +23,8 @@ FRAMES_PER_CLIP, FRAME_LENGTH = 394, 2048  # of a five-second clip
 FRESH = multiprocessing.get_context("spawn")
 
 
-def run(measure: Callable[[argparse.Namespace], list[dict]], **options) -> None:
-    """The shell around a benchmark: its options, its table on the screen, its CSV beside it.
+def run(measure: Callable[[argparse.Namespace], list[dict]], **options) -> Path:
+    """The shell around a benchmark: its options, its table on the screen, its CSV beside it, which is returned.
 
     Args:
         measure: Options -> lines of the table. The first line of its module's docstring says what it measures.
@@ -45,6 +45,7 @@ def run(measure: Callable[[argparse.Namespace], list[dict]], **options) -> None:
     )  # before: what is measured later belongs to this commit
     write_table(args.output, measure(args), provenance)
     print(markdown(args.output, module), flush=True)
+    return args.output
 
 
 def apart(function: Callable, arguments: list[tuple]) -> list:

@@ -10,6 +10,8 @@ def pytest_addoption(parser):
     space = parser.getgroup("Space in a browser")
     space.addoption("--space_run", type=Path, help="a finished fine-tuning on ESC-10 to show (default: a quick one)")
     space.addoption("--space_picture", type=Path, help="where to keep a picture of the page")
+    space.addoption("--label_index", type=Path, help="an index of ESC-50's audio folder to picture dls label with")
+    space.addoption("--label_pictures", type=Path, help="a folder for them")
 
 
 def pytest_configure():

@@ -246,7 +246,7 @@ def test_commands(session, tmp_path):
         session.prediction_command()
     elsewhere = Session(session.index, tmp_path / "labels.csv")
     elsewhere.answer(0, "owl")
-    with pytest.raises(UserError, match="move .*labels.csv to .*sounds/labels.csv"):
+    with pytest.raises(UserError, match=r"move .*labels.csv to .*sounds/labels.csv"):
         elsewhere.training_command()
 
 

@@ -15,13 +15,13 @@ from transformers import pipeline
 
 from datasets_scripts import decode_audio
 from datasets_scripts.errors import AudioError, CorpusError, UserError
+from dls_sounds.page import analysis as analysis_module
+from dls_sounds.page.analysis import NEIGHBOURS, TrainedFolder
+from dls_sounds.page.pictures import map_figure, spectrogram_figure, time_line_figure
 from dls_training.memory_bank import BANK_FILE, MemoryBank
 from dls_training.nearest_neighbours import weighted_knn
 from dls_training.report import draw_map
 from hub_cards.__main__ import main
-from dls_sounds.page import analysis as analysis_module
-from dls_sounds.page.analysis import NEIGHBOURS, TrainedFolder
-from dls_sounds.page.pictures import map_figure, spectrogram_figure, time_line_figure
 from modeling_dls.feature_extraction_esresnet import evaluation_windows
 
 RATE = 8000  # of `sound_folder`

@@ -1,29 +1,15 @@
 """The Space as a visitor meets it: the real command, real clips, headless Chromium. `make test-browser` runs it."""
 
 import json
-import shutil
-import socket
-import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from scripts import ROOT, start, succeed
+from browser import BrowserPage, chromium, save_picture, served, skip_without_browser
+from scripts import succeed
 
 pytestmark = pytest.mark.browser
-
-PROGRAMS = ("chromium", "chromedriver")
-CHROMIUM = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
-    "--window-size=1280,1080",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--no-proxy-server",
-    "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream",
-    "--autoplay-policy=no-user-gesture-required",
-]  # fmt: skip
-PATIENCE = 120  # s, for anything to appear
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +20,7 @@ def esc10(shared_dir) -> Path:
 @pytest.fixture(scope="module")
 def run_folder(request, esc10, tmp_path_factory) -> Path:
     """A small real run, with fold 1 held out of all training; or the one that is named on the command line."""
-    for name in ("gradio", "selenium"):
-        pytest.importorskip(name, reason=f"{name} is not installed: `make test-browser` installs it")
-    for program in PROGRAMS:
-        if not shutil.which(program):
-            pytest.skip(f"there is no {program} program: on Debian, apt-get install chromium chromium-driver")
+    skip_without_browser()
     if folder := request.config.getoption("--space_run"):
         return folder.resolve()
     folder = tmp_path_factory.mktemp("runs")
@@ -53,40 +35,14 @@ def run_folder(request, esc10, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def address(run_folder) -> str:
     """Of the page, while the command runs."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "hub_cards", "space", run_folder, "--port", port]
-    process = start(command, cwd=ROOT)
-    printed = []
-    try:
-        for line in process.stdout:
-            printed.append(line)
-            if "open http" in line:
-                break
-        else:
-            pytest.fail("".join(printed))
-        reading = threading.Thread(target=lambda: printed.extend(process.stdout), daemon=True)
-        reading.start()
-        yield f"http://127.0.0.1:{port}/"
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-    assert "Traceback" not in "".join(printed), "".join(printed)
+    with served("-m", "hub_cards", "space", run_folder) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
 def driver(address, tmp_path_factory):
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = shutil.which("chromium")
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    for argument in [*CHROMIUM, f"--user-data-dir={tmp_path_factory.mktemp('profile')}"]:
-        options.add_argument(argument)
-    driver = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
-    yield driver
-    driver.quit()
+    with chromium(tmp_path_factory.mktemp("profile")) as driver:
+        yield driver
 
 
 @pytest.fixture
@@ -94,35 +50,10 @@ def page(driver, address):
     return Page(driver, address)
 
 
-class Page:
+class Page(BrowserPage):
     """What a visitor does on the page and sees of it."""
 
-    def __init__(self, driver, address: str):
-        self.driver, self.address = driver, address
-        driver.get(address)
-        self.wait_for("input[type=file]", inside="#sound")
-
-    def find(self, selector: str) -> list:
-        return self.driver.find_elements("css selector", selector)
-
-    def wait(self, condition, what: str):
-        from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
-        from selenium.webdriver.support.ui import WebDriverWait
-
-        waiting = WebDriverWait(self.driver, PATIENCE, ignored_exceptions=[StaleElementReferenceException])
-        try:
-            return waiting.until(lambda _: condition())
-        except TimeoutException:
-            pytest.fail(f"{what} does not appear; the page says: {self.find('body')[0].text}")
-
-    def wait_for(self, selector: str, inside: str, count: int = 1) -> list:
-        found = f"{inside} {selector}"
-        return self.wait(lambda: len(self.find(found)) >= count and self.find(found), found)
-
-    def wait_for_text(self, selector: str, text: str) -> str:
-        return self.wait(
-            lambda: next((e.text for e in self.find(selector) if text in e.text), None), f"{text!r} in {selector}"
-        )
+    READY = "#sound input[type=file]"
 
     def upload(self, path: Path) -> None:
         self.find("#sound input[type=file]")[0].send_keys(str(path))
@@ -184,18 +115,6 @@ def test_a_real_clip(page, rooster, label_of, request):
     assert not elsewhere
     if picture := request.config.getoption("--space_picture"):
         save_picture(page, picture)
-
-
-def save_picture(page: Page, path: Path) -> None:
-    """The whole page, in few enough colours to be small."""
-    from PIL import Image
-
-    page.driver.execute_script("document.activeElement.blur(); window.scrollTo(0, 0)")
-    unfinished = path.with_suffix(".unfinished.png")
-    page.driver.save_screenshot(str(unfinished))
-    with Image.open(unfinished) as image:
-        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(unfinished, optimize=True)
-    unfinished.replace(path)
 
 
 def test_a_long_sound(page, esc10, tmp_path):

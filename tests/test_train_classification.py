@@ -12,10 +12,10 @@ from timm.models.densenet import DenseNet
 from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
 
 from datasets_scripts import ClipIdentities, decode_audio, load_corpus, train_test_folds
+from dls_sounds.page.analysis import TrainedFolder
 from dls_training.folds import make_folds
 from dls_training.record import Record, Stage
 from hub_cards.publishing import finished_run
-from dls_sounds.page.analysis import TrainedFolder
 from modeling_dls import ESResNetConfig
 from modeling_dls.convert_esresnet_checkpoint import main as convert_imagenet
 from train_classification import arm_of

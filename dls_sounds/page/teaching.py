@@ -67,13 +67,15 @@ KEYBOARD = """
 </script>
 """
 STYLE = """
-#card img { width: 100%; height: auto; display: block; }
+#card img { width: 100%; max-width: 900px; height: auto; display: block; }
 #card audio { width: 100%; display: block; margin: 6px 0; }
 #card .clip, #next .clip { font-family: monospace; overflow-wrap: anywhere; }
-#next table { width: 100%; }
+#next :is(table, tr) { width: 100%; border: none !important; }
 #next :is(td, th) { padding: 2px 8px; text-align: left; border: none; border-top: 1px solid #8883; }
-#answers button, #names button { min-width: 0; flex: 1 1 40%; }
-#names button { flex: 0 1 auto; }
+#answers { gap: 8px; }
+#answers button { min-width: 0 !important; flex: 1 1 20%; }
+#names button { min-width: 0 !important; flex: 0 1 auto; }
+@media (max-width: 640px) { #answers button { flex-basis: 40%; padding: 14px 4px; } }
 """
 BEGINNING = """
 <p><b>What do you want to find?</b></p><ol>
