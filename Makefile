@@ -10,7 +10,7 @@ OTHERWISE := not browser and not benchmark and not soak
 ESC10 ?= $(wildcard ../shared/data/ESC-10)
 CODE := modeling_dls datasets_scripts dls_training dls_sounds dls_comparison hub_cards benchmarks tests *.py
 
-.PHONY: demo test test-fast test-benchmarks test-soak test-browser docs/space.png quality style benchmark gpu clean
+.PHONY: demo test test-fast test-benchmarks test-soak test-browser docs/space.png docs/label.png quality style benchmark gpu clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,10 @@ $(BIN)/.installed-browser: $(BIN)/.installed
 # A picture of the page, from a finished fine-tuning on ESC-10 (docs/space.md): `make docs/space.png RUN=runs/esc10`.
 docs/space.png: $(BIN)/.installed-browser
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser -k real_clip --space_run $(RUN) --space_picture $@
+
+# Pictures of dls label, from an index of ESC-50's audio folder (docs/labelling.md): `make docs/label.png INDEX=esc50.parquet`.
+docs/label.png: $(BIN)/.installed-browser
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser -k test_pictures --label_index $(INDEX) --label_pictures docs
 
 quality: $(BIN)/.installed
 	$(BIN)/ruff check $(CODE)

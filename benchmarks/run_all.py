@@ -22,10 +22,14 @@ BENCHMARKS = (
     "training_step",
     "embedding",
     "search",
+    "labelling",
     "prediction",
     "pretraining",
 )
-DOCUMENTS = [REPOSITORY / "docs" / name for name in ("speed.md", "scaling.md", "datasets.md", "own_recordings.md")]
+DOCUMENTS = [
+    REPOSITORY / "docs" / name
+    for name in ("speed.md", "scaling.md", "datasets.md", "own_recordings.md", "labelling.md")
+]
 MARKED = re.compile(r"(<!-- (\w+)\.csv -->\n).*?(<!-- end -->)", re.DOTALL)
 
 

@@ -172,8 +172,8 @@ A user is simulated on ESC-50: one example of a class, then twenty answers, yes 
 asked one by one as `dls label` asks. What counts is the average precision with which another fold's 400 clips, eight
 of them of the class, are ranked: mean over ten classes of fifty and three seeds, in brackets the smallest and the
 largest of a seed. Strengths of whitening and penalty, and what is asked about, are chosen on fold 1; fold 2 is the
-report. The network was pre-trained without labels on all clips, also those that are ranked; the untrained one is of the
-same kind, with random weights, and batch norm's statistics of some of the clips. ESC-50 was lossily re-encoded.
+report. The network was pre-trained without labels on all clips, also those that are ranked; the untrained one is of
+the same kind, with random weights, and batch norm's statistics of some of the clips. ESC-50 was lossily re-encoded.
 
 ![average precision over answers](answers.png)
 

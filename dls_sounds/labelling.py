@@ -318,11 +318,13 @@ class Session:
         if not self.model.is_dir():
             raise UserError("there is no classifier yet: train on these first")
         facts = self.index.facts
-        windows = ["--windows", f"{facts['seconds']:g}", "--overlap", f"{facts['overlap']:g}"]
+        windows = []
+        if facts["seconds"] is not None:
+            windows = ["--windows", f"{facts['seconds']:g}", "--overlap", f"{facts['overlap']:g}"]
         output = self.index.path.with_name(f"{self.index.path.stem}_detections.csv")
         return [
             "dls_sounds", "predict", str(self.index.root), "--model", str(self.model), "--output", str(output),
-            *(windows if facts["seconds"] else ()),
+            *windows,
         ]  # fmt: skip
 
     def sounds_like(self, label: str, vector: np.ndarray) -> None:

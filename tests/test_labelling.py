@@ -11,7 +11,9 @@ from datasets_scripts.labels import read_labels
 from dls_sounds.__main__ import main
 from dls_sounds.index import Index, schema
 from dls_sounds.labelling import ORDERS, UNCERTAIN, Learner, Session
+from dls_sounds.settings import PredictSettings
 from dls_sounds.tables import write_parquet
+from dls_training.settings import ClassificationSettings
 
 DIM, KINDS = 16, 4
 HEADER = "file_name,start,end,label,present\n"
@@ -239,11 +241,22 @@ def test_bad_names_and_places(session, tmp_path):
         Session(session.index, tmp_path / "file" / "labels.csv").answer(0, "owl")
 
 
-def test_commands(session, tmp_path):
+@pytest.mark.parametrize("windows", [None, 3])
+def test_commands_that_cannot_run(tmp_path, windows):
+    """What is asked of the train script and of dls predict is what they take."""
+    session = Session(write_index(tmp_path, ["a.wav", "b.wav"], windows))
     with pytest.raises(UserError, match="says of nothing what it is"):
         session.training_command()
     with pytest.raises(UserError, match="train on these first"):
         session.prediction_command()
+    session.answer(0, "owl")
+    script, *words = session.training_command()
+    settings = ClassificationSettings.parsed(words)
+    assert script == "train_classification" and settings.output_dir == tmp_path / "index_model"
+    session.model.mkdir()
+    package, command, *words = session.prediction_command()
+    settings = PredictSettings.parsed(words)
+    assert (package, command) == ("dls_sounds", "predict") and settings.windows == (windows and 5.0)
     elsewhere = Session(session.index, tmp_path / "labels.csv")
     elsewhere.answer(0, "owl")
     with pytest.raises(UserError, match=r"move .*labels.csv to .*sounds/labels.csv"):

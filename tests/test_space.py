@@ -233,6 +233,15 @@ def test_map_of_unlabelled_clips():
     assert drawn == {"no label": 3, "a": 2, "b": 1}
 
 
+def test_many_channels_are_bounded(pretrained, tmp_path, monkeypatch):
+    """Of all channels together no more is decoded than of ten minutes of stereo."""
+    path = sound(tmp_path / "wide.flac", 2.0, channels=8)
+    assert not pretrained.analyse(path).cut
+    monkeypatch.setattr(analysis_module, "MAX_SAMPLES", 8 * RATE)
+    analysis = pretrained.analyse(path)
+    assert analysis.cut and analysis.seconds == pytest.approx(1.0, abs=0.01)
+
+
 def test_folder_that_is_no_run(tmp_path):
     for content in (None, "{}", "not JSON", '{"task": "other"}'):
         if content is not None:

@@ -23,6 +23,7 @@ from datasets_scripts.errors import AudioError, UserError
 from ..labelling import ORDERS, PROBABLE, Candidate, Session, clean_label
 from ..searching import embed_query, load_embedder
 from ..settings import LabelSettings
+from .analysis import analysed_seconds
 from .pictures import DPI, on_any_ground
 
 logger = logging.getLogger("dls")
@@ -140,7 +141,7 @@ class Teaching:
             AudioError: naming the file, if it cannot be decoded.
         """
         source = {"bytes": None, "path": str(self.session.index.root / candidate.file)}
-        end = min(candidate.end, candidate.start + PLAYED_SECONDS)
+        end = min(candidate.end, candidate.start + min(PLAYED_SECONDS, analysed_seconds(source["path"])))
         samples, rate = decode_audio(source, candidate.start, end)
         path, mono = self.sounds / f"window-{candidate.row}.wav", samples.mean(axis=0)
         if not path.exists():
