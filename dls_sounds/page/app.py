@@ -34,6 +34,7 @@ FONT = ["system-ui", "sans-serif"]  # of the visitor's machine: Gradio's own com
 STYLE = """
 .gradio-container { max-width: 1240px !important; margin: auto; }
 :is(#problem, .problem) { border-left: 4px solid #c2410c; padding: 0.4em 0.9em; background: #c2410c22; }
+.dark audio { color-scheme: dark; }
 .gradio-container .row { flex-wrap: wrap; }
 .neighbours .clip { overflow-wrap: anywhere; }
 @media (max-width: 640px) {
