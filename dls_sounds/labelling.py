@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock
+from sklearn.utils.extmath import randomized_svd
 from threadpoolctl import threadpool_limits
 
 from datasets_scripts.corpus import read_rows
@@ -93,10 +94,11 @@ class Learner:
 
 def whitening(centred: np.ndarray) -> np.ndarray:
     """(dim, components): makes of vectors such whose components vary alike, those that hardly vary held back."""
-    covariance = centred.T.astype(np.float64) @ centred / len(centred)
-    values, vectors = np.linalg.eigh(covariance)
-    if len(values) > LONGEST:
-        values, vectors = values[-COMPONENTS:], vectors[:, -COMPONENTS:]
+    if centred.shape[1] > LONGEST:
+        _, lengths, axes = randomized_svd(centred, min(COMPONENTS, len(centred)), random_state=0)
+        values, vectors = np.square(lengths) / len(centred), axes.T
+    else:
+        values, vectors = np.linalg.eigh(centred.T.astype(np.float64) @ centred / len(centred))
     values = values.clip(0)
     return (vectors / np.sqrt(values + SHRINKAGE * values.mean() + 1e-12)).astype(np.float32)
 
