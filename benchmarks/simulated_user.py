@@ -137,15 +137,14 @@ def measure(args) -> list[dict]:
 def draw_curves(lines: list[dict], path: Path) -> None:
     from measuring import draw
 
-    curves = []
-    for line in lines:
-        if line["ranked_fold"] == REPORT_FOLD:
-            values = [float(value) for value in line["curve"].split()]
-            curves.append((f"{line['network']}, {line['asked']}", range(len(values)), values))
-    trained = [curve for curve in curves if curve[0].startswith("pre")]
-    untrained = [curve for curve in curves if not curve[0].startswith("pre")]
-    settings = {"ylim": (0, 0.8), "ylabel": "average precision, fold 2"}
-    panels = {"pre-trained": (trained, settings), "untrained": (untrained, settings)}
+    panels = {}
+    for network in ("pre-trained", "untrained"):
+        curves = []
+        for line in lines:
+            if line["network"] == network and int(line["ranked_fold"]) == REPORT_FOLD:
+                values = [float(value) for value in line["curve"].split()]
+                curves.append((line["asked"], range(len(values)), values))
+        panels[network] = curves, {"ylim": (0, 0.8), "ylabel": f"average precision, fold {REPORT_FOLD}"}
     draw(path, panels, "answers after one example")
 
 
