@@ -303,13 +303,18 @@ class Session:
         return [
             "train_classification", "--recipe", "recommended", "--corpus", f"audiofolder={self.index.root}",
             "--fold", "none", "--model_name_or_path", self.index.facts["model"], "--num_train_epochs", "0",
-            "--report_to", "none", "--output_dir", str(self.model),
+            "--report_to", "none", "--output_dir", str(self.models()[1]),
         ]  # fmt: skip
 
-    @property
-    def model(self) -> Path:
-        """The folder of the classifier that is trained on the answers, beside the index."""
-        return self.index.path.with_name(f"{self.index.path.stem}_model")
+    def models(self) -> tuple[Path | None, Path]:
+        """The newest classifier that was trained on the answers, if there is one, and where the next is to go.
+
+        They lie beside the index: a folder each, for none is overwritten.
+        """
+        newest, number = None, 1
+        while (found := self.index.path.with_name(f"{self.index.path.stem}_model-{number}")).exists():
+            newest, number = found, number + 1
+        return newest, found
 
     def prediction_command(self) -> list[str]:
         """Words after `python -m` that find everything of which the classifier has learned.
@@ -317,7 +322,8 @@ class Session:
         Raises:
             UserError: if there is none yet.
         """
-        if not self.model.is_dir():
+        model, _ = self.models()
+        if model is None:
             raise UserError("there is no classifier yet: train on these first")
         facts = self.index.facts
         windows = []
@@ -325,7 +331,7 @@ class Session:
             windows = ["--windows", f"{facts['seconds']:g}", "--overlap", f"{facts['overlap']:g}"]
         output = self.index.path.with_name(f"{self.index.path.stem}_detections.csv")
         return [
-            "dls_sounds", "predict", str(self.index.root), "--model", str(self.model), "--output", str(output),
+            "dls_sounds", "predict", str(self.index.root), "--model", str(model), "--output", str(output),
             *windows,
         ]  # fmt: skip
 

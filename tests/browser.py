@@ -112,6 +112,11 @@ class BrowserPage:
             lambda: next((e.text for e in self.find(selector) if text in e.text), None), f"{text!r} in {selector}"
         )
 
+    def check_width(self) -> None:
+        """Nothing is wider than the window."""
+        inner, outer = self.driver.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
+        assert inner <= outer
+
 
 def save_picture(page: BrowserPage, path: Path) -> None:
     """The whole page, in few enough colours to be small."""

@@ -93,7 +93,9 @@ def test_readme_from_recordings_to_pipeline(shared_dir, sound_folder, tmp_path, 
         assert "'dog': " in output or "torch.Size([1, 10])" in output or re.search(r"^0\.\d+$", output, re.MULTILINE)
 
 
-@pytest.mark.parametrize(("name", "tables"), [("speed", 10), ("scaling", 1), ("datasets", 1), ("own_recordings", 1)])
+@pytest.mark.parametrize(
+    ("name", "tables"), [("speed", 10), ("scaling", 1), ("datasets", 1), ("own_recordings", 1), ("labelling", 1)]
+)
 def test_measured_tables_are_the_benchmarks(name, tables, monkeypatch):
     """Nobody typed a number in: the tables are what benchmarks/run_all.py makes of the CSVs."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")

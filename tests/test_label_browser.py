@@ -53,11 +53,6 @@ class Page(BrowserPage):
         """The file that is shown."""
         return self.find("#card .clip")[0].text.rpartition(",")[0]
 
-    def check_width(self) -> None:
-        """Nothing is wider than the window."""
-        inner, outer = self.driver.execute_script("return [document.documentElement.scrollWidth, window.innerWidth]")
-        assert inner <= outer
-
     def look(self, width: int, height: int, scheme: str) -> None:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)

@@ -252,11 +252,13 @@ def test_commands_that_cannot_run(tmp_path, windows):
     session.answer(0, "owl")
     script, *words = session.training_command()
     settings = ClassificationSettings.parsed(words)
-    assert script == "train_classification" and settings.output_dir == tmp_path / "index_model"
-    session.model.mkdir()
+    assert script == "train_classification" and settings.output_dir == tmp_path / "index_model-1"
+    settings.output_dir.mkdir()
+    assert session.training_command()[-1] == str(tmp_path / "index_model-2")
     package, command, *words = session.prediction_command()
     settings = PredictSettings.parsed(words)
     assert (package, command) == ("dls_sounds", "predict") and settings.windows == (windows and 5.0)
+    assert settings.model == str(tmp_path / "index_model-1")
     elsewhere = Session(session.index, tmp_path / "labels.csv")
     elsewhere.answer(0, "owl")
     with pytest.raises(UserError, match=r"move .*labels.csv to .*sounds/labels.csv"):

@@ -117,6 +117,19 @@ def test_a_real_clip(page, rooster, label_of, request):
         save_picture(page, picture)
 
 
+def test_a_phone(page, rooster):
+    """Nothing is wider than the window, however much is shown."""
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    try:
+        page.upload(rooster)
+        page.wait_for("audio", inside="#neighbours", count=5)
+        page.wait_for_pictures("#spectrogram", "#map")
+        page.check_width()
+    finally:
+        page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def test_a_long_sound(page, esc10, tmp_path):
     clips = [soundfile.read(path)[0][:220500] for path in sorted(esc10.glob("*/1-*.ogg"))[:12:4]]
     soundfile.write(tmp_path / "long.wav", np.concatenate([0.3 * clips[0], clips[1] / 2, 0.1 * clips[2]]), 44100)

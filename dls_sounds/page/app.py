@@ -41,7 +41,10 @@ STYLE = """
   .gradio-container, .gradio-container main { padding: 6px !important; }
   .gradio-container .row > * { min-width: min(100%, 160px) !important; }
   .gradio-container .row > .column { flex: 1 1 100% !important; }
-  .neighbours audio { width: 130px; }
+  .gradio-container :is(.column, .block) { min-width: 0 !important; max-width: 100%; }
+  .neighbours, .neighbours tbody { display: block; }
+  .neighbours tr { display: flex; flex-wrap: wrap; align-items: center; }
+  .neighbours tr:first-child { display: none; }
 }
 .block.titled { padding-top: 2.4em !important; }
 .neighbours { width: 100%; }
