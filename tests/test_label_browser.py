@@ -117,7 +117,7 @@ def test_the_loop_by_keyboard(driver, index, width, scheme):
         expected = [line for line in expected if line[:2] != (other, "low <b>tone</b>")]
         expected += [(other, "low <b>tone</b>", True), (other, "high tone", False)]
         assert lines(index) == expected
-        page.check_width()
+        page.check_width(WIDTHS[width][0])
     with served("-m", "dls_sounds", "label", index) as address:
         page = Page(driver, address)
         page.type("c", "low <b>tone</b>")
@@ -171,5 +171,5 @@ def test_pictures(driver, request, tmp_path):
                 page.look(*size, scheme)
                 page.type("c", "dog")
                 page.wait(lambda: driver.execute_script("return document.querySelector('#card img').complete"), "it")
-                page.check_width()
+                page.check_width(size[0])
                 save_picture(page, folder / f"label-{width}-{scheme}.png")

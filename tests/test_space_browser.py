@@ -125,7 +125,7 @@ def test_a_phone(page, rooster):
         page.upload(rooster)
         page.wait_for("audio", inside="#neighbours", count=5)
         page.wait_for_pictures("#spectrogram", "#map")
-        page.check_width()
+        page.check_width(390)
     finally:
         page.driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
