@@ -6,7 +6,7 @@ from importlib import import_module
 
 from datasets_scripts.command_line import run_command
 
-from .settings import EmbedSettings, LabelSettings, PredictSettings, SearchSettings
+from .settings import EmbedSettings, ExportSettings, LabelSettings, PredictSettings, SearchSettings
 
 # {command: (its settings, the module whose `main` takes them)}; a module is imported when its options are known to be
 # good, for `--help` should not wait for it.
@@ -15,6 +15,7 @@ COMMANDS = {
     "search": (SearchSettings, "searching"),
     "predict": (PredictSettings, "predicting"),
     "label": (LabelSettings, "page"),
+    "export": (ExportSettings, "exporting"),
 }
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from datasets_scripts.errors import UserError
-from datasets_scripts.options import Options, one_of, option, path, path_or_id, real, whole
+from datasets_scripts.options import Options, flag, one_of, option, path, path_or_id, real, whole
 from dls_training.settings import AS_LONG_AS_CLIPS, PRECISIONS, window_length
 
 STANDARD_INPUT = "-"
@@ -138,3 +138,27 @@ class LabelSettings(NetworkOptions):
     def check(self) -> None:
         if self.labels and self.labels.suffix.lower() != ".csv":
             raise UserError(f"--labels {self.labels}: expected the name of a .csv file")
+
+
+@dataclass(kw_only=True)
+class ExportSettings(Options):
+    """Writes a fine-tuned network as one ONNX file, and beside it what runs it without torch."""
+
+    SCRIPT: ClassVar[str] = "dls export"
+
+    run: str = option(None, path_or_id, "a trained folder or a Hub id", positional=True, required=True)
+    output: Path = option(None, path, "an .onnx file", required=True)
+    int8: bool = option(False, flag, "whole numbers of 8 bits in place of most weights: a quarter of the size")
+    calibration: Path | None = option(
+        None, path, metavar="FOLDER",
+        help="with --int8: sounds like those that the network will hear, some dozens or more; where they are "
+        "labelled, as --corpus audiofolder=FOLDER reads them, the accuracy that is lost is measured on them",
+    )  # fmt: skip
+
+    def check(self) -> None:
+        if self.output.is_dir() or self.output.suffix.lower() != ".onnx":
+            raise UserError(f"--output {self.output}: expected the name of an .onnx file")
+        if self.int8 != bool(self.calibration):
+            raise UserError("--int8 and --calibration FOLDER go together: give both or neither")
+        if self.calibration and not self.calibration.is_dir():
+            raise UserError(f"--calibration {self.calibration}: there is no such folder")

@@ -1,0 +1,193 @@
+"""`dls export`: a fine-tuned network -> one ONNX file from waveform to logits, and what runs it without torch."""
+
+import contextlib
+import io
+import json
+import logging
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from datasets_scripts import load_corpus
+from datasets_scripts.errors import AudioError, CorpusError, UserError
+from datasets_scripts.files import files_moved_into_place
+from dls_training.record import Record
+from dls_training.runtime import start_logging
+from dls_training.waveforms import sound_blocks, stream_windows
+from hub_cards.sources import licence, training_data
+
+from . import run_onnx
+from .engine import find_files
+from .network import Classifier
+from .settings import ExportSettings
+from .spectrogram_graph import GraphSpectrogram
+
+logger = logging.getLogger("dls")
+
+OPSET = 20
+LARGEST_DIFFERENCE = 1e-4  # from torch, in largest logits
+CALIBRATION_WINDOWS = 256
+MOSTLY_ZEROS, LARGE = 0.75, 4096  # from what share, and from how many numbers on, a matrix is stored as sparse
+SECONDS_IN_ONE_LINE = 30
+
+
+class WaveformClassifier(nn.Module):
+    """A classifier with its feature extractor, for waveforms of one length."""
+
+    def __init__(self, trained: Classifier):
+        super().__init__()
+        self.spectrogram = GraphSpectrogram(trained.extractor, trained.length)
+        self.network = trained.model.base_model
+        self.classifier = trained.model.classifier
+        self.to("cpu", memory_format=torch.contiguous_format).eval()
+
+    def forward(self, waveform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(batch, samples), or (batch, audio_channels, samples) -> (batch, labels) and (batch, hidden_size)."""
+        waveform = waveform if waveform.ndim == 3 else waveform[:, None]
+        embedding = self.network(self.spectrogram(waveform)).pooler_output
+        return self.classifier(embedding), embedding
+
+
+def input_shape(trained: Classifier) -> tuple[int, ...]:
+    """Of a waveform, without the batch."""
+    channels = trained.extractor.audio_channels
+    return (trained.length,) if channels == 1 else (channels, trained.length)
+
+
+def to_onnx(trained: Classifier):
+    """The network as an `onnx.ModelProto`, without what only the exporter's own tools read."""
+    import onnx
+
+    batch = torch.export.Dim("batch")
+    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        program = torch.onnx.export(
+            WaveformClassifier(trained), (torch.zeros(2, *input_shape(trained)),), dynamo=True, opset_version=OPSET,
+            input_names=["waveform"], output_names=["logits", "embedding"], dynamic_shapes=({0: batch},),
+            verbose=False,
+        )  # fmt: skip
+    model = program.model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.name = node.doc_string = ""
+    for part in (model.graph, model):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    del model.graph.value_info[:], model.functions[:]
+    model.graph.output[0].type.tensor_type.shape.dim[1].dim_param = "labels"  # of which others can be learned
+    model.producer_name, model.producer_version = "dls export", ""
+    onnx.checker.check_model(model)
+    return model
+
+
+def store_sparse(model) -> None:
+    """Large matrices that are mostly zeros (mel filters, resizing) as their other numbers alone."""
+    from onnx import helper, numpy_helper
+
+    for tensor in list(model.graph.initializer):
+        values = numpy_helper.to_array(tensor)
+        if values.dtype == np.float32 and values.size > LARGE and (values == 0).mean() > MOSTLY_ZEROS:
+            places = np.flatnonzero(values)
+            own = numpy_helper.from_array(values.flat[places], tensor.name)
+            indices = numpy_helper.from_array(places.astype(np.int64), f"{tensor.name}_places")
+            model.graph.sparse_initializer.append(helper.make_sparse_tensor(own, indices, values.shape))
+            model.graph.initializer.remove(tensor)
+
+
+def facts(trained: Classifier) -> dict:
+    """What whoever runs the file has to know, as JSON takes it; see `run_onnx`."""
+    record = Record.read(trained.source) or Record.of(trained.source)
+    claimed = licence([own.get("licence_id") for own in training_data(record).values()], record.is_complete)
+    stages = [
+        {name: stage.facts.get(name) for name in ("name", "task", "clips", "excluded_folds", "seed", "command")}
+        for stage in record.stages
+    ]
+    thresholds = getattr(trained.config, "thresholds", None) or trained.threshold
+    return {
+        "layout": run_onnx.LAYOUT, "labels": trained.labels, "multi_label": trained.multi_label,
+        "thresholds": run_onnx.thresholds_by_label(thresholds, trained.labels),
+        "sampling_rate": trained.extractor.sampling_rate, "length": trained.length,
+        "audio_channels": trained.extractor.audio_channels, "license": claimed.get("license_name", claimed.get("license")),
+        "record": stages, "weights": trained.digest,
+    }  # fmt: skip
+
+
+def write(model, own: dict, path: Path) -> None:
+    """The file, with the facts in its metadata."""
+    import onnx
+
+    del model.metadata_props[:]
+    onnx.helper.set_model_props(model, {run_onnx.KEY: json.dumps(own, ensure_ascii=False)})
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def test_waveforms(trained: Classifier) -> np.ndarray:
+    """What differs in every respect that a spectrogram knows: (6, *input_shape), float32.
+
+    Noise, loud and faint, a rising tone, clicks, a short sound in padding, silence.
+    """
+    samples, random = trained.length, np.random.default_rng(0)
+    time = np.arange(samples) / samples
+    noise = 0.1 * random.standard_normal((2, samples))
+    tone = 0.5 * np.sin(0.25 * np.pi * samples * time**2)
+    clicks = (np.arange(samples) % 5000 == 0).astype(float)
+    padded = np.where(abs(time - 0.5) < 0.05, tone, tone[samples // 2])
+    sounds = np.stack([noise[0], 1e-3 * noise[1], tone, clicks, padded, 0 * tone]).astype(np.float32)
+    return sounds.reshape(6, *[1] * (len(input_shape(trained)) - 1), samples) * np.ones(input_shape(trained), np.float32)
+
+
+def difference(trained: Classifier, exported: "run_onnx.Network") -> float:
+    """Between the file's logits and torch's: the largest, as a share of a sound's largest logit."""
+    waveforms = test_waveforms(trained)
+    channels = trained.extractor.audio_channels
+    expected = trained.outputs(torch.from_numpy(waveforms).reshape(len(waveforms), channels, -1)).logits.numpy()
+    together = exported(waveforms)[0]
+    alone = np.concatenate([exported(waveform[None])[0] for waveform in waveforms])
+    largest = abs(expected).max(axis=1)
+    return float(max((abs(found - expected).max(axis=1) / largest).max() for found in (together, alone)))
+
+
+def check(trained: Classifier, exported: "run_onnx.Network") -> float:
+    """The `difference`.
+
+    Raises:
+        UserError: if it is too large for the file to be used in the network's place.
+    """
+    found = difference(trained, exported)
+    if not found <= LARGEST_DIFFERENCE:
+        raise UserError(
+            f"{trained.source}: the exported file's logits differ from torch's by {found:.1e} of the largest, more "
+            f"than {LARGEST_DIFFERENCE:g}: nothing is written. Please report it with the versions of torch and onnx"
+        )
+    return found
+
+
+def main(settings: ExportSettings) -> None:
+    """Runs `dls export`.
+
+    Raises:
+        UserError: naming what the user can mend.
+    """
+    start_logging(logging.INFO)
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"dls export needs onnx, onnxruntime and onnxscript: pip install 'dls-sounds[export]' ({error})") from error
+    trained = Classifier(settings.run, None, "no")
+    model, own = to_onnx(trained), facts(trained)
+    with files_moved_into_place(settings.output.parent) as folder:
+        path = folder / settings.output.name
+        plain = onnx.ModelProto()
+        plain.CopyFrom(model)
+        store_sparse(plain)
+        write(plain, own, path)
+        found = check(trained, run_onnx.Network(path))
+        logger.info(f"differs from torch by {found:.1e} of the largest logit")
+        size = path.stat().st_size
+        shutil.copy2(run_onnx.__file__, folder / "run_onnx.py")
+    logger.info(f"{settings.output}: {size / 1e6:.2f} MB, windows of {trained.seconds:g} s; run_onnx.py beside it runs it")
