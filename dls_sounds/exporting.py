@@ -1,27 +1,21 @@
 """`dls export`: a fine-tuned network -> one ONNX file from waveform to logits, and what runs it without torch."""
 
-import contextlib
-import io
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
-from datasets_scripts import load_corpus
-from datasets_scripts.errors import AudioError, CorpusError, UserError
+from datasets_scripts.errors import UserError
 from datasets_scripts.files import files_moved_into_place
 from dls_training.record import Record
 from dls_training.runtime import start_logging
-from dls_training.waveforms import sound_blocks, stream_windows
 from hub_cards.sources import licence, training_data
 
 from . import run_onnx
-from .engine import find_files
 from .network import Classifier
 from .settings import ExportSettings
 from .spectrogram_graph import GraphSpectrogram
@@ -62,13 +56,19 @@ def to_onnx(trained: Classifier):
     """The network as an `onnx.ModelProto`, without what only the exporter's own tools read."""
     import onnx
 
+    for name in ("onnxscript", "onnx_ir"):  # every step of their optimization would be a line
+        logging.getLogger(name).setLevel(logging.WARNING)
     batch = torch.export.Dim("batch")
-    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
-        program = torch.onnx.export(
-            WaveformClassifier(trained), (torch.zeros(2, *input_shape(trained)),), dynamo=True, opset_version=OPSET,
-            input_names=["waveform"], output_names=["logits", "embedding"], dynamic_shapes=({0: batch},),
-            verbose=False,
-        )  # fmt: skip
+    try:
+        with torch.no_grad():
+            program = torch.onnx.export(
+                WaveformClassifier(trained), (torch.zeros(2, *input_shape(trained)),), dynamo=True, verbose=False,
+                opset_version=OPSET, input_names=["waveform"], output_names=["logits", "embedding"],
+                dynamic_shapes=({0: batch},),
+            )  # fmt: skip
+    except torch.onnx.errors.OnnxExporterError as error:
+        what = str(error).strip().splitlines()[-1]
+        raise UserError(f"{trained.source}: torch cannot export this network ({what})") from error
     model = program.model_proto
     for node in model.graph.node:
         del node.metadata_props[:]
@@ -105,14 +105,21 @@ def facts(trained: Classifier) -> dict:
         {name: stage.facts.get(name) for name in ("name", "task", "clips", "excluded_folds", "seed", "command")}
         for stage in record.stages
     ]
-    thresholds = getattr(trained.config, "thresholds", None) or trained.threshold
     return {
         "layout": run_onnx.LAYOUT, "labels": trained.labels, "multi_label": trained.multi_label,
-        "thresholds": run_onnx.thresholds_by_label(thresholds, trained.labels),
+        "thresholds": thresholds(trained),
         "sampling_rate": trained.extractor.sampling_rate, "length": trained.length,
         "audio_channels": trained.extractor.audio_channels, "license": claimed.get("license_name", claimed.get("license")),
         "record": stages, "weights": trained.digest,
     }  # fmt: skip
+
+
+def thresholds(trained: Classifier) -> list[float] | None:
+    """From which score on each label holds, where the checkpoint says."""
+    said = getattr(trained.config, "thresholds", None) or trained.threshold
+    if isinstance(said, dict):
+        return [float(said[label]) for label in trained.labels]
+    return None if said is None else np.broadcast_to(np.array(said, float), len(trained.labels)).tolist()
 
 
 def write(model, own: dict, path: Path) -> None:
@@ -127,16 +134,20 @@ def write(model, own: dict, path: Path) -> None:
 def test_waveforms(trained: Classifier) -> np.ndarray:
     """What differs in every respect that a spectrogram knows: (6, *input_shape), float32.
 
-    Noise, loud and faint, a rising tone, clicks, a short sound in padding, silence.
+    Noise, loud and faint, a rising tone, clicks, a short sound in padding, silence. Where levels have no floor, tones
+    get one of noise: between their lines a network would hear what its own transform rounded.
     """
     samples, random = trained.length, np.random.default_rng(0)
     time = np.arange(samples) / samples
     noise = 0.1 * random.standard_normal((2, samples))
+    floor = 0 if trained.extractor.do_normalize else 1e-3 * noise[1]
     tone = 0.5 * np.sin(0.25 * np.pi * samples * time**2)
     clicks = (np.arange(samples) % 5000 == 0).astype(float)
     padded = np.where(abs(time - 0.5) < 0.05, tone, tone[samples // 2])
-    sounds = np.stack([noise[0], 1e-3 * noise[1], tone, clicks, padded, 0 * tone]).astype(np.float32)
-    return sounds.reshape(6, *[1] * (len(input_shape(trained)) - 1), samples) * np.ones(input_shape(trained), np.float32)
+    sounds = np.stack([noise[0], 1e-3 * noise[1], tone + floor, clicks, padded + floor, 0 * tone]).astype(np.float32)
+    return sounds.reshape(6, *[1] * (len(input_shape(trained)) - 1), samples) * np.ones(
+        input_shape(trained), np.float32
+    )
 
 
 def difference(trained: Classifier, exported: "run_onnx.Network") -> float:
@@ -173,11 +184,13 @@ def main(settings: ExportSettings) -> None:
     """
     start_logging(logging.INFO)
     try:
-        import onnx  # noqa: F401
+        import onnx
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UserError(f"dls export needs onnx, onnxruntime and onnxscript: pip install 'dls-sounds[export]' ({error})") from error
+        raise UserError(
+            f"dls export needs onnx, onnxruntime and onnxscript: pip install 'dls-sounds[export]' ({error})"
+        ) from error
     trained = Classifier(settings.run, None, "no")
     model, own = to_onnx(trained), facts(trained)
     with files_moved_into_place(settings.output.parent) as folder:
@@ -190,4 +203,6 @@ def main(settings: ExportSettings) -> None:
         logger.info(f"differs from torch by {found:.1e} of the largest logit")
         size = path.stat().st_size
         shutil.copy2(run_onnx.__file__, folder / "run_onnx.py")
-    logger.info(f"{settings.output}: {size / 1e6:.2f} MB, windows of {trained.seconds:g} s; run_onnx.py beside it runs it")
+    logger.info(
+        f"{settings.output}: {size / 1e6:.2f} MB, windows of {trained.seconds:g} s; run_onnx.py beside it runs it"
+    )

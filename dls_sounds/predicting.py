@@ -1,22 +1,19 @@
 """`dls predict`: recordings -> what is heard in them, where."""
 
 import logging
-import math
 import os
 import uuid
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from heapq import heappop, heappush
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from datasets_scripts.errors import UserError
-from datasets_scripts.windows import MIN_NEW_SHARE
 
 from .engine import Finding, common_root, find_files
 from .network import Classifier
+from .run_onnx import best_labels, cells, detections
 from .settings import AUTO, STANDARD_INPUT, PredictSettings
 from .tables import table_name, write_csv, write_parquet, write_raven
 from .work import Work, compute, finish, processes, recordings
@@ -29,77 +26,6 @@ SCHEMA = pa.schema(
 )  # fmt: skip
 SEVERAL_LABELS_FROM = 0.5  # where neither the user nor the model says
 ROWS_AT_A_TIME = 1 << 16
-
-Cell = tuple[int, int, np.ndarray]  # start and end in samples, a score for each label
-
-
-def cells(windows: Iterable[Finding], step: int) -> Iterator[Cell]:
-    """A recording on the grid of its windows' beginnings: means of the windows that cover a cell, as far as they do.
-
-    Args:
-        windows: In order.
-        step: From the beginning of one to the next one's, in samples: the length of a cell. What is left at the end,
-            where it is next to nothing, belongs to the last cell.
-    """
-    covering, number, end = deque(), 0, 0
-
-    def cell(start: int, end: int) -> Cell:
-        shares = [min(window.end, end) - max(window.start, start) for window in covering]
-        inside = [(share, window.values) for share, window in zip(shares, covering, strict=True) if share > 0]
-        shares, values = zip(*inside, strict=True)
-        return start, end, np.average(values, axis=0, weights=shares).astype(np.float32)
-
-    for window in windows:
-        while window.start >= (number + 1) * step:
-            yield cell(number * step, (number + 1) * step)
-            number += 1
-            while covering and covering[0].end <= number * step:
-                covering.popleft()
-        covering.append(window)
-        end = window.end
-    last = max(0, math.ceil(end / step - MIN_NEW_SHARE) - 1)
-    while covering and number <= last:
-        yield cell(number * step, end if number == last else (number + 1) * step)
-        number += 1
-
-
-def best_labels(cells: Iterable[Cell], top_k: int) -> Iterator[tuple[int, int, int, float]]:
-    """(start, end, label, score) of the best labels of each cell, the best first."""
-    for start, end, scores in cells:
-        for label in np.argsort(-scores, kind="stable")[:top_k].tolist():
-            yield start, end, label, float(scores[label])
-
-
-def detections(
-    cells: Iterable[Cell], holds: Callable[[np.ndarray], np.ndarray]
-) -> Iterator[tuple[int, int, int, float]]:
-    """(start, end, label, score) of each stretch of neighbouring cells in which a label holds, by their starts.
-
-    The score is the best of its cells': rows with a score from T on are those that a threshold T would have found.
-
-    Args:
-        cells: Of one recording.
-        holds: Scores of a cell -> labels that hold there.
-    """
-    under_way, ended = {}, []  # {label: (start, end, score)}; a heap of (start, label, end, score)
-
-    def those_before(first: float) -> Iterator[tuple[int, int, int, float]]:
-        while ended and ended[0][0] < first:
-            start, label, end, score = heappop(ended)
-            yield start, end, label, score
-
-    for start, end, scores in cells:
-        holding = {label: float(scores[label]) for label in holds(scores).tolist()}
-        for label in under_way.keys() - holding.keys():
-            began, *rest = under_way.pop(label)
-            heappush(ended, (began, label, *rest))
-        for label, score in holding.items():
-            began, _, best = under_way.get(label, (start, end, score))
-            under_way[label] = began, end, max(best, score)
-        yield from those_before(min((began for began, *_ in under_way.values()), default=math.inf))
-    for label, (began, *rest) in under_way.items():
-        heappush(ended, (began, label, *rest))
-    yield from those_before(math.inf)
 
 
 def rule(classifier: Classifier, threshold: float | str) -> Callable[[np.ndarray], np.ndarray]:

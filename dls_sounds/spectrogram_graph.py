@@ -79,7 +79,9 @@ class GraphSpectrogram(nn.Module):
         if width not in (None, self.num_frames):
             rows = resizing(self.num_frames, width, extractor.resize_mode)
         self.place = nn.Buffer(place[: NUM_BANDS * self.band_height])
-        self.filters, self.columns, self.rows = (each if each is None else nn.Buffer(each) for each in (filters, columns, rows))
+        self.filters, self.columns, self.rows = (
+            each if each is None else nn.Buffer(each) for each in (filters, columns, rows)
+        )
 
     def frames(self, waveform: torch.Tensor) -> torch.Tensor:
         """(batch, samples) -> (batch, frames, win_length): what the centred STFT analyses, up to a shift in time."""

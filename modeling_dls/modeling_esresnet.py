@@ -55,7 +55,17 @@ def max_pool_to(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         return x
     if height % size[0] == 0 and width % size[1] == 0:
         return F.max_pool2d(x, (height // size[0], width // size[1]))
+    if torch.compiler.is_exporting():  # ONNX has no adaptive maximum
+        return _adaptive_maximum(_adaptive_maximum(x, 2, size[0]), 3, size[1])
     return F.adaptive_max_pool2d(x, size)
+
+
+def _adaptive_maximum(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """Adaptive max-pooling along one dimension, as maxima of picked places."""
+    places = torch.arange(size)
+    first, last = places * x.shape[dim] // size, -(-(places + 1) * x.shape[dim] // size) - 1
+    picked = [x.index_select(dim, torch.minimum(first + offset, last)) for offset in range(x.shape[dim] // size + 2)]
+    return torch.stack(picked).amax(dim=0)
 
 
 class ESResNetAttention(nn.Module):
