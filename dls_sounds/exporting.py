@@ -1,18 +1,26 @@
 """`dls export`: a fine-tuned network -> one ONNX file from waveform to logits, and what runs it without torch."""
 
+import copy
 import json
 import logging
+import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import torch
+from datasets import Dataset
+from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from torch import nn
 
+from datasets_scripts import load_corpus
 from datasets_scripts.errors import UserError
 from datasets_scripts.files import files_moved_into_place
 from dls_training.record import Record
 from dls_training.runtime import start_logging
+from dls_training.waveforms import sound_blocks, stream_windows
 from hub_cards.sources import licence, training_data
 
 from . import run_onnx
@@ -24,9 +32,9 @@ logger = logging.getLogger("dls")
 
 OPSET = 20
 LARGEST_DIFFERENCE = 1e-4  # from torch, in largest logits
-CALIBRATION_WINDOWS = 256
+RUNNER = "run_onnx.py"
+CALIBRATION_CLIPS = 256
 MOSTLY_ZEROS, LARGE = 0.75, 4096  # from what share, and from how many numbers on, a matrix is stored as sparse
-SECONDS_IN_ONE_LINE = 30
 
 
 class WaveformClassifier(nn.Module):
@@ -54,8 +62,6 @@ def input_shape(trained: Classifier) -> tuple[int, ...]:
 
 def to_onnx(trained: Classifier):
     """The network as an `onnx.ModelProto`, without what only the exporter's own tools read."""
-    import onnx
-
     for name in ("onnxscript", "onnx_ir"):  # every step of their optimization would be a line
         logging.getLogger(name).setLevel(logging.WARNING)
     batch = torch.export.Dim("batch")
@@ -85,15 +91,13 @@ def to_onnx(trained: Classifier):
 
 def store_sparse(model) -> None:
     """Large matrices that are mostly zeros (mel filters, resizing) as their other numbers alone."""
-    from onnx import helper, numpy_helper
-
     for tensor in list(model.graph.initializer):
-        values = numpy_helper.to_array(tensor)
+        values = onnx.numpy_helper.to_array(tensor)
         if values.dtype == np.float32 and values.size > LARGE and (values == 0).mean() > MOSTLY_ZEROS:
             places = np.flatnonzero(values)
-            own = numpy_helper.from_array(values.flat[places], tensor.name)
-            indices = numpy_helper.from_array(places.astype(np.int64), f"{tensor.name}_places")
-            model.graph.sparse_initializer.append(helper.make_sparse_tensor(own, indices, values.shape))
+            own = onnx.numpy_helper.from_array(values.flat[places], tensor.name)
+            indices = onnx.numpy_helper.from_array(places.astype(np.int64), f"{tensor.name}_places")
+            model.graph.sparse_initializer.append(onnx.helper.make_sparse_tensor(own, indices, values.shape))
             model.graph.initializer.remove(tensor)
 
 
@@ -109,8 +113,8 @@ def facts(trained: Classifier) -> dict:
         "layout": run_onnx.LAYOUT, "labels": trained.labels, "multi_label": trained.multi_label,
         "thresholds": thresholds(trained),
         "sampling_rate": trained.extractor.sampling_rate, "length": trained.length,
-        "audio_channels": trained.extractor.audio_channels, "license": claimed.get("license_name", claimed.get("license")),
-        "record": stages, "weights": trained.digest,
+        "audio_channels": trained.extractor.audio_channels, "record": stages, "weights": trained.digest,
+        "license": claimed.get("license_name", claimed.get("license")),
     }  # fmt: skip
 
 
@@ -124,8 +128,6 @@ def thresholds(trained: Classifier) -> list[float] | None:
 
 def write(model, own: dict, path: Path) -> None:
     """The file, with the facts in its metadata."""
-    import onnx
-
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, {run_onnx.KEY: json.dumps(own, ensure_ascii=False)})
     path.write_bytes(model.SerializeToString(deterministic=True))
@@ -150,7 +152,7 @@ def test_waveforms(trained: Classifier) -> np.ndarray:
     )
 
 
-def difference(trained: Classifier, exported: "run_onnx.Network") -> float:
+def difference(trained: Classifier, exported: run_onnx.Network) -> float:
     """Between the file's logits and torch's: the largest, as a share of a sound's largest logit."""
     waveforms = test_waveforms(trained)
     channels = trained.extractor.audio_channels
@@ -161,7 +163,7 @@ def difference(trained: Classifier, exported: "run_onnx.Network") -> float:
     return float(max((abs(found - expected).max(axis=1) / largest).max() for found in (together, alone)))
 
 
-def check(trained: Classifier, exported: "run_onnx.Network") -> float:
+def check(trained: Classifier, exported: run_onnx.Network) -> float:
     """The `difference`.
 
     Raises:
@@ -176,6 +178,85 @@ def check(trained: Classifier, exported: "run_onnx.Network") -> float:
     return found
 
 
+def first_window(trained: Classifier, row: dict) -> np.ndarray:
+    """Of a corpus's clip: (1, *input_shape)."""
+    blocks = sound_blocks(row["audio"], trained.extractor, (row.get("clip_start", 0.0), row.get("clip_end", math.inf)))
+    _, windows = next(stream_windows(blocks, trained.length))
+    return windows[:1].numpy().reshape(1, *input_shape(trained))
+
+
+def quantised(model, calibration: Iterable[np.ndarray], folder: Path):
+    """The model with convolutions and the last layer in whole numbers of 8 bits.
+
+    What is before the network and what pools its stages' outputs stays as it is: small, and not to be rounded.
+
+    Args:
+        model: From `to_onnx`.
+        calibration: Inputs that show how large activations become.
+        folder: For what is written on the way.
+    """
+
+    class Reader(CalibrationDataReader):
+        def __init__(self):
+            self.waveforms = iter(calibration)
+
+        def get_next(self):
+            waveform = next(self.waveforms, None)
+            return None if waveform is None else {"waveform": waveform}
+
+    path = folder / "quantised.onnx"
+    quantize_static(
+        model, path, Reader(), quant_format=QuantFormat.QDQ, op_types_to_quantize=["Conv"], per_channel=True,
+        weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8, extra_options={"QuantizeBias": False},
+    )  # fmt: skip
+    model = onnx.load(path)
+    path.unlink()
+    (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == run_onnx.WEIGHT)
+    whole, scale = run_onnx.in_whole_numbers(onnx.numpy_helper.to_array(weight))
+    weight.CopyFrom(onnx.numpy_helper.from_array(whole, run_onnx.WEIGHT))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(scale, run_onnx.SCALE))
+    (last,) = (node for node in model.graph.node if run_onnx.WEIGHT in node.input)
+    last.input[1] = f"{run_onnx.WEIGHT}.float"
+    back = onnx.helper.make_node("DequantizeLinear", [run_onnx.WEIGHT, run_onnx.SCALE], [last.input[1]], axis=0)
+    model.graph.node.insert(list(model.graph.node).index(last), back)
+    return model
+
+
+def rounding_costs(
+    trained: Classifier, clips: Dataset, exact: run_onnx.Network, rounded: run_onnx.Network
+) -> dict[str, float]:
+    """What 8 bits change: `same_answer`, the share of clips whose first window is called the same; and, of those with
+    a label that the network knows, `accuracy` with 8 bits and what was `lost`.
+    """
+    names, same, right = clips.features["label"].names, [], []
+    for row in clips:
+        waveform = first_window(trained, row)
+        before, after = (trained.labels[network(waveform)[0].argmax()] for network in (exact, rounded))
+        same.append(before == after)
+        if row["label"] is not None and names[row["label"]] in trained.labels:
+            right.append([name == names[row["label"]] for name in (before, after)])
+    found = {"clips": len(same), "same_answer": np.mean(same)}
+    if right:
+        before, after = np.mean(right, axis=0)
+        found |= {"labelled": len(right), "accuracy": after, "lost": before - after}
+    return {name: round(float(value), 6) for name, value in found.items()}
+
+
+def write_rounded(trained: Classifier, model, own: dict, path: Path, exact: run_onnx.Network, folder: Path) -> None:
+    """The file with 8 bits, and what that costs in its metadata and in words."""
+    clips = load_corpus("audiofolder", folder, skip_unreadable=True)
+    chosen = np.linspace(0, len(clips) - 1, min(len(clips), CALIBRATION_CLIPS)).round().astype(int)
+    rounded = quantised(model, (first_window(trained, clips[int(row)]) for row in chosen), path.parent)
+    store_sparse(rounded)
+    write(rounded, own, path)
+    others = np.setdiff1d(np.arange(len(clips)), chosen)
+    measured = clips.select(others if len(others) else chosen)
+    costs = rounding_costs(trained, measured, exact, run_onnx.Network(path))
+    write(rounded, own | {"int8": costs}, path)
+    lost = f"; accuracy {costs['accuracy']:.4f}, {costs['lost']:.4f} lost" if "lost" in costs else ""
+    logger.info(f"8 bits, {costs['clips']} clips: {costs['same_answer']:.4f} called the same{lost}")
+
+
 def main(settings: ExportSettings) -> None:
     """Runs `dls export`.
 
@@ -183,26 +264,19 @@ def main(settings: ExportSettings) -> None:
         UserError: naming what the user can mend.
     """
     start_logging(logging.INFO)
-    try:
-        import onnx
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"dls export needs onnx, onnxruntime and onnxscript: pip install 'dls-sounds[export]' ({error})"
-        ) from error
     trained = Classifier(settings.run, None, "no")
     model, own = to_onnx(trained), facts(trained)
     with files_moved_into_place(settings.output.parent) as folder:
         path = folder / settings.output.name
-        plain = onnx.ModelProto()
-        plain.CopyFrom(model)
-        store_sparse(plain)
-        write(plain, own, path)
-        found = check(trained, run_onnx.Network(path))
-        logger.info(f"differs from torch by {found:.1e} of the largest logit")
+        exact = copy.deepcopy(model)
+        store_sparse(exact)
+        write(exact, own, path)
+        exact = run_onnx.Network(path)
+        logger.info(f"differs from torch by {check(trained, exact):.1e} of the largest logit")
+        if settings.int8:
+            write_rounded(trained, model, own, path, exact, settings.calibration)
         size = path.stat().st_size
-        shutil.copy2(run_onnx.__file__, folder / "run_onnx.py")
+        shutil.copy2(run_onnx.__file__, folder / RUNNER)
     logger.info(
-        f"{settings.output}: {size / 1e6:.2f} MB, windows of {trained.seconds:g} s; run_onnx.py beside it runs it"
+        f"{settings.output}: {size / 1e6:.2f} MB, windows of {trained.seconds:g} s; {RUNNER} beside it runs it"
     )

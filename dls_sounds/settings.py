@@ -1,6 +1,7 @@
 """The settings of `dls`'s commands. Imports nothing heavy: `--help` and a mistyped option are answered at once."""
 
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
@@ -156,6 +157,8 @@ class ExportSettings(Options):
     )  # fmt: skip
 
     def check(self) -> None:
+        if missing := [name for name in ("onnx", "onnxruntime", "onnxscript") if find_spec(name) is None]:
+            raise UserError(f"dls export needs {', '.join(missing)}: pip install 'dls-sounds[export]'")
         if self.output.is_dir() or self.output.suffix.lower() != ".onnx":
             raise UserError(f"--output {self.output}: expected the name of an .onnx file")
         if self.int8 != bool(self.calibration):
