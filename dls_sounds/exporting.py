@@ -37,14 +37,28 @@ CALIBRATION_CLIPS = 256
 MOSTLY_ZEROS, LARGE = 0.75, 4096  # from what share, and from how many numbers on, a matrix is stored as sparse
 
 
+class Standardisation(nn.Module):
+    """Batch norm without scale and shift as one difference and one product."""
+
+    def __init__(self, norm: nn.BatchNorm1d):
+        super().__init__()
+        self.running_mean = nn.Buffer(norm.running_mean)
+        self.scale = nn.Buffer((norm.running_var + norm.eps).rsqrt())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x - self.running_mean) * self.scale
+
+
 class WaveformClassifier(nn.Module):
     """A classifier with its feature extractor, for waveforms of one length."""
 
     def __init__(self, trained: Classifier):
         super().__init__()
         self.spectrogram = GraphSpectrogram(trained.extractor, trained.length)
-        self.network = trained.model.base_model
+        self.network = copy.deepcopy(trained.model.base_model)
         self.classifier = trained.model.classifier
+        if self.network.pooling is not None:
+            self.network.pooling.norm = Standardisation(self.network.pooling.norm)
         self.to("cpu", memory_format=torch.contiguous_format).eval()
 
     def forward(self, waveform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,7 +92,7 @@ def to_onnx(trained: Classifier):
     model = program.model_proto
     for node in model.graph.node:
         del node.metadata_props[:]
-        node.name = node.doc_string = ""
+        node.doc_string = ""
     for part in (model.graph, model):
         del part.metadata_props[:]
         part.doc_string = ""
@@ -89,9 +103,24 @@ def to_onnx(trained: Classifier):
     return model
 
 
+def shorten_names(model) -> None:
+    """Of all tensors but those that somebody asks for."""
+    graph, short = model.graph, {"": ""}
+    known = [*(each.name for each in (*graph.input, *graph.output)), run_onnx.WEIGHT, run_onnx.BIAS, run_onnx.SCALE]
+    short |= {name: name for name in known}
+    for named in (graph.initializer, *(node.output for node in graph.node)):
+        for name in (getattr(each, "name", each) for each in named):
+            short.setdefault(name, f"t{len(short)}")
+    for tensor in graph.initializer:
+        tensor.name = short[tensor.name]
+    for node in graph.node:
+        node.name = ""
+        node.input[:], node.output[:] = ([short[name] for name in names] for names in (node.input, node.output))
+
+
 def store_sparse(model) -> None:
     """Large matrices that are mostly zeros (mel filters, resizing) as their other numbers alone."""
-    for tensor in list(model.graph.initializer):
+    for tensor in list(model.graph.initializer):  # which shrinks
         values = onnx.numpy_helper.to_array(tensor)
         if values.dtype == np.float32 and values.size > LARGE and (values == 0).mean() > MOSTLY_ZEROS:
             places = np.flatnonzero(values)
@@ -128,6 +157,8 @@ def thresholds(trained: Classifier) -> list[float] | None:
 
 def write(model, own: dict, path: Path) -> None:
     """The file, with the facts in its metadata."""
+    shorten_names(model)
+    store_sparse(model)
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, {run_onnx.KEY: json.dumps(own, ensure_ascii=False)})
     path.write_bytes(model.SerializeToString(deterministic=True))
@@ -219,7 +250,18 @@ def quantised(model, calibration: Iterable[np.ndarray], folder: Path):
     last.input[1] = f"{run_onnx.WEIGHT}.float"
     back = onnx.helper.make_node("DequantizeLinear", [run_onnx.WEIGHT, run_onnx.SCALE], [last.input[1]], axis=0)
     model.graph.node.insert(list(model.graph.node).index(last), back)
+    halve_vectors(model)
     return model
+
+
+def halve_vectors(model) -> None:
+    """Long vectors (what pooled features are standardised by) as half precision."""
+    for tensor in list(model.graph.initializer):
+        if tensor.data_type == onnx.TensorProto.FLOAT and len(tensor.dims) == 1 and tensor.dims[0] >= LARGE:
+            name, values = tensor.name, onnx.numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, f"{name}.half"))
+            cast = onnx.helper.make_node("Cast", [tensor.name], [name], to=onnx.TensorProto.FLOAT)
+            model.graph.node.insert(0, cast)
 
 
 def rounding_costs(
@@ -247,8 +289,7 @@ def write_rounded(trained: Classifier, model, own: dict, path: Path, exact: run_
     clips = load_corpus("audiofolder", folder, skip_unreadable=True)
     chosen = np.linspace(0, len(clips) - 1, min(len(clips), CALIBRATION_CLIPS)).round().astype(int)
     rounded = quantised(model, (first_window(trained, clips[int(row)]) for row in chosen), path.parent)
-    store_sparse(rounded)
-    write(rounded, own, path)
+    write(copy.deepcopy(rounded), own, path)
     others = np.setdiff1d(np.arange(len(clips)), chosen)
     measured = clips.select(others if len(others) else chosen)
     costs = rounding_costs(trained, measured, exact, run_onnx.Network(path))
@@ -268,9 +309,7 @@ def main(settings: ExportSettings) -> None:
     model, own = to_onnx(trained), facts(trained)
     with files_moved_into_place(settings.output.parent) as folder:
         path = folder / settings.output.name
-        exact = copy.deepcopy(model)
-        store_sparse(exact)
-        write(exact, own, path)
+        write(copy.deepcopy(model), own, path)
         exact = run_onnx.Network(path)
         logger.info(f"differs from torch by {check(trained, exact):.1e} of the largest logit")
         if settings.int8:

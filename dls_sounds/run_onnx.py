@@ -530,12 +530,13 @@ def write_table(file, network: Network, options) -> None:
     table.writerow(COLUMNS)
     if options.input == [STANDARD_INPUT]:
         rate = options.sampling_rate or network.rate
-        say_if_lower(STANDARD_INPUT, rate, network.rate)
+        if rate < network.rate:
+            say(f"standard input has {rate} Hz: nothing above {rate / 2:g} Hz, where the network listens, too")
         for row in rows(network, STANDARD_INPUT, standard_input(network.channels), rate, options):
             table.writerow(row)
             file.flush()
         return
-    files, unreadable = find_files(options.input), 0
+    files, unreadable, lower = find_files(options.input), 0, 0
     for name, path in files:
         try:
             rate, blocks = file_blocks(path, network.channels)
@@ -544,18 +545,15 @@ def write_table(file, network: Network, options) -> None:
             unreadable += 1
             say(str(error))
             continue
-        say_if_lower(name, rate, network.rate)
+        lower += rate < network.rate
         table.writerows(found)
         file.flush()
     if unreadable == len(files):
         raise Refused(f"none of the {unreadable} files can be read")
     if unreadable:
         say(f"{unreadable} of {len(files)} files cannot be read and are left out")
-
-
-def say_if_lower(name: str, rate: int, own: int) -> None:
-    if rate < own:
-        say(f"{name}: has {rate} Hz and nothing above {rate / 2:g} Hz; the network was made for {own} Hz")
+    if lower:
+        say(f"{lower} of {len(files)} files have a lower rate than the network's {network.rate} Hz, and nothing above")
 
 
 # -- Learning

@@ -79,6 +79,11 @@ class ClipStore:
         self.stretches = np.concatenate([clips.stretch for clips in identities]).tolist()
         rate = extractor.sampling_rate
         frames = [pair for c in corpora for pair in zip(c["num_frames"][:], c["sampling_rate"][:], strict=True)]
+        if lower := sum(own_rate < rate for _, own_rate in frames):
+            logger.warning(
+                f"{lower} of {len(frames)} clips have a lower rate than the network's {rate} Hz, and nothing in the "
+                "frequencies above: --sampling_rate can bring the others down to it"
+            )
         self.lengths = np.array([resampled_length(length, own_rate, rate) for length, own_rate in frames])
         self.windows = window_counts(self.lengths, extractor.max_length)
         self.first_window = np.cumsum(self.windows) - self.windows

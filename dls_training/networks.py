@@ -14,6 +14,7 @@ from .settings import AS_LONG_AS_CLIPS, TrainingSettings
 logger = logging.getLogger("dls")
 
 USUAL = {"clip_seconds": 5.0, "audio_channels": 1}
+FFT_MULTIPLE = 64
 STRUCTURE = (
     "embedding_size", "hidden_sizes", "depths", "layer_type", "attention", "pooling", "growth_rate",
     "downsample_in_bottleneck",
@@ -64,7 +65,7 @@ def make_extractor(settings: TrainingSettings) -> ESResNetFeatureExtractor:
         UserError: if the checkpoint has none, or others than options say, the settings do not go together, or a view
             is shorter than one analysis window.
     """
-    changes = given(settings, "frequency_scale", "spec_height", "spec_width")
+    changes = given(settings, "sampling_rate", "frequency_scale", "spec_height", "spec_width")
     if settings.model_name_or_path:
         check_source("--model_name_or_path", settings.model_name_or_path)
         try:
@@ -74,7 +75,8 @@ def make_extractor(settings: TrainingSettings) -> ESResNetFeatureExtractor:
         check_agreement(settings, changes, extractor)
     else:
         try:
-            extractor = ESResNetFeatureExtractor.from_preset(settings.preset, **changes)
+            transform = transform_at(settings.preset, settings.sampling_rate) if settings.sampling_rate else {}
+            extractor = ESResNetFeatureExtractor.from_preset(settings.preset, **transform, **changes)
         except ValueError as error:
             raise UserError(f"--preset {settings.preset} with {', '.join(changes)} changed: {error}") from error
     own = {"clip_seconds": extractor.max_length and extractor.max_length / extractor.sampling_rate}
@@ -92,6 +94,15 @@ def make_extractor(settings: TrainingSettings) -> ESResNetFeatureExtractor:
     if settings.windows == AS_LONG_AS_CLIPS:
         settings.windows = settings.clip_seconds
     return extractor
+
+
+def transform_at(preset: str, sampling_rate: int) -> dict[str, int]:
+    """The STFT's settings of a preset at another rate: as long in seconds, n_fft a length that FFTs are fast at."""
+    usual = ESResNetFeatureExtractor.from_preset(preset)
+    share = sampling_rate / usual.sampling_rate
+    win_length, hop_length = (max(1, round(share * size)) for size in (usual.win_length, usual.hop_length))
+    n_fft = FFT_MULTIPLE * max(round(share * usual.n_fft / FFT_MULTIPLE), -(-win_length // FFT_MULTIPLE))
+    return {"n_fft": n_fft, "win_length": win_length, "hop_length": hop_length}
 
 
 def set_length(extractor: ESResNetFeatureExtractor, clip_seconds: float, option: str = "--clip_seconds") -> None:

@@ -74,6 +74,11 @@ class DataOptions(Options):
         help="with --windows: leave out windows below this level, in dB below full scale, such as -60",
     )  # fmt: skip
     clip_seconds: float | None = option(None, CLIP_SECONDS, "length of a view (default: the checkpoint's, or 5)")
+    sampling_rate: int | None = option(
+        None, whole(100, 1_000_000), metavar="HZ",
+        help="that sounds are brought to, such as 16000; spectrograms keep their times (default: the checkpoint's, or "
+        "the preset's 44100)",
+    )  # fmt: skip
     audio_channels: int | None = option(
         None, whole(1, 2), metavar="{1,2}",
         help="1 averages channels, 2 doubles mono (default: the checkpoint's, or 1)",
