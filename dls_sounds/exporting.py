@@ -30,7 +30,7 @@ from .spectrogram_graph import GraphSpectrogram
 
 logger = logging.getLogger("dls")
 
-OPSET = 20
+OPSET = 21  # the first with numbers of four bits
 LARGEST_DIFFERENCE = 1e-4  # from torch, in largest logits
 RUNNER = "run_onnx.py"
 CALIBRATION_CLIPS = 256
@@ -217,7 +217,7 @@ def first_window(trained: Classifier, row: dict) -> np.ndarray:
 
 
 def quantised(model, calibration: Iterable[np.ndarray], folder: Path):
-    """The model with convolutions and the last layer in whole numbers of 8 bits.
+    """The model with convolutions in whole numbers of 8 bits, and the last layer in 4, some neighbours to a scale.
 
     What is before the network and what pools its stages' outputs stays as it is: small, and not to be rounded.
 
@@ -243,12 +243,12 @@ def quantised(model, calibration: Iterable[np.ndarray], folder: Path):
     model = onnx.load(path)
     path.unlink()
     (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == run_onnx.WEIGHT)
-    whole, scale = run_onnx.in_whole_numbers(onnx.numpy_helper.to_array(weight))
-    weight.CopyFrom(onnx.numpy_helper.from_array(whole, run_onnx.WEIGHT))
+    whole, scale = run_onnx.in_four_bits(onnx.numpy_helper.to_array(weight))
+    weight.ParseFromString(run_onnx.tensor(run_onnx.WEIGHT, whole))
     model.graph.initializer.append(onnx.numpy_helper.from_array(scale, run_onnx.SCALE))
     (last,) = (node for node in model.graph.node if run_onnx.WEIGHT in node.input)
-    last.input[1] = f"{run_onnx.WEIGHT}.float"
-    back = onnx.helper.make_node("DequantizeLinear", [run_onnx.WEIGHT, run_onnx.SCALE], [last.input[1]], axis=0)
+    last.input[1], stored = f"{run_onnx.WEIGHT}.float", [run_onnx.WEIGHT, run_onnx.SCALE]
+    back = onnx.helper.make_node("DequantizeLinear", stored, [last.input[1]], axis=1, block_size=run_onnx.GROUP)
     model.graph.node.insert(list(model.graph.node).index(last), back)
     halve_vectors(model)
     return model

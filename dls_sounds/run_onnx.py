@@ -40,6 +40,7 @@ EXTENSIONS = frozenset((
 # Shares of the mean squared length of the features, and scales of logits, that learning chooses from.
 PENALTIES, LOGIT_SCALES = np.logspace(-4, 2, 25), np.logspace(-1, 3, 81)
 PENALTY_FOR_SINGLE_CLIPS = 0.1
+GROUP = 32  # weights of the last layer that share a scale, where it is stored in four bits
 
 
 class Refused(Exception):
@@ -112,7 +113,7 @@ def field(number: int, content: bytes) -> bytes:
 MODEL_GRAPH, MODEL_METADATA = 7, 14
 GRAPH_NODE, GRAPH_TENSOR, NODE_ATTRIBUTE, ATTRIBUTE_TENSOR = 1, 5, 5, 5
 TENSOR_DIMS, TENSOR_TYPE, TENSOR_NAME, TENSOR_DATA, TENSOR_EXTERNAL, TENSOR_LOCATION = 1, 2, 8, 9, 13, 14
-TYPES = {np.dtype("float32"): 1, np.dtype("int8"): 3}
+FLOAT, INT4 = 1, 22
 
 
 def parts(data, *numbers: int) -> Iterator:
@@ -126,10 +127,16 @@ def parts(data, *numbers: int) -> Iterator:
 
 
 def tensor(name: str, values: np.ndarray) -> bytes:
-    """A tensor as a message."""
+    """A tensor as a message: float32, or whole numbers of four bits."""
     dims = b"".join(encoded(TENSOR_DIMS << 3) + encoded(size) for size in values.shape)
-    kind = encoded(TENSOR_TYPE << 3) + encoded(TYPES[values.dtype])
-    return dims + kind + field(TENSOR_NAME, name.encode()) + field(TENSOR_DATA, values.tobytes())
+    whole = values.dtype == np.int8
+    kind = encoded(TENSOR_TYPE << 3) + encoded(INT4 if whole else FLOAT)
+    return (
+        dims
+        + kind
+        + field(TENSOR_NAME, name.encode())
+        + field(TENSOR_DATA, packed(values) if whole else values.tobytes())
+    )
 
 
 def with_classifier(data, tensors: dict[str, np.ndarray], facts: dict) -> Iterator[bytes]:
@@ -165,8 +172,8 @@ class Network:
         """
         self.path = path
         try:
-            with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-                self.tensors = self.checked(memoryview(mapped))
+            with open(path, "rb") as file:
+                self.tensors = self.checked(memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)))
         except (OSError, ValueError) as error:
             raise Refused(
                 f"{path}: {getattr(error, 'strerror', None) or error}; expected a file of dls export"
@@ -652,10 +659,21 @@ def ridge_classifier(features: np.ndarray, labels: np.ndarray, num_classes: int)
     return weight.astype(np.float32), (scale * prior - weight @ mean).astype(np.float32)
 
 
-def in_whole_numbers(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(labels, size) -> 8 bits, (labels, size), and what each row is to be multiplied by, (labels,)."""
-    scale = np.maximum(abs(weight).max(axis=1) / 127, 1e-12).astype(np.float32)
-    return np.rint(weight / scale[:, None]).astype(np.int8), scale
+def in_four_bits(weight: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A layer's weight (labels, size) as whole numbers from -7 to 7, (labels, size), and what those of each `GROUP`
+    neighbours are to be multiplied by, (labels, groups).
+    """
+    labels, size = weight.shape
+    groups = -(-size // GROUP)
+    padded = np.pad(weight, ((0, 0), (0, groups * GROUP - size))).reshape(labels, groups, GROUP)
+    scale = np.maximum(abs(padded).max(axis=2) / 7, 1e-12).astype(np.float32)
+    return np.rint(padded / scale[..., None]).astype(np.int8).reshape(labels, -1)[:, :size], scale
+
+
+def packed(numbers: np.ndarray) -> bytes:
+    """Numbers of four bits, two to a byte, the first in its lower half."""
+    halves = np.pad(numbers.reshape(-1), (0, numbers.size % 2)).astype(np.uint8) & 15
+    return (halves[::2] | halves[1::2] << 4).tobytes()
 
 
 def learn(network: Network, labels_file: str, output: Path) -> None:
@@ -674,7 +692,7 @@ def learn(network: Network, labels_file: str, output: Path) -> None:
     weight, bias = ridge_classifier(np.stack(features), np.array([labels.index(name) for name in names]), len(labels))
     tensors = {WEIGHT: weight, BIAS: bias}
     if SCALE in network.tensors:
-        tensors[WEIGHT], tensors[SCALE] = in_whole_numbers(weight)
+        tensors[WEIGHT], tensors[SCALE] = in_four_bits(weight)
     learned = {"name": output.name, "task": "learned on the device", "clips": {Path(labels_file).name: len(names)}}
     facts = network.facts | {"labels": labels, "thresholds": None, "multi_label": False, "int8": None}
     facts["record"] = [*network.facts.get("record", []), learned]
