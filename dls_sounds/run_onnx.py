@@ -98,11 +98,11 @@ def fields(data) -> Iterator[tuple[int, object, object]]:
                 size, place = varint(data, place)
                 value, place = data[place : place + size], place + size
             else:
-                raise ValueError("is no ONNX file")
+                place = end + 1
         except IndexError:
             place = end + 1
         if place > end:
-            raise ValueError("is cut short")
+            raise ValueError("is no ONNX file, or cut short")
         yield tag >> 3, value, data[begin:place]
 
 
@@ -219,7 +219,7 @@ class Network:
                 ):
                     raise ValueError("points to data outside itself")
         if not names:
-            raise ValueError("is no ONNX file")
+            raise ValueError("is no ONNX file, or cut short")
         return names
 
     def __call__(self, waveforms: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
