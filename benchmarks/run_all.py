@@ -4,7 +4,8 @@
     python benchmarks/run_all.py --report       # only the documents, from the CSVs
 
 Without ESC-10 the generated corpus is used. The tables of those that take longer, or measure something else (memory,
-long_recordings, precision, memory_bank, load_corpora, planted_events), are written from the CSVs that are there.
+long_recordings, precision, memory_bank, load_corpora, planted_events, device), are written from the CSVs that are
+there.
 """
 
 import argparse
@@ -28,7 +29,7 @@ BENCHMARKS = (
 )
 DOCUMENTS = [
     REPOSITORY / "docs" / name
-    for name in ("speed.md", "scaling.md", "datasets.md", "own_recordings.md", "labelling.md")
+    for name in ("speed.md", "scaling.md", "datasets.md", "own_recordings.md", "labelling.md", "device.md")
 ]
 MARKED = re.compile(r"(<!-- (\w+)\.csv -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -236,10 +236,12 @@ def quantised(model, calibration: Iterable[np.ndarray], folder: Path):
             return None if waveform is None else {"waveform": waveform}
 
     path = folder / "quantised.onnx"
+    logging.disable(logging.WARNING)  # it advises steps that the exporter has done
     quantize_static(
         model, path, Reader(), quant_format=QuantFormat.QDQ, op_types_to_quantize=["Conv"], per_channel=True,
         weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8, extra_options={"QuantizeBias": False},
     )  # fmt: skip
+    logging.disable(logging.NOTSET)
     model = onnx.load(path)
     path.unlink()
     (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == run_onnx.WEIGHT)
@@ -264,9 +266,7 @@ def halve_vectors(model) -> None:
             model.graph.node.insert(0, cast)
 
 
-def rounding_costs(
-    trained: Classifier, clips: Dataset, exact: run_onnx.Network, rounded: run_onnx.Network
-) -> dict[str, float]:
+def rounding_costs(trained: Classifier, clips: Dataset, exact: run_onnx.Network, rounded: run_onnx.Network) -> dict:
     """What 8 bits change: `same_answer`, the share of clips whose first window is called the same; and, of those with
     a label that the network knows, `accuracy` with 8 bits and what was `lost`.
     """
@@ -277,11 +277,11 @@ def rounding_costs(
         same.append(before == after)
         if row["label"] is not None and names[row["label"]] in trained.labels:
             right.append([name == names[row["label"]] for name in (before, after)])
-    found = {"clips": len(same), "same_answer": np.mean(same)}
+    found = {"clips": len(same), "same_answer": float(np.mean(same))}
     if right:
-        before, after = np.mean(right, axis=0)
+        before, after = np.mean(right, axis=0).tolist()
         found |= {"labelled": len(right), "accuracy": after, "lost": before - after}
-    return {name: round(float(value), 6) for name, value in found.items()}
+    return found
 
 
 def write_rounded(trained: Classifier, model, own: dict, path: Path, exact: run_onnx.Network, folder: Path) -> None:

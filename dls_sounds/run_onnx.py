@@ -16,6 +16,7 @@ import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from heapq import heappop, heappush
 from pathlib import Path
 from typing import NamedTuple
@@ -160,8 +161,8 @@ class Network:
     """A file of `dls export`, ready to run on one core.
 
     Attributes:
-        facts: What stands in its metadata: `labels`, `sampling_rate` (Hz), `length` of a window (samples), `thresholds`,
-            and more.
+        facts: What stands in its metadata: `labels`, `sampling_rate` (Hz), `length` of a window (samples),
+            `thresholds`, and more.
         tensors: Names of those that are stored whole.
     """
 
@@ -345,7 +346,7 @@ def resampled(blocks: Iterable[np.ndarray], source: int, target: int) -> Iterato
 
 
 def fit_length(waveform: np.ndarray, length: int) -> np.ndarray:
-    """A short sound in the middle of its first and last sample; of a longer one the middle, or where it is not silent."""
+    """A short sound, padded with its first and last sample; of a longer one the middle, or where it is not silent."""
     surplus = waveform.shape[1] - length
     if surplus <= 0:
         left = -surplus // 2
@@ -706,22 +707,16 @@ def learn(network: Network, labels_file: str, output: Path) -> None:
 # -- The command
 
 
-class replaced:
+@contextmanager
+def replaced(path: Path, mode: str, **settings) -> Iterator:
     """A file that takes the place of another when it is whole."""
-
-    def __init__(self, path: Path, mode: str, **settings):
-        self.path, self.temporary = path, path.with_name(f".{path.name}.{os.getpid()}")
-        self.file = open(self.temporary, mode, **settings)
-
-    def __enter__(self):
-        return self.file
-
-    def __exit__(self, kind, *_):
-        self.file.close()
-        if kind is None:
-            os.replace(self.temporary, self.path)
-        else:
-            self.temporary.unlink()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with open(temporary, mode, **settings) as file:
+            yield file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def say(line: str) -> None:
@@ -773,7 +768,9 @@ def run(options: argparse.Namespace) -> None:
     if options.learn:
         learn(network, options.learn, options.output)
     elif options.output:
-        with replaced(options.output, "w", newline="", encoding="utf-8") as file:
+        # Who listens to a stream for days wants its rows at once.
+        opened = open if options.input == [STANDARD_INPUT] else replaced
+        with opened(options.output, "w", newline="", encoding="utf-8") as file:
             write_table(file, network, options)
     else:
         sys.stdout.reconfigure(newline="", encoding="utf-8")

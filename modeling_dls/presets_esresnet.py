@@ -3,7 +3,6 @@
 _RESNET18 = {"hidden_sizes": (64, 128, 256, 512), "depths": (2, 2, 2, 2), "layer_type": "basic"}
 _SMALL = {"embedding_size": 32, "hidden_sizes": (32, 64, 128, 256), "depths": (1, 1, 1, 1), "layer_type": "basic"}
 _TINY = {"embedding_size": 16, "hidden_sizes": (16, 32, 64, 128), "depths": (1, 1, 1, 1), "layer_type": "basic"}
-_MICRO = {"embedding_size": 16, "hidden_sizes": (16, 32, 64, 80), "depths": (1, 1, 1, 1), "layer_type": "basic"}
 # Small networks get small, standardised pictures; averaging keeps the energy that bilinear sampling would skip.
 _SMALL_PICTURES = {"spec_height": 64, "spec_width": 128, "resize_mode": "area", "do_normalize": True}
 
@@ -26,11 +25,6 @@ PRESETS = {
     "tiny_mel": {
         "network": _EARLY | {"embedding_size": 32, "hidden_sizes": (32, 48, 64, 64)},
         "signal": _MEL_PICTURES,
-    },
-    # A fifth of its weights, for small boards (docs/device.md).
-    "micro_mel": {
-        "network": _MICRO | {"pooling": "statistics"},
-        "signal": _SMALL_PICTURES | {"spec_height": 32, "spec_width": 256, "frequency_scale": "mel"},
     },
     # For tests.
     "tiny": {"network": _TINY, "signal": _SMALL_PICTURES | {"spec_height": 32, "spec_width": 64}},

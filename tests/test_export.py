@@ -147,9 +147,8 @@ def test_logits_of_real_clips_are_torchs(recommended, shared_dir):
 def test_the_table_is_that_of_dls_predict_where_torch_cannot_be_imported(
     options, exported, model, recordings, tmp_path
 ):
-    succeed(
-        "dls", "predict", recordings, "--model", model, "--output", tmp_path / "y.csv", "--mixed_precision", "no", *options
-    )  # fmt: skip
+    exact = ["--mixed_precision", "no", *options]
+    succeed("dls", "predict", recordings, "--model", model, "--output", tmp_path / "y.csv", *exact)
     with (tmp_path / "y.csv").open(newline="", encoding="utf-8") as file:
         expected = list(csv.DictReader(file))
     rows, said = run(exported, recordings, *options)
