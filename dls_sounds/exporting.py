@@ -34,8 +34,8 @@ OPSET = 21  # the first with numbers of four bits
 LARGEST_DIFFERENCE = 1e-4  # from torch, in largest logits
 RUNNER = "run_onnx.py"
 CALIBRATION_CLIPS = 256
-# Only what a convolution multiplies is rounded: what it gives is pooled, feature by feature, and rounding it to one scale
-# for all channels would cost accuracy.
+# Only what a convolution multiplies is rounded: what it gives is pooled feature by feature, and one scale for all of
+# its channels would cost accuracy.
 EXACT_OUTPUTS = {"QuantizeBias": False, "OpTypesToExcludeOutputQuantization": ["Conv"], "DedicatedQDQPair": True}
 MOSTLY_ZEROS, LARGE = 0.75, 4096  # from what share, and from how many numbers on, a matrix is stored as sparse
 
