@@ -14,7 +14,8 @@ from modeling_dls import ESResNetConfig, ESResNetModel
 
 def test_a_checkpoint_of_another_preset_is_refused_by_what_differs(tmp_path):
     ESResNetConfig.from_preset("densenet_small").save_pretrained(tmp_path)
-    args = Namespace(model_name_or_path=tmp_path, preset="densenet_small", pooling=None)
+    nothing = dict.fromkeys(("pooling", "embedding_size", "hidden_sizes"))
+    args = Namespace(model_name_or_path=tmp_path, preset="densenet_small", **nothing)
     assert make_config(args, num_labels=3).growth_rate == 16
     args.preset = "esresnet18"
     with pytest.raises(UserError, match=r"embedding_size, depths, layer_type, growth_rate differ"):
