@@ -17,8 +17,9 @@ from .audio import AudioFacts, inspect_audio
 from .corpus import Clip, Corpus, FolderCorpus, printable, relative_name, walk_files
 from .errors import AudioError, CorpusError
 from .identity import STRETCH_COLUMNS, WHOLE
+from .labels import BACKGROUND, NO_CLASS, with_answer
 
-SCHEMA_VERSION = "1.4.0"  # in every cache key: raise it when the columns or the checks change
+SCHEMA_VERSION = "1.5.0"  # in every cache key: raise it when the columns or the checks change
 _SHOWN = 5
 _REPORT_MARK = "\n\nCorpus report: "
 _REPAIR = "Repair the files, or leave them out with skip_unreadable=True (--skip_unreadable)."
@@ -26,7 +27,8 @@ _COMPLETE = "Get what is missing, or use the copy as it is with allow_partial=Tr
 CONVERT = "convert them, such as: ffmpeg -i NAME.m4a NAME.wav"
 _SHORTEST = 0.001  # s: windows and tables tell stretches apart by milliseconds
 _ROUNDING = 0.05  # s by which a stretch may end after its file
-# Columns where stretches have labels: their place in s, and of which classes they are, and are not.
+# Columns where stretches have labels, or clips are of no class: their place in s, and of which classes they are, and
+# are not.
 STRETCH_FEATURES = {
     **dict.fromkeys(STRETCH_COLUMNS, datasets.Value("float64")),
     **dict.fromkeys(("labels", "absent_labels"), datasets.List(datasets.Value("string"))),
@@ -55,7 +57,7 @@ class CheckedClip(NamedTuple):
     clip: Clip
     name: str
     facts: AudioFacts
-    labels: Mapping[str, bool] = {}  # whether it is of a class, where that is said of stretches
+    labels: Mapping[str, bool] = {}  # whether it is of a class, or `BACKGROUND`, as far as that is said
 
 
 class FolderBuilder(datasets.ArrowBasedBuilder):
@@ -127,13 +129,18 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
             read, found["duplicates"], found["conflicts"] = _each_stretch_once(read)
         found["crossings"] = _crossings(read)
         found["unexpected_crossings"] = _unexpected(found["crossings"], corpus.known_crossings)
-        used = {clip.label for clip, *_ in read} - {None}
+        present = {label for each in read for label, is_present in each.labels.items() if is_present}
+        used = {clip.label for clip, *_ in read} | present - {BACKGROUND}
+        used.discard(None)
+        if no_class := sum(BACKGROUND in each.labels for each in read):
+            words = f"{no_class} clips are of none of the classes ({', '.join(NO_CLASS)})"
+            found["inferred"] = [*found.get("inferred", []), words]
         found["empty_classes"] = sorted(listing.classes - used)
         report = blank_report(corpus.name, len(read)) | found
         report |= {key: [printable(name) for name in report[key]] for key in STATES}
         self.info.description = describe_with_report(corpus.title, report)
         self.info.features = common_features(list(corpus.class_sizes) or sorted(used), corpus.columns)
-        if any(clip.where for clip in listing.clips):
+        if no_class or any(clip.where for clip in listing.clips):
             self.info.features = datasets.Features(self.info.features | STRETCH_FEATURES)
         table = _table(read, self.info.features)
         return [datasets.SplitGenerator(name=datasets.Split.TRAIN, gen_kwargs={"table": table})]
@@ -283,6 +290,10 @@ def _each_stretch_once(read: list[CheckedClip]) -> tuple[list[CheckedClip], list
         The clips; files with the content of another; and those of them that should have another label.
     """
     first, merged, repeats, conflicts = {}, {}, {}, []
+    of_files: dict[str, set[str]] = {}
+    for clip, _, facts, _ in read:
+        if clip.label and not clip.where:
+            of_files.setdefault(facts.digest, set()).add(clip.label)
     for each in read:
         clip, name, facts, _ = each
         original = first.setdefault(facts.digest, each)
@@ -298,10 +309,12 @@ def _each_stretch_once(read: list[CheckedClip]) -> tuple[list[CheckedClip], list
             frames = round(end * facts.sampling_rate) - round(start * facts.sampling_rate)
             facts = facts._replace(num_frames=max(1, frames))
         same = merged.get(key, CheckedClip(part, original.name, facts))
-        merged[key] = same._replace(labels={**same.labels, **({clip.label: clip.present} if clip.label else {})})
+        if clip.label and (clip.where or len(of_files[facts.digest]) == 1):
+            same = same._replace(labels=with_answer(same.labels, clip.label, clip.present))
+        merged[key] = same
     found = []
     for each in merged.values():
-        present = [label for label, is_present in each.labels.items() if is_present]
+        present = [label for label, is_present in each.labels.items() if is_present and label != BACKGROUND]
         found.append(each._replace(clip=each.clip._replace(label=present[0] if len(present) == 1 else None)))
     return found, list(repeats.values()), conflicts
 
@@ -332,7 +345,7 @@ def _check_identities(clips: list[Clip], root: Path) -> None:
 
 
 def _table(read: list[CheckedClip], features: datasets.Features) -> pa.Table:
-    label_of = features["label"].str2int
+    label_of, classes = features["label"].str2int, features["label"].names
     rows = [
         {
             "audio": {"bytes": None, "path": os.fspath(clip.path)},
@@ -342,7 +355,7 @@ def _table(read: list[CheckedClip], features: datasets.Features) -> pa.Table:
             "source_id": clip.source_id,
             **clip.extra,
             **{column: value for column, value in facts._asdict().items() if column in features},
-            **{column: value for column, value in _stretch(clip, labels).items() if column in features},
+            **{column: value for column, value in _stretch(clip, labels, classes).items() if column in features},
         }
         for clip, _, facts, labels in read
     ]
@@ -354,6 +367,8 @@ def _name_of(clip: Clip, facts: AudioFacts) -> str:
     return facts.digest if is_whole else f"{facts.digest}@{clip.start:.3f}-{clip.end:.3f}"
 
 
-def _stretch(clip: Clip, labels: Mapping[str, bool]) -> dict:
-    by_presence = ([label for label, is_present in labels.items() if is_present is wanted] for wanted in (True, False))
-    return dict(zip(STRETCH_FEATURES, (clip.start, clip.end, *by_presence), strict=True))
+def _stretch(clip: Clip, labels: Mapping[str, bool], classes: list[str]) -> dict:
+    present, absent = ([label for label, there in labels.items() if there is wanted] for wanted in (True, False))
+    if BACKGROUND in labels:
+        present, absent = [], classes
+    return dict(zip(STRETCH_FEATURES, (clip.start, clip.end, present, absent), strict=True))

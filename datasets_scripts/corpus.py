@@ -75,7 +75,7 @@ class Listing:
         missing: listed, but not there.
         unlisted: there, but not listed.
         seconds: shortest and longest that clips may be.
-        classes: those that a file or folder stands for, whether or not it can be read.
+        classes: those that are named, whether or not there is a clip of them that can be read.
         findings: other lists of a corpus report.
     """
 

@@ -21,6 +21,8 @@ SPLITS = {
     **dict.fromkeys(("test", "testing"), 1),
     **dict.fromkeys(("validation", "valid", "val", "dev", "eval", "evaluation"), 2),
 }
+# What stands for the absence of all classes, in upper or lower case; the first is what all of them are known by.
+NO_CLASS = BACKGROUND, *_ = ("background", "noise", "other", "silence")
 _FOLD = re.compile(r"fold[ _-]?(\d+)")
 # Names of the column with the class in selection tables, in the order of preference.
 _RAVEN_LABELS = ("label", "species", "class", "annotation", "common name")
@@ -117,6 +119,24 @@ class Files:
         named = self.by_stem.get(posixpath.basename(_form(written)) if written else stem, [])
         beside = [other for other in named if posixpath.dirname(other) == posixpath.dirname(table)]
         return next((found[0] for found in (beside, named) if len(found) == 1), name)
+
+
+def normal(label: str | None) -> str:
+    """A label's one form: names of folders have another Unicode form on some systems; `NO_CLASS` has one name."""
+    label = unicodedata.normalize("NFC", label or "")
+    return BACKGROUND if label.casefold() in NO_CLASS else label
+
+
+def with_answer(answers: Mapping[str, bool], label: str, present: bool) -> dict[str, bool]:
+    """What is said of a stretch, {label: whether it is there}, and one thing more, which prevails.
+
+    `BACKGROUND` rules every class out. A class that is there rules it out, and so does that it is not there.
+    """
+    if label == BACKGROUND and present:
+        return {BACKGROUND: True}
+    if label == BACKGROUND or present:
+        answers = {name: is_present for name, is_present in answers.items() if name != BACKGROUND}
+    return dict(answers) if label == BACKGROUND else {**answers, label: present}
 
 
 def _form(name: str) -> str:

@@ -61,7 +61,8 @@ def load_corpus(
     depth, else from its files' names by label_pattern, else from its folders' names: see docs/datasets.md. Where
     tables label stretches, each is a clip beside its whole file, and there are columns clip_start and clip_end (in s;
     0 and infinity: the whole file), labels and absent_labels (names of classes of which it is, and is not). label is
-    the one class of which a clip is; None where there are several, or none.
+    the one class of which a clip is; None where there are several, or none. The labels background, noise, other and
+    silence are no classes: a clip of theirs has all classes among its absent_labels.
 
     Returns:
         A dataset with the columns audio (`{"bytes", "path"}`, for `decode_audio`), label (ClassLabel, the official

@@ -1,11 +1,10 @@
 """Anyone's own sound files: any folder tree, with or without labels and folds."""
 
-import unicodedata
 from pathlib import Path
 
 from ..corpus import Clip, FolderCorpus, Listing
 from ..errors import CorpusError
-from ..labels import Files, FromNames, Said, from_file_names, from_folders
+from ..labels import BACKGROUND, Files, FromNames, Said, from_file_names, from_folders, normal
 
 
 class AudioFolder(FolderCorpus):
@@ -34,13 +33,13 @@ class AudioFolder(FolderCorpus):
         missing += [f"{name} ({where})" for name, where, _ in stretches if name not in files.known]
         parts = [
             clips[name]._replace(
-                label=_normal(said.label), start=said.start, end=said.end, present=said.present, where=where
+                label=normal(said.label), start=said.start, end=said.end, present=said.present, where=where
             )
             for name, where, said in stretches
             if name in clips
         ]
         unlisted = [name for name in files.sounds if name not in whole]
-        classes = {clip.label for clip in [*whole.values(), *parts] if clip.label and clip.present}
+        classes = {clip.label for clip in [*whole.values(), *parts]} - {None, BACKGROUND}
         findings = {
             "inferred": [*([f"labels from {', '.join(files.tables)}"] if in_tables else []), *by_name.inferred],
             "unsupported": [name for name in files.unreadable if name in whole],
@@ -70,9 +69,4 @@ def _clip(path: Path, name: str, said: Said | None, by_name: FromNames) -> Clip:
     label, fold, source = (said.label, said.fold, said.source) if said else (None, None, None)
     fold = by_name.folds.get(name, 0) if fold is None else fold
     label = by_name.labels.get(name) if label is None else label
-    return Clip(path, _normal(label) or None, fold, None, source or by_name.sources.get(name, name))
-
-
-def _normal(label: str | None) -> str:
-    """Names of folders have another Unicode form on some systems, and are the same class."""
-    return unicodedata.normalize("NFC", label or "")
+    return Clip(path, normal(label) or None, fold, None, source or by_name.sources.get(name, name))
