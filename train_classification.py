@@ -12,6 +12,7 @@ from dls_training.settings import ClassificationSettings
 # Options are read before anything heavy is imported: --help answers at once.
 SETTINGS = ClassificationSettings.parsed() if __name__ == "__main__" else None
 
+import copy
 import json
 import logging
 import shutil
@@ -29,7 +30,12 @@ from datasets_scripts.command_line import run_command
 from datasets_scripts.files import files_moved_into_place, write_json
 from dls_training.checkpoints import claim_output_dir
 from dls_training.clips import ClipStore
-from dls_training.closed_form import batch_norm_statistics, estimate_batch_norm_statistics, start_from_ridge
+from dls_training.closed_form import (
+    NO_THRESHOLD,
+    batch_norm_statistics,
+    estimate_batch_norm_statistics,
+    start_from_ridge,
+)
 from dls_training.folds import RESULTS_FILE, Fold, LabelledCorpus, check_layout, make_fold
 from dls_training.input_pipeline import (
     ViewMaker,
@@ -39,7 +45,7 @@ from dls_training.input_pipeline import (
     training_loader,
 )
 from dls_training.loop import GlobalBatch, TrainingLoop, describe
-from dls_training.metrics import ClassificationMetrics, per_class_accuracy
+from dls_training.metrics import ClassificationMetrics, YesNoMetrics, per_class_accuracy
 from dls_training.networks import make_config, make_extractor, make_model
 from dls_training.record import RECORD_FILE, Record
 from dls_training.runs import parent_of, to_go_on_from
@@ -51,6 +57,24 @@ from modeling_dls import ESResNetConfig, ESResNetForAudioClassification
 logger = logging.getLogger("dls")
 
 
+# Of the last evaluation, what a fold's results have.
+REPORTED = ("confusion_matrix", "macro_f1", "f1", "average_precision", "false_alarms", "background_hours")
+
+
+def losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The cross entropy of each clip: (clips,).
+
+    Args:
+        logits: (clips, classes).
+        labels: (clips,), classes; or (clips, classes), answers with 1 for yes, 0 for no, and -1 for what is not known,
+            each of which counts the same.
+    """
+    if labels.ndim == 1:
+        return F.cross_entropy(logits, labels, reduction="none")
+    truth, known = labels.clamp(min=0).to(logits.dtype), (labels >= 0).to(logits.dtype)
+    return F.binary_cross_entropy_with_logits(logits, truth, known, reduction="none").mean(dim=1)
+
+
 class FoldRun:
     """Fine-tuning with a fold held out, or none, in a folder of its own that can be resumed and is known when done."""
 
@@ -60,6 +84,9 @@ class FoldRun:
         self.make_views = ViewMaker(
             store.extractor, settings.augmentation, settings.augmentation_strength, store.caches_spectrograms
         )
+        config, self.fold = copy.deepcopy(config), fold
+        if checkpoint:  # thresholds are the run's own, and no option's
+            config.thresholds = getattr(ESResNetConfig.from_pretrained(checkpoint), "thresholds", None)
         pretrained = settings.model_name_or_path if settings.init == "pretrained" else None
         self.model = make_model(ESResNetForAudioClassification, checkpoint or pretrained, config, settings.seed)
         if settings.freeze_backbone:
@@ -89,7 +116,7 @@ class FoldRun:
         def clip_losses(number):
             part = batch.batches[number]
             logits = self.loop.model(self.make_views(part)).logits
-            return F.cross_entropy(logits, part["labels"], reduction="none")
+            return losses(logits, part["labels"])
 
         return self.loop.optimize(batch, clip_losses)
 
@@ -119,8 +146,8 @@ class FoldRun:
 
     def score(self) -> dict[str, float]:
         """Accuracy on the held-out fold, of which `held_out` then has all metrics and, of its clips in order, `labels`
-        and `features`. Means over a clip's windows count: the prediction is the class of the largest probability.
-        Nothing where nothing is held out.
+        and `features`. Means over a clip's windows count: the prediction is the class of the largest probability, or
+        all classes whose probability reaches their threshold. Nothing where nothing is held out.
         """
         if self.test_loader is None:
             return {}
@@ -128,24 +155,40 @@ class FoldRun:
         def probabilities_and_features(batch):
             with self.accelerator.autocast():
                 features = self.model.esresnet(self.make_views.unchanged(batch)).pooler_output
-                return torch.cat([self.model.classifier(features).float().softmax(-1), features.float()], dim=1)
+                logits = self.model.classifier(features).float()
+                return torch.cat([self.model.probabilities(logits), features.float()], dim=1)
 
         self.model.eval()
         means = mean_over_windows(self.accelerator, self.test_loader, probabilities_and_features)
         self.model.train()
         classes = self.model.config.num_labels
         probabilities, features = means.split([classes, means.shape[1] - classes], dim=1)
-        labels, metrics = self.test_loader.dataset.labels, ClassificationMetrics(keep_in_memory=True)
-        found = metrics.compute(predictions=probabilities.argmax(-1), references=labels, num_classes=classes)
+        labels = self.test_loader.dataset.labels
+        if labels.ndim == 1:
+            metrics = ClassificationMetrics(keep_in_memory=True)
+            found = metrics.compute(predictions=probabilities.argmax(-1), references=labels, num_classes=classes)
+        else:
+            found = self.answered(probabilities, labels)
         self.held_out = {"labels": labels, "features": features, **found}
         return {"accuracy": found["accuracy"]}
+
+    def answered(self, probabilities: torch.Tensor, answers: torch.Tensor) -> dict:
+        """The metrics of answers with yes or no, what is of one class each by the classes' names."""
+        names = list(self.model.config.id2label.values())
+        thresholds = getattr(self.model.config, "thresholds", None) or dict.fromkeys(names, NO_THRESHOLD)
+        frames, rates = (np.array(self.fold.test[column][:]) for column in ("num_frames", "sampling_rate"))
+        found = YesNoMetrics(keep_in_memory=True).compute(
+            predictions=probabilities, references=answers, thresholds=list(thresholds.values()), seconds=frames / rates
+        )
+        return found | {name: dict(zip(names, found[name], strict=True)) for name in ("f1", "average_precision")}
 
     def train(self) -> dict:
         """Trains and returns the fold's results."""
         history = self.loop.progress.history
         if self.settings.classifier_init == "ridge" and not history:
             from_scratch = self.settings.init == "scratch"
-            start_from_ridge(self.model, self.loop.loader, self.make_views, self.accelerator, from_scratch)
+            start_from_ridge(self.model, self.loop.loader, self.make_views, self.accelerator, from_scratch,
+                             self.fold.train["source_id"][:])  # fmt: skip
             history.append({"epoch": 0, "step": 0, **self.evaluate(0), "seconds": self.loop.seconds})
             logger.info(f"{self.loop.log_prefix}before training: {describe(history[0])}")
         self.loop.train(self.step, self.evaluate)
@@ -169,7 +212,7 @@ class FoldRun:
                     if self.precise_statistics
                     else {}
                 ),
-                "confusion_matrix": self.held_out["confusion_matrix"],
+                **{name: self.held_out[name] for name in REPORTED if name in self.held_out},
             }
         return measured | {
             **({"seconds_at_start": start[0]["seconds"]} if start else {}),
@@ -185,7 +228,10 @@ class FoldRun:
 
         names = list(self.model.config.id2label.values())
         title = "held-out clips, two principal components of the features"
-        draw_embedding(path, self.held_out["features"], self.held_out["labels"].numpy(), names, title)
+        labels = self.held_out["labels"].numpy()
+        if labels.ndim == 2:  # only clips of one class have its colour
+            labels = np.where((labels == 1).sum(axis=1) == 1, labels.argmax(axis=1), -1)
+        draw_embedding(path, self.held_out["features"], labels, names, title)
 
 
 def run_fold(settings: ClassificationSettings, accelerator: Accelerator, store: ClipStore, config: ESResNetConfig,
@@ -219,15 +265,35 @@ def arm_of(init: str, config: ESResNetConfig, parent: Record) -> str:
 
 
 def over_folds(folds: dict[int, dict], names: list[str]) -> dict:
-    """Means and standard deviations of what was measured in each fold, and the confusion of all held-out clips."""
+    """Means and standard deviations of what was measured in each fold, and the confusion of all held-out clips; where
+    each class is answered with yes or no, means over folds of each class, and all false alarms.
+    """
     found = {}
-    for curve in ("accuracy_per_epoch", "running_accuracy_per_epoch", "accuracy_at_start"):
-        if all(curve in fold for fold in folds.values()):
+    for curve in ("accuracy_per_epoch", "running_accuracy_per_epoch", "accuracy_at_start", "macro_f1"):
+        if all(fold.get(curve) is not None for fold in folds.values()):
             by_fold = np.array([fold[curve] for fold in folds.values()])
             found |= {f"mean_{curve}": by_fold.mean(axis=0).tolist(), f"std_{curve}": by_fold.std(axis=0).tolist()}
+    if "confusion_matrix" not in next(iter(folds.values())):
+        return found | over_answers(list(folds.values()), names)
     matrix = np.sum([fold["confusion_matrix"] for fold in folds.values()], axis=0).tolist()
     per_class = dict(zip(names, per_class_accuracy(matrix), strict=True))
     return found | {"confusion_matrix": matrix, "per_class_accuracy": per_class}
+
+
+def over_answers(folds: list[dict], names: list[str]) -> dict:
+    """Of answers with yes or no, over folds; None of a class that none of them could test, and without background."""
+
+    def mean(values: list[float | None]) -> float | None:
+        tested = [value for value in values if value is not None]
+        return float(np.mean(tested)) if tested else None
+
+    found = {
+        metric: {name: mean([fold[metric][name] for fold in folds]) for name in names}
+        for metric in ("f1", "average_precision")
+    }
+    alarms, hours = (sum(fold[what] for fold in folds) for what in ("false_alarms", "background_hours"))
+    found |= {"false_alarms": alarms, "background_hours": hours}
+    return found | {"false_alarms_per_hour": alarms / hours if hours else None}
 
 
 def write_results(output_dir: Path, first_fold_dir: Path, results: dict) -> None:
@@ -254,9 +320,11 @@ def cross_validate(settings: ClassificationSettings, accelerator: Accelerator) -
     corpus = LabelledCorpus.of(name, dataset, settings.fold)
     names = corpus.classes
     own = {"id2label": dict(enumerate(names)), "label2id": {name: i for i, name in enumerate(names)}}
+    own["problem_type"] = "multi_label_classification" if corpus.answers_each_class else None
     if settings.init == "scratch":
         own["initial_weights"] = None
     config = make_config(settings, **own)
+    vars(config).pop("thresholds", None)  # of a parent's classes
     parent, measured_on = parent_of(settings, config), environment(accelerator)
     folds = [
         make_fold(settings, number, corpus, parent, config=config, extractor=extractor, environment=measured_on)

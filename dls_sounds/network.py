@@ -163,7 +163,8 @@ class Classifier(TrainedNetwork):
     Attributes:
         labels: Names, in the order of scores.
         multi_label: Whether a sound can have several labels, whose scores do not depend on one another.
-        threshold: From which score on a label holds, where the checkpoint's configuration says; else None.
+        threshold: From which score on a label holds, where the checkpoint's configuration says, or {label: that}; else
+            None.
     """
 
     def __init__(self, source: str, windows: float | str | None, mixed_precision: str):
@@ -172,7 +173,7 @@ class Classifier(TrainedNetwork):
             source, windows, mixed_precision: See `TrainedNetwork`.
 
         Raises:
-            UserError: see `TrainedNetwork`; or it is no classifier.
+            UserError: see `TrainedNetwork`; or it is no classifier, or its thresholds are not those of its labels.
         """
 
         def model_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -183,9 +184,26 @@ class Classifier(TrainedNetwork):
         super().__init__(source, model_class, windows, mixed_precision)
         self.labels = [self.config.id2label[number] for number in range(self.config.num_labels)]
         self.multi_label = self.config.problem_type == "multi_label_classification"
-        self.threshold = getattr(self.config, "threshold", None)
+        self.threshold = self.threshold_of_the_checkpoint()
 
     def __call__(self, waveforms: torch.Tensor) -> torch.Tensor:
         """(windows, audio_channels, samples) -> (windows, labels), scores from 0 to 1, float32, on the CPU."""
         logits = self.outputs(waveforms).logits.float()
-        return (logits.sigmoid() if self.multi_label else logits.softmax(dim=-1)).cpu()
+        return self.model.probabilities(logits).cpu()
+
+    def threshold_of_the_checkpoint(self) -> float | dict[str, float] | None:
+        """`threshold`, of all labels, or `thresholds`, {label: its own}, of the configuration.
+
+        Raises:
+            UserError: if labels lack, or what there is are no scores.
+        """
+        own = getattr(self.config, "thresholds", None)
+        if own is None:
+            return getattr(self.config, "threshold", None)
+        numbers = isinstance(own, dict) and all(type(own.get(label)) in (int, float) for label in self.labels)
+        if not numbers or len(own) != len(self.labels) or not all(0 <= score <= 1 for score in own.values()):
+            raise UserError(
+                f"--model {self.source}: thresholds in its config.json must be a score from 0 to 1 for each of its "
+                f"{len(self.labels)} labels, such as {{{self.labels[0]!r}: 0.5, …}}; without them 0.5 is taken"
+            )
+        return {label: own[label] for label in self.labels}

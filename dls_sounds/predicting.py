@@ -34,6 +34,8 @@ def rule(classifier: Classifier, threshold: float | str) -> Callable[[np.ndarray
         if classifier.threshold is None and not classifier.multi_label:
             return lambda scores: scores.argmax()[None]
         threshold = SEVERAL_LABELS_FROM if classifier.threshold is None else classifier.threshold
+    if isinstance(threshold, dict):
+        threshold = np.array([threshold[label] for label in classifier.labels], np.float32)
     return lambda scores: np.flatnonzero(scores >= threshold)
 
 

@@ -1,7 +1,8 @@
 """A classifier in closed form: ridge regression on the features of a frozen network, no epoch of training."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
@@ -16,6 +17,71 @@ VIEWS = 4  # of each clip, whose features are averaged
 PENALTIES = torch.logspace(-4, 2, 25, dtype=torch.float64)
 PENALTY_FOR_SINGLE_CLIPS = 0.1
 LOGIT_SCALES = torch.logspace(-1, 3, 81, dtype=torch.float64)
+BISECTIONS = 50  # the last interval is 1e-12 of all logits
+NO_THRESHOLD = 0.5  # where there is nothing to choose one by
+
+
+class Ridge:
+    """Least squares from standardised features to targets, for any penalty, from one eigendecomposition.
+
+    That is of clips x clips or of size x size, whichever is smaller.
+
+    Attributes:
+        prior: (targets,), their means: what is predicted from nothing.
+        unit: The features' mean squared length, which penalties are shares of.
+    """
+
+    def __init__(self, features: torch.Tensor, targets: torch.Tensor):
+        """
+        Args:
+            features: (clips, size).
+            targets: (clips, targets), float64.
+        """
+        X, self.Y = features.double(), targets
+        self.mean, std = X.mean(dim=0), X.std(dim=0, correction=0)
+        self.std = torch.where(std > 1e-6 * std.max(), std, torch.inf)  # what never varies is left out
+        self.X, self.prior = (X - self.mean) / self.std, targets.mean(dim=0)
+        # The clips' principal components: X X' = P P' with orthogonal columns, whose squared lengths are the eigenvalues.
+        if len(X) < X.shape[1]:
+            values, vectors = torch.linalg.eigh(self.X @ self.X.T)
+            self.P = vectors * values.clamp(min=0).sqrt()
+        else:
+            values, vectors = torch.linalg.eigh(self.X.T @ self.X)
+            self.P = self.X @ vectors
+        self.values, self.squares = values.clamp(min=0), self.P.square()
+        self.targets = self.P.T @ (targets - self.prior)
+        self.unit = (self.values.sum() / len(X)).clamp(min=1)  # the features that vary, each with mean square 1
+
+    def fitted(self, penalty: torch.Tensor) -> torch.Tensor:
+        """(clips, targets)"""
+        return self.prior + self.P @ (self.targets / (self.values + penalty)[:, None])
+
+    def left_out(self, penalty: torch.Tensor) -> torch.Tensor:
+        """Each clip's prediction by all others: exact for a linear smoother whose intercept is not penalised."""
+        leverage = (self.squares @ (1 / (self.values + penalty)) + 1 / len(self.X))[:, None]
+        return (self.fitted(penalty) - leverage * self.Y) / (1 - leverage)
+
+    def left_out_together(self, penalty: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+        """Each clip's prediction by all clips of other groups, likewise exact.
+
+        Args:
+            penalty: Of the features.
+            groups: (clips,), of two groups or more.
+        """
+        predictions, errors = self.left_out(penalty), self.Y - self.fitted(penalty)
+        shrunk = self.P / (self.values + penalty)
+        for group in torch.unique(groups):
+            rows = (groups == group).nonzero()[:, 0]
+            if len(rows) > 1:
+                unexplained = torch.eye(len(rows)).double() - shrunk[rows] @ self.P[rows].T - 1 / len(self.X)
+                predictions[rows] = self.Y[rows] - torch.linalg.solve(unexplained, errors[rows])
+        return predictions
+
+    def linear(self, penalty: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight (targets, size) and bias (targets,) for the features as they are, of `scale` times the predictions."""
+        # Whichever side was decomposed: the features times what they leave unexplained, over the penalty.
+        weight = scale * ((self.Y - self.fitted(penalty)).T @ self.X / penalty) / self.std
+        return weight, scale * self.prior - weight @ self.mean
 
 
 def ridge_classifier(
@@ -23,8 +89,7 @@ def ridge_classifier(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Least squares from standardised features to one-hot labels, scaled so that its outputs are logits.
 
-    The penalty has the smallest squared error when each clip in turn is left out (PRESS, which one eigendecomposition
-    gives for every penalty, of clips x clips or of size x size, whichever is smaller); the scale, common to all
+    The penalty has the smallest squared error when each clip in turn is left out (PRESS); the scale, common to all
     classes, the smallest cross entropy of the same predictions. No clip but the given ones is looked at. Where a class
     has a single clip, leaving it out leaves nothing to learn it from: the penalty is then a tenth of the features'
     mean squared length.
@@ -37,39 +102,109 @@ def ridge_classifier(
     Returns:
         Weight (num_classes, size) and bias (num_classes,), float32, for the features as they are.
     """
-    X, Y = features.double(), F.one_hot(labels, num_classes).double()
-    mean, std = X.mean(dim=0), X.std(dim=0, correction=0)
-    std = torch.where(std > 1e-6 * std.max(), std, torch.inf)  # what never varies is left out
-    X, prior = (X - mean) / std, Y.mean(dim=0)
-    # The clips' principal components: X X' = P P' with orthogonal columns, whose squared lengths are the eigenvalues.
-    if len(X) < X.shape[1]:
-        values, vectors = torch.linalg.eigh(X @ X.T)
-        P = vectors * values.clamp(min=0).sqrt()
-    else:
-        values, vectors = torch.linalg.eigh(X.T @ X)
-        P = X @ vectors
-    values, squares, targets = values.clamp(min=0), P.square(), P.T @ (Y - prior)
-    unit = (values.sum() / len(X)).clamp(min=1)  # the number of features that vary, each with mean square 1
-
-    def fitted(penalty):
-        return prior + P @ (targets / (values + penalty)[:, None])
-
-    def left_out(penalty):
-        """Each clip's prediction by all others: exact for a linear smoother whose intercept is not penalised."""
-        leverage = (squares @ (1 / (values + penalty)) + 1 / len(X))[:, None]
-        return (fitted(penalty) - leverage * Y) / (1 - leverage)
-
+    Y = F.one_hot(labels, num_classes).double()
+    ridge = Ridge(features, Y)
     if labels.bincount(minlength=num_classes)[labels].min() > 1:
-        errors = torch.stack([(left_out(unit * share) - Y).square().mean() for share in PENALTIES])
-        penalty = unit * PENALTIES[errors.argmin()]
+        errors = torch.stack([(ridge.left_out(ridge.unit * share) - Y).square().mean() for share in PENALTIES])
+        penalty = ridge.unit * PENALTIES[errors.argmin()]
     else:
-        penalty = unit * PENALTY_FOR_SINGLE_CLIPS
-    predictions = left_out(penalty)
+        penalty = ridge.unit * PENALTY_FOR_SINGLE_CLIPS
+    predictions = ridge.left_out(penalty)
     cross_entropy = torch.stack([F.cross_entropy(scale * predictions, labels) for scale in LOGIT_SCALES])
-    scale = LOGIT_SCALES[cross_entropy.argmin()]
-    # Ridge's weights, whichever side was decomposed: the features times what they leave unexplained, over the penalty.
-    weight = scale * ((Y - fitted(penalty)).T @ X / penalty) / std
-    return weight.float(), (scale * prior - weight @ mean).float()
+    weight, bias = ridge.linear(penalty, LOGIT_SCALES[cross_entropy.argmin()])
+    return weight.float(), bias.float()
+
+
+def yes_no_classifier(
+    features: torch.Tensor, answers: torch.Tensor, recordings: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Least squares from standardised features to yes or no for each class, as logits, with thresholds.
+
+    Each class learns from the clips of which its answer is known. Penalty, scale, offset and threshold come from
+    predictions of clips whose recordings were left out; for a class that is in one recording alone, of clips that were
+    left out one by one. Scale and offset make the predictions logits, and the threshold has the largest F1.
+
+    Args:
+        features: (clips, size).
+        answers: (clips, classes): 1 for yes, 0 for no, -1 where it is not known.
+        recordings: (clips,), numbers of the recordings that clips are from.
+
+    Returns:
+        Weight (classes, size), bias (classes,) and the thresholds of probabilities (classes,), float32;
+        `NO_THRESHOLD` of a class that one clip is of, or all are.
+    """
+    classes = answers.shape[1]
+    weight, bias = torch.zeros(classes, features.shape[1]), torch.zeros(classes)
+    thresholds = torch.full((classes,), NO_THRESHOLD)
+    for known in torch.unique(answers >= 0, dim=1).T:  # classes of which the same clips are known share their work
+        own = ((answers >= 0) == known[:, None]).all(dim=0).nonzero()[:, 0]
+        if known.sum() > 1:
+            found = _of_known_answers(features[known], answers[known][:, own].double(), recordings[known])
+            weight[own], bias[own], thresholds[own] = (part.float() for part in found)
+    return weight, bias, thresholds
+
+
+def _of_known_answers(
+    features: torch.Tensor, Y: torch.Tensor, recordings: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`yes_no_classifier` of classes of which every clip's answer is known."""
+    ridge = Ridge(features, Y)
+    in_recordings = [len(torch.unique(recordings[column == 1])) for column in Y.T]
+    in_several = torch.tensor(in_recordings) > 1
+    can_be_left_out = (Y.sum(dim=0) > 1) & (Y.sum(dim=0) < len(Y))
+
+    def left_out(penalty: torch.Tensor) -> torch.Tensor:
+        predictions = ridge.left_out(penalty)
+        if in_several.any():
+            predictions = torch.where(in_several, ridge.left_out_together(penalty, recordings), predictions)
+        return predictions
+
+    penalty = ridge.unit * PENALTY_FOR_SINGLE_CLIPS
+    if can_be_left_out.any():
+        tested = [left_out(ridge.unit * share) - Y for share in PENALTIES]
+        errors = torch.stack([each[:, can_be_left_out].square().mean() for each in tested])
+        penalty = ridge.unit * PENALTIES[errors.argmin()]
+    predictions = left_out(penalty)
+    logits = [scale * predictions + offsets(scale * predictions, Y) for scale in LOGIT_SCALES]
+    scale = LOGIT_SCALES[torch.stack([F.binary_cross_entropy_with_logits(each, Y) for each in logits]).argmin()]
+    offset = offsets(scale * predictions, Y)
+    thresholds = best_thresholds((scale * predictions + offset).sigmoid(), Y)
+    weight, bias = ridge.linear(penalty, scale)
+    return weight, bias + offset, torch.where(can_be_left_out, thresholds, NO_THRESHOLD)
+
+
+def offsets(logits: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    """What to add to logits (clips, classes) so that the mean probability of each class is its share: (classes,).
+
+    That is the condition of logistic regression's intercept. Half a clip more for either answer keeps it finite.
+    """
+    share = (answers.sum(dim=0) + 0.5) / (len(answers) + 1)
+    middle = share.logit()
+    low, high = middle - logits.amax(dim=0), middle - logits.amin(dim=0)
+    for _ in range(BISECTIONS):
+        offset = (low + high) / 2
+        is_high = (logits + offset).sigmoid().mean(dim=0) > share
+        low, high = torch.where(is_high, low, offset), torch.where(is_high, offset, high)
+    return (low + high) / 2
+
+
+def best_thresholds(scores: torch.Tensor, answers: torch.Tensor) -> torch.Tensor:
+    """Of each class the threshold with the largest F1, halfway to the next lower score; of equals the highest.
+
+    Args:
+        scores: (clips, classes).
+        answers: (clips, classes): 1 for yes, 0 for no.
+
+    Returns:
+        (classes,)
+    """
+    ordered, order = scores.sort(dim=0, descending=True)
+    right, found = answers.gather(0, order).cumsum(dim=0), torch.arange(1, len(scores) + 1)[:, None]
+    f1 = 2 * right / (found + answers.sum(dim=0))
+    lower = torch.cat([ordered[1:], ordered[-1:]])
+    f1[:-1][ordered[:-1] == ordered[1:]] = -1  # no threshold lies between equal scores
+    best = f1.argmax(dim=0, keepdim=True)
+    return ((ordered + lower) / 2).gather(0, best)[0]
 
 
 @torch.no_grad()
@@ -79,8 +214,11 @@ def start_from_ridge(
     make_views: Callable[[dict], torch.Tensor],
     accelerator: Accelerator,
     estimate_statistics: bool,
+    recordings: Sequence[str],
 ) -> None:
     """Sets a classifier to ridge regression on the features of augmented views of the training clips.
+
+    Where each class is answered with yes or no, its configuration gets `thresholds`, {class: of its probability}.
 
     Args:
         model: Not wrapped for several processes. It is left in training mode.
@@ -88,6 +226,7 @@ def start_from_ridge(
         make_views: A batch -> `input_values`.
         accelerator: Of the run.
         estimate_statistics: Whether batch norm's are taken of the same clips first: a random network's describe none.
+        recordings: What each clip is from.
     """
 
     def pooled(batch):
@@ -96,23 +235,26 @@ def start_from_ridge(
 
     if estimate_statistics:
         estimate_batch_norm_statistics(model, map(pooled, loader), accelerator)
-    clips = len(loader.dataset)
+    clips, labels = len(loader.dataset), loader.dataset.labels
     features = torch.zeros(clips, model.config.hidden_size, device=accelerator.device)
     views = torch.zeros(clips, device=accelerator.device)
-    labels = torch.zeros(clips, dtype=torch.int64, device=accelerator.device)
     model.eval()
     for epoch in range(VIEWS):
         loader.set_epoch(epoch)
         for batch in loader:
-            rows = batch["index"], batch["labels"], pooled(batch)
-            index, own_labels, vectors = accelerator.gather_for_metrics(rows)
+            index, vectors = accelerator.gather_for_metrics((batch["index"], pooled(batch)))
             features.index_add_(0, index, vectors)
             views.index_add_(0, index, torch.ones_like(index, dtype=views.dtype))
-            labels[index] = own_labels
     model.train()
+    features, views = features.cpu(), views.cpu()
     seen = views > 0  # the sampler may leave a clip out of an epoch
     mean = features[seen] / views[seen, None]
-    weight, bias = ridge_classifier(mean.cpu(), labels[seen].cpu(), model.config.num_labels)
+    if labels.ndim == 1:
+        weight, bias = ridge_classifier(mean, labels[seen], model.config.num_labels)
+    else:
+        numbers = torch.from_numpy(np.unique(recordings, return_inverse=True)[1])
+        weight, bias, thresholds = yes_no_classifier(mean, labels[seen], numbers[seen])
+        model.config.thresholds = dict(zip(model.config.id2label.values(), thresholds.tolist(), strict=True))
     model.classifier.weight.copy_(weight)
     model.classifier.bias.copy_(bias)
 

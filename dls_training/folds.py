@@ -1,6 +1,7 @@
 """What of a labelled corpus is trained on and what is held out, and what the weights know of it."""
 
 import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from datasets import Dataset
 from datasets_scripts import ClipIdentities, train_test_folds
 from datasets_scripts.errors import UserError
 from datasets_scripts.files import read_object
+from datasets_scripts.labels import NO_CLASS
 
 from .checkpoints import PREFIX
-from .input_pipeline import label_numbers
+from .input_pipeline import ANSWERS, label_numbers
 from .record import Record
 from .runs import begun
 from .settings import ClassificationSettings
@@ -64,7 +66,8 @@ class LabelledCorpus:
 
     Attributes:
         name: Of the corpus.
-        clips: Those of one class, with folds.
+        clips: Those of one class, with folds. Where clips are of several classes, or known not to be of some, each class
+            is answered with yes or no: then all of which an answer is known, with the column `ANSWERS`.
         left_out: How many others there are, by the reason.
         made_folds: How many folds were made, because it has none; 0: it has some, or none are needed.
     """
@@ -78,6 +81,8 @@ class LabelledCorpus:
     def of(cls, name: str, dataset: Dataset, fold: int | str) -> "LabelledCorpus":
         """Leaves out what has no label, and makes folds where a fold is to be held out and there are none.
 
+        A class of which no clip is is none, whatever clips are said not to be of it.
+
         Args:
             name: Of the corpus.
             dataset: From `load_corpus`.
@@ -86,20 +91,26 @@ class LabelledCorpus:
         Raises:
             UserError: if there are no labels, or too few recordings of a class.
         """
-        labels = label_numbers(dataset)
-        is_labelled = labels >= 0
-        if len(dataset.features["label"].names) < 2 or not is_labelled.any():
+        labels, answers = label_numbers(dataset), yes_no_answers(dataset)
+        if answers is not None:
+            labels = answers
+            dataset = dataset.add_column(ANSWERS, answers.tolist())
+        is_labelled = labels >= 0 if answers is None else (labels >= 0).any(axis=1)
+        if len(dataset.features["label"].names) < (2 if answers is None else 1) or not is_labelled.any():
             raise UserError(
                 f"--corpus {name} has no labels, or one class only: put each class's clips into a folder of its own, "
-                "or add a metadata.csv with file_name and label"
+                f"or add a metadata.csv with file_name and label ({', '.join(NO_CLASS)} are no classes, but say that "
+                "a clip is of none)"
             )
-        several = sum(len(found) > 1 for found in dataset["labels"][:]) if "labels" in dataset.column_names else 0
-        left_out = {"without_label": int((~is_labelled).sum()) - several, "with_several_labels": several}
-        if not is_labelled.all():
+        left_out = {"without_label": int((~is_labelled).sum())}
+        if answers is not None:
+            several, none = (answers == 1).sum(axis=1) > 1, (answers == 0).all(axis=1)
             logger.info(
-                f"{name}: {is_labelled.sum()} clips have one label; left out: {left_out['without_label']} without a "
-                f"label, {several} with several"
+                f"{name}: each class is answered with yes or no, for {several.sum()} clips are of several classes, "
+                f"{none.sum()} of none"
             )
+        if not is_labelled.all():
+            logger.info(f"{name}: {is_labelled.sum()} clips have labels; left out: {left_out['without_label']} without")
         made = 0
         if fold != "none" and not np.any(np.array(dataset["fold"][:])[is_labelled]):
             folds = np.zeros(len(dataset), int)
@@ -107,9 +118,14 @@ class LabelledCorpus:
             folds[is_labelled] = make_folds(labels[is_labelled], sources, dataset.features["label"].names, name)
             made = int(folds.max())
             logger.info(f"{name} has no folds: {made} were made, stratified by class and grouped by recording")
-            # Before a selection: columns added to one would write embedded clips to disk once more.
+            # Before a selection, as above: columns added to one would write embedded clips to disk once more.
             dataset = dataset.remove_columns("fold").add_column("fold", folds)
         return cls(name, dataset.select(np.flatnonzero(is_labelled)), left_out, made)
+
+    @property
+    def answers_each_class(self) -> bool:
+        """Whether with yes or no, as `ANSWERS` says."""
+        return ANSWERS in self.clips.column_names
 
     @property
     def classes(self) -> list[str]:
@@ -137,14 +153,45 @@ class LabelledCorpus:
         return chosen
 
 
+def yes_no_answers(dataset: Dataset) -> np.ndarray | None:
+    """Whether each clip is of each class, where one label a clip cannot say that.
+
+    A clip that is of some class is of no other that it is not said to be of. Where it is only said of which classes a
+    clip is not, nothing is known of the others.
+
+    Args:
+        dataset: From `load_corpus`.
+
+    Returns:
+        (clips, classes) int64: 1 for yes, 0 for no, -1 where it is not known. None where each clip is of one class, or
+        nothing is known of it.
+    """
+    if "labels" not in dataset.column_names:
+        return None
+    numbers = {name: number for number, name in enumerate(dataset.features["label"].names)}
+    answers = np.full((len(dataset), len(numbers)), -1)
+    for row, present, absent in zip(answers, dataset["labels"][:], dataset["absent_labels"][:], strict=True):
+        if present:
+            row[:] = 0
+        row[[numbers[name] for name in absent if name in numbers]] = 0
+        row[[numbers[name] for name in present]] = 1
+    is_of, known = (answers == 1).sum(axis=1), (answers >= 0).any(axis=1)
+    return answers if np.any(known & (is_of != 1)) else None
+
+
+def memberships(labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Of which classes each clip is: (clips, classes), bool, of either form of `label_numbers`."""
+    return labels == 1 if labels.ndim == 2 else labels[:, None] == np.arange(num_classes)
+
+
 def make_folds(labels: np.ndarray, sources: np.ndarray, classes: list[str], corpus: str) -> np.ndarray:
     """Folds that are stratified by class and keep recordings together.
 
     There are as many as the rarest class has recordings, at most `MOST_FOLDS`; fewer, where otherwise a class would
-    be in one fold only.
+    be in one fold only. A clip of several classes counts for the rarest of them.
 
     Args:
-        labels: (clips,), of all clips.
+        labels: Of all clips, in either form of `label_numbers`.
         sources: (clips,), names of the recordings that they are from.
         classes: Names, for messages.
         corpus: Likewise.
@@ -157,7 +204,10 @@ def make_folds(labels: np.ndarray, sources: np.ndarray, classes: list[str], corp
     """
     from sklearn.model_selection import StratifiedGroupKFold  # takes its time, and most corpora have folds
 
-    recordings = {label: len(set(sources[labels == label])) for label in np.unique(labels).tolist()}
+    members = memberships(labels, len(classes))
+    sizes = np.where(members, members.sum(axis=0), len(labels) + 1)
+    strata = np.where(members.any(axis=1), sizes.argmin(axis=1), len(classes))
+    recordings = {label: len(set(sources[members[:, label]])) for label in np.flatnonzero(members.any(axis=0)).tolist()}
     rarest = min(recordings, key=recordings.get)
     if recordings[rarest] < 2:
         raise UserError(
@@ -165,11 +215,13 @@ def make_folds(labels: np.ndarray, sources: np.ndarray, classes: list[str], corp
             "recording. Add another, or train on everything with --fold none"
         )
     for number in range(min(MOST_FOLDS, recordings[rarest]), 1, -1):
-        splits = StratifiedGroupKFold(number, shuffle=True, random_state=0).split(labels, labels, sources)
+        splits = StratifiedGroupKFold(number, shuffle=True, random_state=0).split(strata, strata, sources)
         folds = np.zeros(len(labels), int)
-        for fold, (_, held_out) in enumerate(splits, 1):
-            folds[held_out] = fold
-        if len(set(folds)) == number and all(len(set(folds[labels == label])) > 1 for label in recordings):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of strata with fewer clips than folds
+            for fold, (_, held_out) in enumerate(splits, 1):
+                folds[held_out] = fold
+        if len(set(folds)) == number and all(len(set(folds[members[:, label]])) > 1 for label in recordings):
             return folds
     raise UserError(
         f"--corpus {corpus} has no folds, and none can be made that have every class in more than one: add a "
@@ -178,12 +230,16 @@ def make_folds(labels: np.ndarray, sources: np.ndarray, classes: list[str], corp
 
 
 def few_labels(train: Dataset, per_class: int | None, seed: int) -> Dataset:
-    """A random choice of `per_class` clips of each class, the same for the same seed; all of them for None."""
+    """A random choice of `per_class` clips of each class, and of those of none; all of them for None.
+
+    It is the same for the same seed.
+    """
     if per_class is None:
         return train
-    labels, random = np.array(train["label"][:]), np.random.default_rng(seed)
-    chosen = [random.permutation(np.flatnonzero(labels == label))[:per_class] for label in np.unique(labels)]
-    return train.select(np.sort(np.concatenate(chosen)))
+    members = memberships(label_numbers(train), len(train.features["label"].names))
+    members, random = np.column_stack([members, ~members.any(axis=1)]), np.random.default_rng(seed)
+    chosen = [random.permutation(np.flatnonzero(own))[:per_class] for own in members.T]
+    return train.select(np.unique(np.concatenate(chosen)))
 
 
 def make_fold(settings: ClassificationSettings, number: int | None, corpus: LabelledCorpus, parent: Record,
@@ -203,12 +259,14 @@ def make_fold(settings: ClassificationSettings, number: int | None, corpus: Labe
     """
     output_dir = settings.output_dir / f"fold-{number}" if settings.has_several_folds else settings.output_dir
     train, test = (corpus.clips, None) if number is None else train_test_folds(corpus.clips, number)
-    if test is not None and (unheard := set(test["label"][:]) - set(train["label"][:])):
-        names = ", ".join(corpus.classes[label] for label in sorted(unheard))
-        raise UserError(
-            f"fold {number}: all clips of {names} are in this fold, and none is left to learn from. Put some into "
-            "another, or train on everything with --fold none"
-        )
+    if test is not None:
+        there, heard = (memberships(label_numbers(part), len(corpus.classes)).any(axis=0) for part in (test, train))
+        if (there & ~heard).any():
+            names = ", ".join(corpus.classes[label] for label in np.flatnonzero(there & ~heard))
+            raise UserError(
+                f"fold {number}: all clips of {names} are in this fold, and none is left to learn from. Put some into "
+                "another, or train on everything with --fold none"
+            )
     train = few_labels(train, settings.labels_per_class, settings.seed)
     heard = {"training_clips": len(train)}
     if test is not None:

@@ -34,8 +34,13 @@ def draw_numbers(seed: int, epoch: int, index: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch, index]).random(1 + NUM_DRAWS)
 
 
+ANSWERS = "answers"  # the column of `LabelledCorpus.clips` that says of each class whether a clip is of it
+
+
 def label_numbers(rows: Dataset) -> np.ndarray:
-    """(clips,), -1 where a clip has no label."""
+    """(clips,), -1 where a clip has no label; with answers to each class, (clips, classes), -1 where it is not known."""
+    if ANSWERS in rows.column_names:
+        return np.array(rows[ANSWERS][:])
     labels = rows["label"][:] if "label" in rows.column_names else [None] * len(rows)
     return np.array([-1 if label is None else label for label in labels])
 
@@ -55,7 +60,7 @@ class ClipBatches(torch.utils.data.Dataset):
     on seed, epoch and clip alone; a batch, a stretch of that order, has all but one of them. `signal`, `lengths` and
     `draws` go on behind the batch with those that it has not; `partner` (batch,) tells where each clip's is.
 
-    A batch holds `index` (batch,), rows of this dataset, `labels` (batch,), -1 where there is none, `signal` and
+    A batch holds `index` (batch,), rows of this dataset, `labels` (see `label_numbers`), `signal` and
     `lengths` (see `ClipStore`), and, for training, `draws` (…, NUM_DRAWS) and `partner`.
     """
 

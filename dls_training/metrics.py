@@ -3,6 +3,7 @@
 import datasets
 import evaluate
 import numpy as np
+from sklearn.metrics import average_precision_score, f1_score
 
 
 class ClassificationMetrics(evaluate.Metric):
@@ -32,6 +33,59 @@ class ClassificationMetrics(evaluate.Metric):
             "accuracy": float(np.mean(np.asarray(predictions) == np.asarray(references))),
             "confusion_matrix": matrix,
             "per_class_accuracy": per_class_accuracy(matrix),
+        }
+
+
+class YesNoMetrics(evaluate.Metric):
+    """How well each class is answered with yes or no, from scores.
+
+    Example:
+        >>> scores = [[0.9, 0.2], [0.4, 0.7], [0.6, 0.1]]  # of three clips, the last of which is of no class
+        >>> found = YesNoMetrics().compute(
+        ...     predictions=scores, references=[[1, 0], [-1, 1], [0, 0]], thresholds=[0.5, 0.5], seconds=[5, 5, 5]
+        ... )
+        >>> found["f1"], found["macro_f1"], found["average_precision"]
+        ([0.6666666666666666, 1.0], 0.8333333333333333, [1.0, 1.0])
+        >>> found["accuracy"], found["false_alarms"], found["background_hours"] * 3600
+        (0.6666666666666666, 1, 5.0)
+    """
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=(
+                "accuracy: share of clips of which every known answer is right; f1 and average_precision: of each "
+                "class, None where no clip is of it; macro_f1: the mean of the former; false_alarms: classes answered "
+                "with yes in clips that are of none, of which background_hours were heard."
+            ),
+            citation="",
+            inputs_description=(
+                "predictions: scores of each class; references: 1 for yes, 0 for no, -1 where it is not known; "
+                "thresholds: from which score on it is yes, of each class; seconds: how long each clip is."
+            ),
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Sequence(datasets.Value("float32")),
+                    "references": datasets.Sequence(datasets.Value("int64")),
+                }
+            ),
+        )
+
+    def _compute(self, predictions, references, thresholds, seconds) -> dict:
+        scores, truth = np.asarray(predictions), np.asarray(references)
+        answers, known = scores >= np.asarray(thresholds, scores.dtype), truth >= 0
+        f1, precision = [], []
+        for own, score, answer, is_known in zip(truth.T, scores.T, answers.T, known.T, strict=True):
+            is_tested = (own == 1).any()
+            f1.append(float(f1_score(own[is_known], answer[is_known])) if is_tested else None)
+            precision.append(float(average_precision_score(own[is_known], score[is_known])) if is_tested else None)
+        is_background, tested = (truth == 0).all(axis=1), [value for value in f1 if value is not None]
+        return {
+            "accuracy": float(((answers == truth) | ~known).all(axis=1).mean()),
+            "f1": f1,
+            "macro_f1": float(np.mean(tested)) if tested else None,
+            "average_precision": precision,
+            "false_alarms": int(answers[is_background].sum()),
+            "background_hours": float(np.asarray(seconds)[is_background].sum() / 3600),
         }
 
 

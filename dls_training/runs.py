@@ -11,6 +11,7 @@ from datasets_scripts.files import file_digest, json_digest
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor
 
 from .checkpoints import PREFIX, find_checkpoint
+from .input_pipeline import ANSWERS
 from .record import BANK, RECORD_FILE, WEIGHTS, Record, find_file
 from .settings import TrainingSettings
 
@@ -110,6 +111,8 @@ def parent_of(settings: TrainingSettings, config: ESResNetConfig) -> Record:
 def described(name: str, clips: Dataset) -> str:
     """A corpus in words, the same only for the same clips in the same order with the same labels and folds."""
     content = [ClipIdentities.of(clips).digest_of_all(), clips["label"][:], clips["fold"][:]]
+    if ANSWERS in clips.column_names:
+        content.append(clips[ANSWERS][:])
     return f"{name} ({len(clips)} clips, {json_digest(content)[:16]})"
 
 

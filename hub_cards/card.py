@@ -52,6 +52,7 @@ def write_card(folder: Path) -> None:
         "run": record.own.facts,
         "earlier": earlier,
         "signal": signal,
+        "thresholds": [{"class": name, "threshold": t} for name, t in (config.get("thresholds") or {}).items()],
         "clip_seconds": signal["max_length"] / signal["sampling_rate"],
         "accuracy": task.accuracy_rows(results),
         "pictures": [name for name in PICTURES if (folder / name).is_file()],
@@ -89,9 +90,13 @@ def stage_in_words(stage: dict) -> str:
 
 
 def markdown_table(rows: list[dict]) -> str:
-    """Rows with the same keys -> a Markdown table, accuracies with three digits; no rows, no table."""
+    """Rows with the same keys -> a Markdown table, accuracies with three digits; None is empty; no rows, no table."""
+
+    def cell(value) -> str:
+        return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+
     if not rows:
         return ""
     lines = [list(rows[0]), ["---"] * len(rows[0])]
-    lines += [[f"{value:.3f}" if isinstance(value, float) else str(value) for value in row.values()] for row in rows]
+    lines += [[cell(value) for value in row.values()] for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

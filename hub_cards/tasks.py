@@ -147,8 +147,12 @@ class Classification(Task):
             "final": {what: with_start(results, f"{what}_")[-1] for what in ("mean", "std")},
             "recognised": [
                 {"class": name, "recognised": share}
-                for name, share in results["per_class_accuracy"].items()
+                for name, share in results.get("per_class_accuracy", {}).items()
                 if share is not None
+            ],
+            "answered": [
+                {"class": name, "F1": f1, "average precision": results["average_precision"][name]}
+                for name, f1 in results.get("f1", {}).items()
             ],
         }
 

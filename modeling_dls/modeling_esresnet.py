@@ -367,6 +367,10 @@ class ESResNetForAudioClassification(ESResNetPreTrainedModel):
         loss = None if labels is None else self.loss_function(labels, logits, self.config)
         return ImageClassifierOutputWithNoAttention(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
 
+    def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
+        """(…, num_labels) logits -> of each class alone for a multi-label problem, else such that their sum is 1."""
+        return logits.sigmoid() if self.config.problem_type == "multi_label_classification" else logits.softmax(-1)
+
 
 # The list of heads, which the package reads to register and export them. A saved checkpoint carries its own code, so
 # that trust_remote_code=True works where this package is not installed.

@@ -108,7 +108,7 @@ class Network:
     @torch.no_grad()
     def _answer(self, waveforms: torch.Tensor) -> torch.Tensor:
         outputs = self.model(self.extractor.spectrogram(waveforms))
-        return outputs.logits.softmax(-1) if "logits" in outputs else outputs.embeddings
+        return self.model.probabilities(outputs.logits) if "logits" in outputs else outputs.embeddings
 
 
 class TrainedFolder:
