@@ -41,7 +41,7 @@ class Ridge:
         self.mean, std = X.mean(dim=0), X.std(dim=0, correction=0)
         self.std = torch.where(std > 1e-6 * std.max(), std, torch.inf)  # what never varies is left out
         self.X, self.prior = (X - self.mean) / self.std, targets.mean(dim=0)
-        # The clips' principal components: X X' = P P' with orthogonal columns, whose squared lengths are the eigenvalues.
+        # The clips' principal components: X X' = P P' with orthogonal columns; squared lengths are eigenvalues.
         if len(X) < X.shape[1]:
             values, vectors = torch.linalg.eigh(self.X @ self.X.T)
             self.P = vectors * values.clamp(min=0).sqrt()
@@ -78,7 +78,7 @@ class Ridge:
         return predictions
 
     def linear(self, penalty: torch.Tensor, scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight (targets, size) and bias (targets,) for the features as they are, of `scale` times the predictions."""
+        """Weight (targets, size) and bias (targets,) of `scale` times what is predicted, from features as they are."""
         # Whichever side was decomposed: the features times what they leave unexplained, over the penalty.
         weight = scale * ((self.Y - self.fitted(penalty)).T @ self.X / penalty) / self.std
         return weight, scale * self.prior - weight @ self.mean

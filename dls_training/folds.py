@@ -66,8 +66,8 @@ class LabelledCorpus:
 
     Attributes:
         name: Of the corpus.
-        clips: Those of one class, with folds. Where clips are of several classes, or known not to be of some, each class
-            is answered with yes or no: then all of which an answer is known, with the column `ANSWERS`.
+        clips: Those of one class, with folds. Where some are of several classes, or known not to be of one, each class
+            is answered with yes or no, and these are all of which an answer is known, with the column `ANSWERS`.
         left_out: How many others there are, by the reason.
         made_folds: How many folds were made, because it has none; 0: it has some, or none are needed.
     """
@@ -110,7 +110,9 @@ class LabelledCorpus:
                 f"{none.sum()} of none"
             )
         if not is_labelled.all():
-            logger.info(f"{name}: {is_labelled.sum()} clips have labels; left out: {left_out['without_label']} without")
+            logger.info(
+                f"{name}: {is_labelled.sum()} clips have labels; left out: {left_out['without_label']} without"
+            )
         made = 0
         if fold != "none" and not np.any(np.array(dataset["fold"][:])[is_labelled]):
             folds = np.zeros(len(dataset), int)
@@ -207,7 +209,9 @@ def make_folds(labels: np.ndarray, sources: np.ndarray, classes: list[str], corp
     members = memberships(labels, len(classes))
     sizes = np.where(members, members.sum(axis=0), len(labels) + 1)
     strata = np.where(members.any(axis=1), sizes.argmin(axis=1), len(classes))
-    recordings = {label: len(set(sources[members[:, label]])) for label in np.flatnonzero(members.any(axis=0)).tolist()}
+    recordings = {
+        label: len(set(sources[members[:, label]])) for label in np.flatnonzero(members.any(axis=0)).tolist()
+    }
     rarest = min(recordings, key=recordings.get)
     if recordings[rarest] < 2:
         raise UserError(

@@ -38,7 +38,7 @@ ANSWERS = "answers"  # the column of `LabelledCorpus.clips` that says of each cl
 
 
 def label_numbers(rows: Dataset) -> np.ndarray:
-    """(clips,), -1 where a clip has no label; with answers to each class, (clips, classes), -1 where it is not known."""
+    """(clips,), -1 where a clip has no label; with `ANSWERS` (clips, classes), -1 where an answer is not known."""
     if ANSWERS in rows.column_names:
         return np.array(rows[ANSWERS][:])
     labels = rows["label"][:] if "label" in rows.column_names else [None] * len(rows)

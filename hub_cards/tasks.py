@@ -213,6 +213,9 @@ def evaluations(results: dict) -> list[EvalResult]:
         every = ("all-folds", f"{len(folds)} folds held out in turn")
         found.append((*every, "accuracy", with_start(results, "mean_")[-1]))
         found.append((*every, "accuracy_std", with_start(results, "std_")[-1]))
+    for fold, measured in folds.items():
+        if measured.get("macro_f1") is not None:
+            found.append((f"fold-{fold}", f"fold {fold} held out", "f1", measured["macro_f1"]))
     return [
         EvalResult(
             task_type="audio-classification",

@@ -4,9 +4,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from sklearn.metrics import f1_score
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dls_training.closed_form import LOGIT_SCALES, PENALTIES, PENALTY_FOR_SINGLE_CLIPS, ridge_classifier
+from dls_training.closed_form import (
+    LOGIT_SCALES,
+    NO_THRESHOLD,
+    PENALTIES,
+    PENALTY_FOR_SINGLE_CLIPS,
+    Ridge,
+    best_thresholds,
+    ridge_classifier,
+    yes_no_classifier,
+)
 
 
 def clusters(per_class, num_classes=3, size=7, noise=1.0, seed=0):
@@ -129,3 +139,74 @@ def test_memory_is_that_of_the_smaller_side(clips, size):
     with LargestTensor() as largest:
         ridge_classifier(features, torch.arange(clips) % 5, 5)
     assert largest.elements == clips * size
+
+
+# --- Yes or no for each class ---
+
+
+def answered(seed, unknown=0.0, clips=40, size=7):
+    """Clips of none, one or both of two classes, four from each recording: features, answers, recordings."""
+    generator = torch.Generator().manual_seed(seed)
+    answers = (torch.rand(clips, 2, generator=generator) < 0.4).long()
+    features = torch.randn(clips, size, generator=generator)
+    features = features + 2 * answers.float() @ torch.randn(2, size, generator=generator)
+    answers[torch.rand(clips, 2, generator=generator) < unknown] = -1
+    return features, answers, torch.arange(clips) // 4
+
+
+@pytest.mark.parametrize("size", [4, 60])  # fewer and more numbers than clips
+@pytest.mark.parametrize("together", [False, True])
+def test_predictions_of_what_was_left_out_are_those_of_a_refit(size, together):
+    features, answers, recordings = answered(0, size=size)
+    recordings = recordings if together else torch.arange(len(features))
+    ridge = Ridge(features, answers.double())
+    standard = ((features.double() - ridge.mean) / ridge.std).numpy()
+    for penalty in (0.01 * ridge.unit, ridge.unit):
+        found = ridge.left_out_together(penalty, recordings) if together else ridge.left_out(penalty)
+        for recording in recordings.unique():
+            out = (recordings == recording).numpy()
+            weights = slow_ridge(standard[~out], answers.numpy()[~out], penalty.item())
+            expected = np.hstack([standard[out], np.ones((out.sum(), 1))]) @ weights
+            np.testing.assert_allclose(found[out], expected, rtol=1e-6, atol=1e-8)
+
+
+def test_every_class_learns_from_the_clips_of_which_its_answer_is_known():
+    """As if the others were not there; classes of which the same is known are learned together, or apart."""
+    features, answers, recordings = answered(1, unknown=0.3)
+    weight, bias, thresholds = yes_no_classifier(features, answers, recordings)
+    for own in range(2):
+        known = answers[:, own] >= 0
+        alone = yes_no_classifier(features[known], answers[known, own : own + 1], recordings[known])
+        for found, expected in zip((weight, bias, thresholds), alone, strict=True):
+            torch.testing.assert_close(found[own : own + 1], expected)
+
+
+def test_scores_are_probabilities_and_thresholds_tell_yes_from_no():
+    features, answers, recordings = answered(2, clips=800)
+    weight, bias, thresholds = yes_no_classifier(features[:400], answers[:400], recordings[:400])
+    answers, scores = answers[400:], (features[400:] @ weight.T + bias).sigmoid()
+    torch.testing.assert_close(scores.mean(dim=0), answers.float().mean(dim=0), atol=0.05, rtol=0)
+    for own in range(2):
+        assert f1_score(answers[:, own], scores[:, own] >= thresholds[own]) > 0.8
+
+
+def test_a_threshold_has_the_largest_f1():
+    random = np.random.default_rng(0)
+    answers = (random.random((60, 5)) < 0.3).astype(float)
+    scores = np.round(np.clip(0.3 * answers + random.random((60, 5)) / 1.5, 0, 1), 2)  # some are equal
+    found = best_thresholds(torch.from_numpy(scores), torch.from_numpy(answers)).numpy()
+    for threshold, score, answer in zip(found, scores.T, answers.T, strict=True):
+        best = max(f1_score(answer, score >= other) for other in score)
+        assert f1_score(answer, score >= threshold) == pytest.approx(best)
+
+
+def test_classes_that_tell_nothing_have_the_usual_threshold():
+    """One that a single clip is of, one that all are of, and one that is known from a single clip."""
+    features, answers, recordings = answered(3)
+    answers = torch.cat([answers, torch.zeros(40, 3, dtype=torch.int64)], dim=1)
+    answers[0, 2], answers[:, 3], answers[1:, 4] = 1, 1, -1
+    weight, bias, thresholds = yes_no_classifier(features, answers, recordings)
+    assert torch.isfinite(weight).all() and torch.isfinite(bias).all()
+    assert 0 < min(thresholds) and max(thresholds) < 1
+    assert thresholds[2:].tolist() == [NO_THRESHOLD] * 3 and (thresholds[:2] != NO_THRESHOLD).all()
+    assert ((features @ weight.T + bias).sigmoid()[:, 3] > 0.9).all()
