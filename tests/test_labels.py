@@ -275,6 +275,69 @@ def test_wrong_labels_are_named(content, words, load, tmp_path):
     assert "\n" not in str(error.value)
 
 
+# --- None of the classes ---
+
+
+@pytest.mark.parametrize("folder", ["background", "Noise", "OTHER", "silence"])
+def test_a_folder_of_background_is_the_absence_of_all_classes(folder, load, tmp_path, caplog):
+    make_folder(tmp_path / "s", ["dog/a.wav", "cat/b.wav", f"{folder}/c.wav", f"{folder}/d.wav"])
+    with caplog.at_level(logging.INFO, "dls"):
+        dataset = load()
+    assert "2 clips are of none of the classes (background, noise, other, silence)" in caplog.text
+    assert dataset.features["label"].names == ["cat", "dog"]
+    assert labels_of(dataset) == {
+        "dog/a.wav": "dog",
+        "cat/b.wav": "cat",
+        f"{folder}/c.wav": None,
+        f"{folder}/d.wav": None,
+    }
+    assert [
+        (row["labels"], row["absent_labels"]) for row in dataset.sort("source_id").to_list() if row["label"] is None
+    ] == [([], ["cat", "dog"])] * 2
+    assert not corpus_report(dataset)["empty_classes"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "present", "absent"),
+    [
+        (["background,1"], [], ["cat", "dog"]),
+        (["dog,1", "background,1"], [], ["cat", "dog"]),
+        (["background,1", "dog,1"], ["dog"], []),
+        (["background,1", "dog,0"], [], ["cat", "dog"]),
+        (["dog,0", "Silence,1"], [], ["cat", "dog"]),
+        (["background,1", "noise,0"], [], []),
+        (["dog,1", "noise,0"], ["dog"], []),
+        (["dog,1", "dog,0"], [], ["dog"]),
+        (["dog,0", "dog,1", "cat,1"], ["dog", "cat"], []),
+    ],
+)
+def test_of_answers_that_contradict_one_another_the_last_counts(lines, present, absent, load, tmp_path):
+    root = make_folder(tmp_path / "s", ["a.wav"], seconds=4)
+    others = ["a.wav,0,1,dog,1", "a.wav,1,2,cat,1"]
+    dataset = load(write_labels(root, HEADER + "\n".join([*others, *(f"a.wav,2,3,{line}" for line in lines)]) + "\n"))
+    (row,) = [row for row in dataset if row["clip_start"] == 2]
+    assert (row["labels"], row["absent_labels"]) == (present, absent)
+
+
+def test_classes_that_are_never_alone_and_classes_that_are_never_there(load, tmp_path, caplog):
+    root = make_folder(tmp_path / "s", ["a.wav"], seconds=4)
+    dataset = load(write_labels(root, HEADER + "a.wav,0,1,dog,1\na.wav,0,1,cat,1\na.wav,1,2,fox,0\n"))
+    assert dataset.features["label"].names == ["cat", "dog"]
+    assert corpus_report(dataset)["empty_classes"] == ["fox"] and "classes without a clip: fox" in caplog.text
+
+
+def test_copies_with_different_labels_are_not_of_several_classes(load, tmp_path):
+    make_folder(tmp_path / "s", ["dog/a.wav", "cat/b.wav", "background/c.wav"])
+    (tmp_path / "s/cat/copy.wav").write_bytes((tmp_path / "s/dog/a.wav").read_bytes())
+    (tmp_path / "s/background/again.wav").write_bytes((tmp_path / "s/cat/b.wav").read_bytes())
+    (tmp_path / "s/cat/d.wav").write_bytes(wav(0.5, rate=1000, seed=9))
+    (tmp_path / "s/dog/e.wav").write_bytes(wav(0.5, rate=1000, seed=10))
+    dataset = load()
+    assert len(corpus_report(dataset)["conflicts"]) == 2
+    assert sorted(map(tuple, dataset["labels"][:])) == [(), (), (), ("cat",), ("dog",)]
+    assert sorted(map(tuple, dataset["absent_labels"][:])) == [(), (), (), (), ("cat", "dog")]
+
+
 def test_describe_draws_and_counts_stretches(tmp_path, capsys):
     root = make_folder(tmp_path / "s", ["a1.wav", "b2.wav"], seconds=4)
     arguments = ["describe", "audiofolder", "--data_dir", str(root), "--picture", str(tmp_path / "p.png")]

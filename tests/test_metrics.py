@@ -10,9 +10,9 @@ import pytest
 import torch
 from datasets import Dataset
 from evaluate import evaluator
-from sklearn.metrics import confusion_matrix, recall_score
+from sklearn.metrics import average_precision_score, confusion_matrix, f1_score, recall_score
 
-from dls_training.metrics import ClassificationMetrics
+from dls_training.metrics import ClassificationMetrics, YesNoMetrics
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor, ESResNetForAudioClassification
 
 
@@ -63,6 +63,32 @@ def test_confusion_matrix_and_per_class_accuracy(clips):
 def test_class_that_does_not_exist():
     with pytest.raises(ValueError, match=r"must be in 0\.\.1, not 0\.\.2"):
         ClassificationMetrics().compute(predictions=[0, 1], references=[0, 2], num_classes=2)
+
+
+def test_yes_and_no_from_scores():
+    """Clip by clip and class by class; what is not known counts nowhere, and background is what is of no class."""
+    random = np.random.default_rng(0)
+    scores, truth = random.random((50, 4)).astype(np.float32), random.integers(-1, 2, (50, 4))
+    truth[:, 3] = np.minimum(truth[:, 3], 0)  # no clip is of the last class
+    truth[:10] = 0
+    thresholds, seconds = [0.3, 0.5, 0.7, 0.9], random.integers(1, 9, 50)
+    found = YesNoMetrics(keep_in_memory=True).compute(
+        predictions=scores, references=truth, thresholds=thresholds, seconds=seconds
+    )
+    right = [all((s >= t) == a for s, t, a in zip(*row, strict=True) if a >= 0)
+             for row in zip(scores, [thresholds] * 50, truth, strict=True)]  # fmt: skip
+    assert found["accuracy"] == pytest.approx(np.mean(right)) and 0 < np.mean(right) < 1
+    for own in range(3):
+        known = truth[:, own] >= 0
+        answers = scores[known, own] >= thresholds[own]
+        assert found["f1"][own] == pytest.approx(f1_score(truth[known, own], answers))
+        precision = average_precision_score(truth[known, own], scores[known, own])
+        assert found["average_precision"][own] == pytest.approx(precision)
+    assert found["f1"][3] is found["average_precision"][3] is None
+    assert found["macro_f1"] == pytest.approx(np.mean(found["f1"][:3]))
+    background = [row for row in range(50) if not truth[row].any()]
+    assert found["background_hours"] == pytest.approx(seconds[background].sum() / 3600) and len(background) >= 10
+    assert found["false_alarms"] == sum(scores[row][own] >= thresholds[own] for row in background for own in range(4))
 
 
 def test_evaluator():

@@ -523,6 +523,9 @@ def test_several_labels_a_clip_by_problem_type():
     labels = torch.tensor([[1.0, 0, 0, 1], [0, 0, 0, 0]])
     outputs = model(pictures(2), labels=labels)
     torch.testing.assert_close(outputs.loss, F.binary_cross_entropy_with_logits(outputs.logits, labels))
+    torch.testing.assert_close(model.probabilities(outputs.logits), outputs.logits.sigmoid())
+    model.config.problem_type = None
+    torch.testing.assert_close(model.probabilities(outputs.logits), outputs.logits.softmax(-1))
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float64])

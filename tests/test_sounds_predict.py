@@ -154,6 +154,29 @@ def test_the_models_own_threshold(recordings, tmp_path):
         assert_rows(best, name, slow_detections(grid, lambda scores: [scores.argmax()]))
 
 
+def test_the_models_own_threshold_of_each_label(recordings, tmp_path):
+    thresholds = dict(zip(LABELS.values(), (0.45, 0.5, 0.55, 0.4), strict=True))
+    backwards = dict(reversed(thresholds.items()))  # names count, not places
+    config = {"problem_type": "multi_label_classification", "thresholds": backwards}
+    model = save_classifier(tmp_path / "model", **config)
+    rows, own = predict(recordings, model, tmp_path / "out.csv", "--threshold", "auto"), list(thresholds.values())
+    for name in LENGTHS:
+        grid = slow_grid(model, recordings, name, LENGTH)
+        assert_rows(rows, name, slow_detections(grid, lambda scores: np.flatnonzero(scores >= own)))
+    assert {row["label"] for row in rows} and rows == predict(recordings, model, tmp_path / "default.csv")
+
+
+EVERY_LABEL = dict.fromkeys(LABELS.values(), 0.5)
+WRONG_THRESHOLDS = [{"dog": 0.5}, [0.5] * 4, 0.5, EVERY_LABEL | {"fox": 0.5}, EVERY_LABEL | {"dog": "high"}]
+
+
+@pytest.mark.parametrize("thresholds", [*WRONG_THRESHOLDS, EVERY_LABEL | {"dog": 2.0}, EVERY_LABEL | {"dog": None}])
+def test_thresholds_of_another_shape_are_refused(thresholds, recordings, tmp_path):
+    model = save_classifier(tmp_path / "model", thresholds=thresholds)
+    message = fail("dls", "predict", recordings, "--model", model, "--output", tmp_path / "out.csv", *FP32)
+    assert "thresholds in its config.json must be a score from 0 to 1 for each of its 4 labels" in message
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_grid_and_detections_of_any_windows(seed):
     """Also where stretches of many labels overlap for long."""

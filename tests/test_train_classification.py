@@ -5,11 +5,13 @@ import shutil
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from scripts import SMALL, Forked, fail, succeed, train
 from timm.models.densenet import DenseNet
-from transformers import AutoFeatureExtractor, AutoModelForAudioClassification
+from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, pipeline
 
 from datasets_scripts import ClipIdentities, decode_audio, load_corpus, train_test_folds
 from dls_sounds.page.analysis import TrainedFolder
@@ -18,7 +20,7 @@ from dls_training.record import Record, Stage
 from hub_cards.publishing import finished_run
 from modeling_dls import ESResNetConfig
 from modeling_dls.convert_esresnet_checkpoint import main as convert_imagenet
-from train_classification import arm_of
+from train_classification import arm_of, losses
 
 
 def results_of(folder):
@@ -329,12 +331,12 @@ def test_everything_is_trained_on_and_nothing_measured(pretrained, sound_folder,
 
 
 def test_folds_are_made_where_there_are_none(sound_folder, tmp_path):
-    """Grouped by recording, said in log, results and card; clips that have no label, or several, are left out."""
+    """Grouped by recording, said in log, results and card; clips that have no label are left out."""
     sounds = by_class(sound_folder, tmp_path / "sounds", lambda clip: f"{'xyz'[clip // 4 % 3]}-{clip:02d}")
     (sounds / "labels.csv").write_text(
         "file_name,start,end,label\n"
         + "".join(f"{path.relative_to(sounds)},,,{path.parent.name}\n" for path in sorted(sounds.glob("*/*"))[:-2])
-        + "class-0/x-00.wav,,,class-1\nclass-3/x-39.wav,0.1,0.3,class-3\n"
+        + "class-3/x-39.wav,0.1,0.3,class-3\n"
     )
     options = [
         *SMALL,
@@ -346,13 +348,13 @@ def test_folds_are_made_where_there_are_none(sound_folder, tmp_path):
     ]
     log = succeed("train_classification.py", *options, "1", "--output_dir", tmp_path / "run")
     assert "audiofolder has no folds: 3 were made, stratified by class and grouped by recording" in log
-    assert "38 clips have one label; left out: 2 without a label, 1 with several" in log
+    assert "39 clips have labels; left out: 2 without" in log
     results = results_of(tmp_path / "run")
     assert results["made_folds"] == 3 and list(results["folds"]) == ["1", "2", "3"]
-    assert results["left_out"] == {"without_label": 2, "with_several_labels": 1}
-    assert sum(fold["test_clips"] for fold in results["folds"].values()) == 38
+    assert results["left_out"] == {"without_label": 2}
+    assert sum(fold["test_clips"] for fold in results["folds"].values()) == 39
     card = (tmp_path / "run" / "README.md").read_text()
-    assert "3 were made, stratified by class" in card and "2 clips without a label, 1 with several" in card
+    assert "3 were made, stratified by class" in card and "Left out: 2 clips without a label." in card
     again = ["--resume_from_checkpoint", "latest", "--output_dir", tmp_path / "run"]
     assert "fold 3 was finished before" in succeed("train_classification.py", *options, "1", *again)
     few = ["--fold", "4", "--output_dir", tmp_path / "four"]
@@ -386,6 +388,162 @@ def test_a_blank_fold_is_always_trained_on_and_a_class_in_one_fold_alone_is_refu
     (sounds / "metadata.csv").write_text(text)
     message = fail("train_classification.py", *options, "--output_dir", tmp_path / "other")
     assert "fold 2: all clips of class-3 are in this fold" in message and "--fold none" in message
+
+
+# --- Yes or no for each class ---
+
+HEADER = "file_name,start,end,label,present\n"
+
+
+@pytest.fixture(scope="module")
+def nights(tmp_path_factory):
+    """Eight recordings of 4 s: pulses of either of two pitches, both, neither; and a stretch that is not of one."""
+    folder, random, rows = tmp_path_factory.mktemp("nights") / "in", np.random.default_rng(0), []
+    folder.mkdir()
+    time = np.arange(11025) / 22050
+    pulses = {
+        name: 0.3 * np.sin(2 * np.pi * pitch * time) * (np.sin(2 * np.pi * 6 * time) > 0)
+        for name, pitch in (("owl", 400), ("frog", 3000))
+    }
+    for night in range(8):
+        sound = 0.01 * random.standard_normal(8 * 11025)
+        for place, heard in enumerate([("owl",), ("frog",), ("owl", "frog"), (), ("owl",), ("frog",), (), ("frog",)]):
+            for name in heard:
+                sound[place * 11025 : (place + 1) * 11025] += pulses[name]
+            lines = [(name, 1) for name in heard or ("Background",)] if place < 7 else [("owl", 0)]
+            rows += [f"{night}.wav,{place / 2},{place / 2 + 0.5},{name},{present}" for name, present in lines]
+        soundfile.write(folder / f"{night}.wav", sound, 22050)
+    (folder / "labels.csv").write_text(HEADER + "\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def yes_no(nights, tmp_path_factory):
+    """Results of cross-validation over made folds, in closed form, and its log."""
+    folder = tmp_path_factory.mktemp("yes_no") / "run"
+    options = [*SMALL, "--corpus", f"audiofolder={nights}", "--mixed_precision", "no"]
+    options += ["--classifier_init", "ridge", "--num_train_epochs", "0"]
+    return folder, succeed("train_classification.py", *options, "--output_dir", folder)
+
+
+def test_each_class_is_answered_with_yes_or_no(yes_no, nights):
+    folder, log = yes_no
+    assert "each class is answered with yes or no, for 8 clips are of several classes, 16 of none" in log
+    assert "64 clips have labels; left out: 8 without" in log and "5 were made" in log
+    results, config = results_of(folder), json.loads((folder / "config.json").read_text())
+    assert config["problem_type"] == "multi_label_classification"
+    assert list(config["thresholds"]) == ["frog", "owl"] == list(config["label2id"])
+    assert results["mean_macro_f1"] > 0.9 and min(results["average_precision"].values()) > 0.9
+    assert results["background_hours"] == pytest.approx(16 * 0.5 / 3600)
+    alarms = sum(fold["false_alarms"] for fold in results["folds"].values())
+    assert results["false_alarms_per_hour"] == pytest.approx(alarms / results["background_hours"])
+    assert "confusion_matrix" not in results and not (folder / "confusion_matrix.png").exists()
+    card = (folder / "README.md").read_text()
+    assert f"| owl | {config['thresholds']['owl']:.3f} |" in card and "logits.sigmoid().mean(0)" in card
+    assert f"Macro-F1: {results['mean_macro_f1']:.3f} ±" in card and "in the 8 s of held-out clips" in card
+    assert "type: f1" in card and "whatever it hears" not in card and "Which classes it confuses" not in card
+
+
+def test_answers_that_are_reported_are_those_of_the_saved_model(yes_no, nights):
+    """Scored again, a clip at a time, by transformers' pipeline."""
+    folder, _ = yes_no
+    (number, fold), *_ = results_of(folder)["folds"].items()
+    classify = pipeline("audio-classification", model=str(folder / f"fold-{number}"))
+    thresholds = classify.model.config.thresholds
+    alarms, known, right = 0, 0, 0
+    held_out = held_out_recordings(folder / f"fold-{number}", nights)
+    for row in load_corpus("audiofolder", nights):
+        if row["source_id"] not in held_out or not (row["labels"] or row["absent_labels"]):
+            continue
+        samples, rate = decode_audio(row["audio"], row["clip_start"], row["clip_end"])
+        scores = {each["label"]: each["score"] for each in classify({"array": samples[0], "sampling_rate": rate})}
+        yes = {label for label, score in scores.items() if score >= thresholds[label]}
+        wrong = yes & set(row["absent_labels"]) if not row["labels"] else yes ^ set(row["labels"])
+        known, right = known + 1, right + (not wrong)
+        alarms += len(yes) if len(row["absent_labels"]) == 2 else 0
+    assert known == fold["test_clips"] and right / known == pytest.approx(fold["accuracy_at_start"])
+    assert alarms == fold["false_alarms"]
+
+
+def held_out_recordings(folder, nights) -> set[str]:
+    """Those of which the run has heard no stretch."""
+    heard = Record.read(folder).own.heard
+    corpus = load_corpus("audiofolder", nights).filter(lambda row: row["clip_end"] < np.inf)
+    is_heard = ClipIdentities.of(corpus).shared_with(heard)
+    return {source for source, own in zip(corpus["source_id"][:], is_heard, strict=True) if not own}
+
+
+def test_losses_of_answers():
+    logits = torch.tensor([[2.0, -1.0, 0.5], [0.0, 3.0, -2.0]])
+    answers = torch.tensor([[1, 0, 1], [-1, 1, -1]])
+    found = losses(logits, answers)
+    known = torch.tensor([[1.0, 1, 1], [0, 1, 0]])
+    expected = -(answers * logits.sigmoid().log() + (1 - answers) * (1 - logits.sigmoid()).log())
+    torch.testing.assert_close(found, (expected * known).sum(dim=1) / 3)
+    torch.testing.assert_close(found[0], F.binary_cross_entropy_with_logits(logits[0], answers[0].float()))
+    labels = torch.tensor([2, 0])
+    assert torch.equal(losses(logits, labels), F.cross_entropy(logits, labels, reduction="none"))
+
+
+def test_thresholds_survive_a_kill_and_end_with_another_label_set(nights, sound_folder, tmp_path):
+    options = [*SMALL, "--corpus", f"audiofolder={nights}", "--fold", "none", "--classifier_init", "ridge"]
+    command = [*options, "--num_train_epochs", "2", "--checkpointing_steps", "1", "--output_dir", tmp_path / "run"]
+    with Forked(tmp_path / "log", train, "train_classification.py", command) as process:
+        process.wait_for((tmp_path / "run" / "checkpoint-2").exists)
+    succeed("train_classification.py", *command, "--resume_from_checkpoint", "latest")
+    succeed("train_classification.py", *options, "--num_train_epochs", "0", "--output_dir", tmp_path / "start")
+    resumed, start = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("run", "start"))
+    assert resumed["thresholds"] == start["thresholds"]
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert f"| owl | {start['thresholds']['owl']:.3f} |" in card and "Nothing was measured" in card
+    succeed(
+        "train_classification.py", *SMALL, "--corpus", f"audiofolder={sound_folder}", "--fold", "1", "--max_train_steps",
+        "1", "--model_name_or_path", tmp_path / "run", "--output_dir", tmp_path / "other",
+    )  # fmt: skip
+    other = json.loads((tmp_path / "other" / "config.json").read_text())
+    assert "thresholds" not in other and other.get("problem_type") is None
+    assert set(results_of(tmp_path / "other")["per_class_accuracy"]) == {f"class-{i}" for i in range(4)}
+
+
+def test_one_class_and_its_absence(nights, tmp_path):
+    """A class is enough where something is known not to be of it; without that, it is refused."""
+    sounds = shutil.copytree(nights, tmp_path / "sounds")
+    lines = [
+        f"{night}.wav,{start},{start + 0.5},owl,{present}"
+        for night in range(4)
+        for start, present in ((0, 1), (1.5, 0))
+    ]
+    (sounds / "labels.csv").write_text(HEADER + "\n".join(lines) + "\n")
+    command = [*SMALL, "--corpus", f"audiofolder={sounds}", "--classifier_init", "ridge", "--num_train_epochs", "0"]
+    log = succeed("train_classification.py", *command, "--output_dir", tmp_path / "run")
+    assert "0 clips are of several classes, 4 of none" in log
+    assert results_of(tmp_path / "run")["mean_macro_f1"] > 0.9
+    for present in ("owl,1", "background,1", "owl,0"):
+        lines = [f"{night}.wav,0,0.5,{present}" for night in range(4)]
+        (sounds / "labels.csv").write_text(HEADER + "\n".join(lines) + "\n")
+        message = fail("train_classification.py", *command, "--output_dir", tmp_path / "refused")
+        assert "has no labels, or one class only" in message and "background, noise, other, silence are no" in message
+
+
+def test_few_labels_are_some_of_each_class_and_some_of_none(nights, tmp_path):
+    succeed(
+        "train_classification.py", *SMALL, "--corpus", f"audiofolder={nights}", "--fold", "none", "--labels_per_class",
+        "3", "--max_train_steps", "1", "--output_dir", tmp_path / "run",
+    )  # fmt: skip
+    assert 7 <= results_of(tmp_path / "run")["training_clips"] <= 9
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "Yes is a score of 0.5 or more" in card and "thresholds" not in json.loads(
+        (tmp_path / "run" / "config.json").read_text()
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_folds_of_clips_of_several_classes(seed):
+    random = np.random.default_rng(seed)
+    answers, sources = random.integers(-1, 2, (60, 4)), np.repeat(np.arange(20), 3)
+    folds = make_folds(answers, sources.astype(str), list("abcd"), "mine")
+    assert all(len(set(folds[sources == source])) == 1 for source in range(20))
+    assert set(folds) == set(range(1, 6)) and all(len(set(folds[answers[:, own] == 1])) > 1 for own in range(4))
 
 
 # --- The closed-form classifier ---
