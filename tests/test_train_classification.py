@@ -497,8 +497,8 @@ def test_thresholds_survive_a_kill_and_end_with_another_label_set(nights, sound_
     card = (tmp_path / "run" / "README.md").read_text()
     assert f"| owl | {start['thresholds']['owl']:.3f} |" in card and "Nothing was measured" in card
     succeed(
-        "train_classification.py", *SMALL, "--corpus", f"audiofolder={sound_folder}", "--fold", "1", "--max_train_steps",
-        "1", "--model_name_or_path", tmp_path / "run", "--output_dir", tmp_path / "other",
+        "train_classification.py", *SMALL, "--corpus", f"audiofolder={sound_folder}", "--fold", "1",
+        "--max_train_steps", "1", "--model_name_or_path", tmp_path / "run", "--output_dir", tmp_path / "other",
     )  # fmt: skip
     other = json.loads((tmp_path / "other" / "config.json").read_text())
     assert "thresholds" not in other and other.get("problem_type") is None
