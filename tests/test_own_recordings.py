@@ -37,6 +37,13 @@ def generate(folder: Path, rows: list[dict]) -> None:
         soundfile.write(folder / name, sound, RATE)
 
 
+def detected(found: list[dict], row: dict) -> set[str]:
+    """Labels of detections in the middle of a labelled stretch."""
+    middle = (float(row["start"]) + float(row["end"])) / 2
+    of_file = [each for each in found if each["file"] == row["file_name"]]
+    return {each["label"] for each in of_file if float(each["start"]) <= middle < float(each["end"])}
+
+
 def run(command: str) -> None:
     """As it stands, but for its launcher and the length of the pre-training."""
     words = shlex.split(command)
@@ -68,12 +75,10 @@ def test_from_a_folder_to_detections_a_correction_and_a_second_round(tmp_path, m
     for name in ("detections.csv", "detections-2.csv"):
         found = list(csv.DictReader(Path(name).read_text().splitlines()))
         assert set(found[0]) == {"file", "start", "end", "label", "score"}
-        heard = {
-            (row["file_name"], row["label"]): any(
-                each["file"] == row["file_name"] and each["label"] == row["label"]
-                and float(each["start"]) < float(row["end"]) and float(each["end"]) > float(row["start"])
-                for each in found
-            )
+        assert {row["label"] for row in found} == set(PITCHES)
+        answers = {
+            (row["file_name"], row["start"]): row["label"] in detected(found, row)
+            or (row["label"] not in PITCHES and not detected(found, row))
             for row in rows
         }  # fmt: skip
-        assert np.mean(list(heard.values())) > 0.8, heard
+        assert np.mean(list(answers.values())) > 0.8, answers
