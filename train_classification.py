@@ -85,8 +85,9 @@ class FoldRun:
             store.extractor, settings.augmentation, settings.augmentation_strength, store.caches_spectrograms
         )
         config, self.fold = copy.deepcopy(config), fold
-        if checkpoint:  # thresholds are the run's own, and no option's
-            config.thresholds = getattr(ESResNetConfig.from_pretrained(checkpoint), "thresholds", None)
+        saved = ESResNetConfig.from_pretrained(checkpoint) if checkpoint else None
+        if hasattr(saved, "thresholds"):  # they are of the weights, and no option's
+            config.thresholds = saved.thresholds
         pretrained = settings.model_name_or_path if settings.init == "pretrained" else None
         self.model = make_model(ESResNetForAudioClassification, checkpoint or pretrained, config, settings.seed)
         if settings.freeze_backbone:
@@ -177,8 +178,9 @@ class FoldRun:
         names = list(self.model.config.id2label.values())
         thresholds = getattr(self.model.config, "thresholds", None) or dict.fromkeys(names, NO_THRESHOLD)
         frames, rates = (np.array(self.fold.test[column][:]) for column in ("num_frames", "sampling_rate"))
+        thresholds = [thresholds[name] for name in names]
         found = YesNoMetrics(keep_in_memory=True).compute(
-            predictions=probabilities, references=answers, thresholds=list(thresholds.values()), seconds=frames / rates
+            predictions=probabilities, references=answers, thresholds=thresholds, seconds=frames / rates
         )
         return found | {name: dict(zip(names, found[name], strict=True)) for name in ("f1", "average_precision")}
 

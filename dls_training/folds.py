@@ -168,17 +168,16 @@ def yes_no_answers(dataset: Dataset) -> np.ndarray | None:
         (clips, classes) int64: 1 for yes, 0 for no, -1 where it is not known. None where each clip is of one class, or
         nothing is known of it.
     """
-    if "labels" not in dataset.column_names:
+    if "absent_labels" not in dataset.column_names:
         return None
     numbers = {name: number for number, name in enumerate(dataset.features["label"].names)}
     answers = np.full((len(dataset), len(numbers)), -1)
     for row, present, absent in zip(answers, dataset["labels"][:], dataset["absent_labels"][:], strict=True):
-        if present:
-            row[:] = 0
-        row[[numbers[name] for name in absent if name in numbers]] = 0
-        row[[numbers[name] for name in present]] = 1
-    is_of, known = (answers == 1).sum(axis=1), (answers >= 0).any(axis=1)
-    return answers if np.any(known & (is_of != 1)) else None
+        is_of, is_not_of = ([numbers[name] for name in names if name in numbers] for names in (present, absent))
+        row[range(len(row)) if is_of else is_not_of] = 0
+        row[is_of] = 1
+    counts, is_known = (answers == 1).sum(axis=1), (answers >= 0).any(axis=1)
+    return answers if np.any(is_known & (counts != 1)) else None
 
 
 def memberships(labels: np.ndarray, num_classes: int) -> np.ndarray:
