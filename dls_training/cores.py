@@ -110,10 +110,10 @@ class Meeting:
         self.parts, self.rank, self.is_open = parts, 0, False
         self.arrived = [context.Semaphore(0) for _ in range(parts)]
         # Two of each: who writes to the second knows that all have read the first.
-        self.numbers, self.turn = in_shared_memory(torch.zeros(2, parts, width, dtype=torch.float64)), 0
+        self.numbers, self.turn = in_shared_memory(torch.zeros(2, parts, width, dtype=torch.float64)).numpy(), 0
         self.check = lambda: None
 
-    def gather(self, numbers: torch.Tensor) -> torch.Tensor:
+    def gather(self, numbers: np.ndarray) -> np.ndarray:
         """Everyone's numbers, (n,) -> (parts, n), in the order of the ranks; valid until the next but one."""
         table = self.numbers[self.turn, :, : len(numbers)]
         self.turn = 1 - self.turn
@@ -137,40 +137,40 @@ class BatchNormOfAllParts(torch.autograd.Function):
     """Batch norm in training over a batch of which every process has a part.
 
     By torch's own kernels, with statistics that have been exchanged; backward, one pass corrects what they know not.
+    What is computed channel by channel is numpy's: of so few numbers, each of torch's operators costs several times as
+    much.
     """
 
     @staticmethod
     def forward(ctx, x, weight, bias, epsilon, meeting):
         """Returns the normalised part, and the whole batch's mean, variance and number of values per channel."""
         channels = x.shape[1]
-        dtype = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
-        zeros = torch.zeros(channels, dtype=dtype)
-        own_mean, own_var = torch.batch_norm_update_stats(x, zeros, zeros.clone(), 0.0)
-        own_count = torch.tensor([x.numel() / channels])
-        counts, means, variances = meeting.gather(torch.cat([own_count, own_mean, own_var])).split(
-            [1, channels, channels], dim=1
-        )
+        dtype, own_count = torch.float32 if x.dtype == torch.bfloat16 else x.dtype, x.numel() // channels
+        own_mean, own_var = torch.batch_norm_update_stats(x, *torch.zeros(2, channels, dtype=dtype), 0.0)
+        table = meeting.gather(np.concatenate([[own_count], own_mean.numpy(), own_var.numpy()]))
+        counts, means, variances = table[:, :1], table[:, 1 : 1 + channels], table[:, 1 + channels :]
         count = counts.sum()
         mean = (counts * means).sum(0) / count
-        var = (counts * (variances + (means - mean).square())).sum(0) / count
-        mean, var = mean.to(dtype), var.to(dtype)
-        ctx.save_for_backward(x, weight, mean, var, count)
-        ctx.epsilon, ctx.meeting = epsilon, meeting
-        ctx.mark_non_differentiable(mean, var, count)
+        var = (counts * (variances + np.square(means - mean))).sum(0) / count
+        deviation = np.sqrt(var + epsilon)
+        mean, var, inverse = (torch.from_numpy(numbers).to(dtype) for numbers in (mean, var, 1 / deviation))
+        ctx.save_for_backward(x, weight, mean, var, inverse)
+        ctx.epsilon, ctx.meeting, ctx.counts, ctx.deviation = epsilon, meeting, (own_count, count), deviation
+        ctx.mark_non_differentiable(mean, var)
         return F.batch_norm(x, mean, var, weight, bias, False, 0.0, epsilon), mean, var, count
 
     @staticmethod
     def backward(ctx, gradient, *_):
-        x, weight, mean, var, count = ctx.saved_tensors
-        deviation = (var + ctx.epsilon).rsqrt()
+        x, weight, mean, var, inverse = ctx.saved_tensors
         # As if this part were all: what is left is small, so that it can be added in half precision, and linear in x.
         of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
-            gradient, x, weight, mean, var, mean, deviation, True, ctx.epsilon, [True, True, True]
+            gradient, x, weight, mean, var, mean, inverse, True, ctx.epsilon, [True, True, True]
         )
-        of_weights, of_biases = ctx.meeting.gather(torch.cat([of_weight, of_bias])).to(mean.dtype).chunk(2, dim=1)
-        own_count, scale = x.numel() / x.shape[1], deviation if weight is None else deviation * weight
-        slope = scale * (of_weight / own_count - of_weights.sum(0) / count)
-        offset = scale * (of_bias / own_count - of_biases.sum(0) / count)
+        table = ctx.meeting.gather(np.concatenate([of_weight.numpy(), of_bias.numpy()]))
+        own_count, count = ctx.counts
+        left = table[ctx.meeting.rank] / own_count - table.sum(0) / count
+        scale = (1 if weight is None else weight.detach().numpy()) / ctx.deviation
+        slope, offset = (torch.from_numpy(numbers * scale).to(mean.dtype) for numbers in np.split(left, 2))
         of_x += F.batch_norm(x, mean, var, slope, offset, False, 0.0, ctx.epsilon)
         return of_x, *((None, None) if weight is None else (of_weight, of_bias)), None, None
 
