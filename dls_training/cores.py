@@ -100,30 +100,34 @@ class Meeting:
         is_open: Whether batch norm is to meet; else a batch is this process's alone.
     """
 
-    def __init__(self, parts: int, width: int, context: multiprocessing.context.BaseContext):
+    def __init__(self, parts: int, width: int, dtype: torch.dtype, context: multiprocessing.context.BaseContext):
         """
         Args:
             parts: See the class.
             width: Largest number of numbers.
+            dtype: Of the numbers.
             context: Of the processes.
         """
         self.parts, self.rank, self.is_open = parts, 0, False
         self.arrived = [context.Semaphore(0) for _ in range(parts)]
         # Two of each: who writes to the second knows that all have read the first.
-        self.numbers, self.turn = in_shared_memory(torch.zeros(2, parts, width, dtype=torch.float64)).numpy(), 0
+        self.numbers, self.turn = in_shared_memory(torch.zeros(2, parts, width, dtype=dtype)).numpy(), 0
         self.check = lambda: None
 
-    def gather(self, numbers: np.ndarray) -> np.ndarray:
-        """Everyone's numbers, (n,) -> (parts, n), in the order of the ranks; valid until the next but one."""
-        table = self.numbers[self.turn, :, : len(numbers)]
+    def gather(self, *numbers: np.ndarray) -> list[np.ndarray]:
+        """Everyone's numbers, each (n,) -> (parts, n), in the order of the ranks; valid until the next but one."""
+        tables, end = [], 0
+        for own in numbers:
+            start, end = end, end + len(own)
+            tables.append(self.numbers[self.turn, :, start:end])
+            tables[-1][self.rank] = own
         self.turn = 1 - self.turn
-        table[self.rank] = numbers
         for rank, arrived in enumerate(self.arrived):
             if rank != self.rank:
                 arrived.release()
         for _ in range(self.parts - 1):
             self.wait(self.arrived[self.rank])
-        return table
+        return tables
 
     def wait(self, arrived) -> None:
         for _ in range(LOOKS_AWAKE):
@@ -142,50 +146,57 @@ class BatchNormOfAllParts(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, epsilon, meeting):
-        """Returns the normalised part, and the whole batch's mean, variance and number of values per channel."""
+    def forward(ctx, x, weight, bias, norm, meeting):
         channels = x.shape[1]
         dtype, own_count = torch.float32 if x.dtype == torch.bfloat16 else x.dtype, x.numel() // channels
         own_mean, own_var = torch.batch_norm_update_stats(x, *torch.zeros(2, channels, dtype=dtype), 0.0)
-        table = meeting.gather(np.concatenate([[own_count], own_mean.numpy(), own_var.numpy()]))
-        counts, means, variances = table[:, :1], table[:, 1 : 1 + channels], table[:, 1 + channels :]
+        counts, means, variances = meeting.gather(np.array([own_count]), own_mean.numpy(), own_var.numpy())
         count = counts.sum()
-        mean = (counts * means).sum(0) / count
-        var = (counts * (variances + np.square(means - mean))).sum(0) / count
-        deviation = np.sqrt(var + epsilon)
-        mean, var, inverse = (torch.from_numpy(numbers).to(dtype) for numbers in (mean, var, 1 / deviation))
-        ctx.save_for_backward(x, weight, mean, var, inverse)
-        ctx.epsilon, ctx.meeting, ctx.counts, ctx.deviation = epsilon, meeting, (own_count, count), deviation
-        ctx.mark_non_differentiable(mean, var)
-        return F.batch_norm(x, mean, var, weight, bias, False, 0.0, epsilon), mean, var, count
+        shares = counts / count
+        mean = (shares * means).sum(0)
+        var = (shares * (variances + np.square(means - mean))).sum(0)
+        if meeting.rank == 0:  # the running statistics are everyone's
+            update_running_statistics(norm, mean, var * (count / (count - 1)))
+        ctx.scale = 1 / np.sqrt(var + norm.eps)
+        ctx.statistics = [torch.from_numpy(numbers) for numbers in (mean, var, ctx.scale)]
+        ctx.meeting, ctx.epsilon, ctx.counts = meeting, norm.eps, (own_count, count)
+        ctx.save_for_backward(x, weight)
+        return torch.batch_norm(x, weight, bias, *ctx.statistics[:2], False, 0.0, norm.eps, False)
 
     @staticmethod
-    def backward(ctx, gradient, *_):
-        x, weight, mean, var, inverse = ctx.saved_tensors
+    def backward(ctx, gradient):
+        x, weight = ctx.saved_tensors
+        mean, var, inverse = ctx.statistics
         # As if this part were all: what is left is small, so that it can be added in half precision, and linear in x.
-        of_x, of_weight, of_bias = torch.ops.aten.native_batch_norm_backward(
+        of_x, *of_both = torch.ops.aten.native_batch_norm_backward(
             gradient, x, weight, mean, var, mean, inverse, True, ctx.epsilon, [True, True, True]
         )
-        table = ctx.meeting.gather(np.concatenate([of_weight.numpy(), of_bias.numpy()]))
         own_count, count = ctx.counts
-        left = table[ctx.meeting.rank] / own_count - table.sum(0) / count
-        scale = (1 if weight is None else weight.detach().numpy()) / ctx.deviation
-        slope, offset = (torch.from_numpy(numbers * scale).to(mean.dtype) for numbers in np.split(left, 2))
-        of_x += F.batch_norm(x, mean, var, slope, offset, False, 0.0, ctx.epsilon)
-        return of_x, *((None, None) if weight is None else (of_weight, of_bias)), None, None
+        scale = ctx.scale if weight is None else ctx.scale * weight.detach().numpy()
+        slope, offset = (
+            torch.from_numpy(scale * (table[ctx.meeting.rank] / own_count - table.sum(0) / count))
+            for table in ctx.meeting.gather(*(gradient.numpy() for gradient in of_both))
+        )
+        of_x += torch.batch_norm(x, slope, offset, mean, var, False, 0.0, ctx.epsilon, False)
+        return of_x, *((None, None) if weight is None else of_both), None, None
+
+
+@torch.no_grad()
+def update_running_statistics(norm: _BatchNorm, mean: np.ndarray, var: np.ndarray) -> None:
+    """As torch's own batch norm does; without a momentum, they are the plain mean over all batches."""
+    momentum = norm.momentum
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked += 1
+        momentum = 1 / norm.num_batches_tracked.item() if momentum is None else momentum
+    for running, new in ((norm.running_mean.numpy(), mean), (norm.running_var.numpy(), var)):
+        running += momentum * (new - running)
 
 
 def normalise_together(norm: _BatchNorm, meeting: Meeting, x: torch.Tensor) -> torch.Tensor:
     """A batch norm's `forward`, over all parts of a batch while the meeting is open."""
     if not (norm.training and meeting.is_open):
         return type(norm).forward(norm, x)
-    normalised, mean, var, count = BatchNormOfAllParts.apply(x, norm.weight, norm.bias, norm.eps, meeting)
-    if meeting.rank == 0:  # the running statistics are everyone's
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(var * (count / (count - 1)), norm.momentum)
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked += 1
-    return normalised
+    return BatchNormOfAllParts.apply(x, norm.weight, norm.bias, norm, meeting)
 
 
 class Joined(torch.autograd.Function):
@@ -280,7 +291,9 @@ class BackboneOnCores:
         context = multiprocessing.get_context("fork")
         for tensor in itertools.chain(self.backbone.parameters(), self.backbone.buffers()):
             tensor.data = in_shared_memory(tensor.data)
-        self.meeting = Meeting(self.parts, 1 + 2 * max(norm.num_features for norm in self.norms()), context)
+        norms = self.norms()
+        width, dtype = 1 + 2 * max(norm.num_features for norm in norms), norms[0].running_mean.dtype
+        self.meeting = Meeting(self.parts, width, dtype, context)
         self.meeting.check = self.check
         for norm in self.norms():
             norm.forward = partial(normalise_together, norm, self.meeting)
