@@ -96,6 +96,7 @@ class FoldRun:
             settings, accelerator, self.model, training_loader(store, fold.train, settings), self.save_model,
             fold.output_dir, checkpoint, record, "" if fold.test is None else f"{fold.name}/",
         )  # fmt: skip
+        self.loop.share_views(self.make_views)
         self.test_loader = (
             None if fold.test is None else accelerator.prepare(evaluation_loader(store, fold.test, settings))
         )

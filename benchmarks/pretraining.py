@@ -30,6 +30,7 @@ import sys, train_npid
 from dls_training.settings import PretrainingSettings
 sys.exit(train_npid.run_command(train_npid.main, PretrainingSettings.parsed()))
 """
+AT_WORK = contextlib.ExitStack()  # never closed: until a process ends, those that it has forked are there
 ONE, EVERY, THREADS = "one core", "every core", "every core, operators in threads"
 
 
@@ -108,8 +109,7 @@ def step_arms(name: str, cores: int, obvious: bool) -> dict[str, Arm]:
     objective = InstanceDiscrimination(MemoryBank(2000, 128), "softmax", temperature=0.1)
     pictures, indices = torch.randn(BATCH, 1, 3, 32, 256), torch.arange(BATCH)
     on_cores = BackboneOnCores(model.base_model, parts, BATCH)
-    at_work = on_cores.at_work()
-    at_work.__enter__()  # until this process ends, as a run has it
+    AT_WORK.enter_context(on_cores.at_work())
 
     def steps():
         for _ in range(STEPS):

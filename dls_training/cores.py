@@ -20,7 +20,6 @@ from functools import lru_cache, partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import get_worker_info
@@ -31,7 +30,7 @@ SECONDS_BETWEEN_LOOKS = 1.0  # whether the others are still alive
 MIN_PART = 8  # clips: with fewer, what a step costs whatever the batch outweighs what a core is good for
 LOOKS_AWAKE = 300  # before a process falls asleep: about as long as waking it up takes
 # What the first process sends beside a part of a batch, and the others beside what came of it.
-COMPUTE, BACKWARD, FORGET, FAILED = range(4)
+MAKE_VIEWS, COMPUTE, BACKWARD, FORGET, FAILED = range(5)
 
 LOST = (
     "a process that computed a part of the batch has ended, perhaps for want of memory. What was saved is intact: "
@@ -228,6 +227,9 @@ class BackboneOnCores:
     """Has a backbone's batches computed in parts, by this process and others that it forks.
 
     Within `at_work`, and for batches that are large enough; else the backbone computes as ever.
+
+    Attributes:
+        make_views: Keys of some clips -> their `input_values`, for `views`; set before the first batch.
     """
 
     def __init__(self, backbone: nn.Module, parts: int, batch_size: int):
@@ -240,6 +242,7 @@ class BackboneOnCores:
         self.backbone, self.compute = backbone, backbone.forward
         self.parts, self.largest = parts, -(-batch_size // parts)
         self.meeting: Meeting | None = None
+        self.make_views: Callable[[list], torch.Tensor] | None = None
         self.processes, self.connections, self.inputs, self.gradients = [], [], [], []
         self.in_backward, self.has_all_gradients = False, True
 
@@ -261,7 +264,7 @@ class BackboneOnCores:
 
     def forward(self, input_values: torch.Tensor, output_hidden_states: bool | None = None, **kwargs):
         """The backbone's, for all clips at once: `pooler_output` alone, where it is computed in parts."""
-        in_parts = self.parts * MIN_PART <= len(input_values) <= self.parts * self.largest and not output_hidden_states
+        in_parts = self.can_split(len(input_values)) and not output_hidden_states
         if in_parts and self.meeting is None:
             self.fork(input_values)
         if self.meeting is not None:
@@ -275,6 +278,22 @@ class BackboneOnCores:
         self.send(COMPUTE, [(len(part), self.backbone.training, torch.is_grad_enabled()) for part in others])
         outputs = self.compute(own, **kwargs)
         return type(outputs)(pooler_output=Joined.apply(outputs.pooler_output, self))
+
+    def can_split(self, clips: int) -> bool:
+        return self.parts * MIN_PART <= clips <= self.parts * self.largest
+
+    def views(self, keys: list) -> torch.Tensor:
+        """`make_views` of all keys, of which each process makes a part as soon as there are others."""
+        if self.meeting is None or not self.can_split(len(keys)):
+            return self.make_views(keys)
+        self.finish_backward()  # which needs the pictures that the new ones replace
+        own, *others = ([keys[clip] for clip in part] for part in torch.arange(len(keys)).tensor_split(self.parts))
+        self.send(MAKE_VIEWS, others)
+        made = [self.make_views(own)]
+        for connection, place, part in zip(self.connections, self.inputs, others, strict=True):
+            self.received(connection)
+            made.append(place[: len(part)])
+        return torch.cat(made)
 
     def trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.backbone.parameters() if parameter.requires_grad]
@@ -376,7 +395,11 @@ class BackboneOnCores:
             while True:
                 command, detail = connection.recv()
                 try:
-                    if command == COMPUTE:
+                    if command == MAKE_VIEWS:
+                        with torch.autocast("cpu", enabled=False):
+                            self.inputs[rank - 1][: len(detail)] = self.make_views(detail)
+                        connection.send((command, None))
+                    elif command == COMPUTE:
                         clips, training, with_gradient = detail
                         self.backbone.train(training)
                         self.meeting.is_open = training

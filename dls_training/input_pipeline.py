@@ -62,6 +62,10 @@ class ClipBatches(torch.utils.data.Dataset):
 
     A batch holds `index` (batch,), rows of this dataset, `labels` (see `label_numbers`), `signal` and
     `lengths` (see `ClipStore`), and, for training, `draws` (…, NUM_DRAWS) and `partner`.
+
+    Attributes:
+        make_views: Keys -> `input_values`, which a batch for training then holds in place of signals; None where a
+            `ViewMaker` makes them of the batch, on its device.
     """
 
     def __init__(self, store: ClipStore, clips: Dataset, seed: int = 0, mixes: bool = False):
@@ -74,6 +78,7 @@ class ClipBatches(torch.utils.data.Dataset):
         """
         self.store, self.rows, self.seed, self.mixes = store, store.rows_of(clips), seed, mixes
         self.labels = torch.from_numpy(label_numbers(clips))
+        self.make_views: Callable[[list[Key]], torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -83,6 +88,11 @@ class ClipBatches(torch.utils.data.Dataset):
         batch = {"index": torch.from_numpy(index), "labels": self.labels[index]}
         if keys[0].epoch is None:
             return batch | self.store.for_evaluation(self.rows[index], np.array([key.window for key in keys]))
+        return batch | ({"input_values": self.make_views(keys)} if self.make_views else self.for_training(keys))
+
+    def for_training(self, keys: list[Key]) -> dict[str, torch.Tensor]:
+        """What a `ViewMaker` makes views of."""
+        batch = {}
         if self.mixes:
             partners = [key._replace(clip=self.partner(key)) for key in keys]
             keys = [*keys, *sorted(set(partners) - set(keys))]
@@ -236,6 +246,8 @@ class ViewMaker:
 
     def __call__(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         """From `training_loader` -> (batch, audio_channels, 3, height, width)."""
+        if "input_values" in batch:
+            return batch["input_values"]
         power = batch["signal"] if self.from_spectrograms else self.power(batch)
         augmentation, extractor = self.spectrogram_augmentation, self.extractor
         if augmentation is not None:

@@ -184,6 +184,7 @@ class PretextStep:
     def __init__(self, accelerator, loop: TrainingLoop, objective: InstanceDiscrimination, make_views: ViewMaker):
         self.accelerator, self.loop, self.objective, self.make_views = accelerator, loop, objective, make_views
         self.needs_normaliser = objective.needs_normaliser()
+        loop.share_views(make_views)
         self.visits = Visits(len(objective.bank), accelerator.device, within_epoch=loop.progress.batches > 0)
 
     def __call__(self, batch: GlobalBatch) -> torch.Tensor:

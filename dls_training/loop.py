@@ -21,6 +21,7 @@ from datasets_scripts.errors import Interrupted, UserError
 from .checkpoints import TENSOR_FILE, Progress, load_checkpoint, save_checkpoint
 from .cores import BackboneOnCores
 from .health import has_finite_weights
+from .input_pipeline import ViewMaker
 from .optimization import check_optimizer_state, make_optimizer, make_scheduler
 from .record import Record
 from .runtime import MEMORY_FORMATS, parts_of_a_batch
@@ -118,6 +119,13 @@ class TrainingLoop:
         if saved:
             self.restore(checkpoint, saved, optimizer)
             logger.info(f"going on from {checkpoint}: epoch {self.progress.epoch + 1}, step {self.progress.step}")
+
+    def share_views(self, make_views: ViewMaker) -> None:
+        """Where batches are computed in parts, whoever computes a part reads its clips and makes their views, too."""
+        batches = self.loader.dataset
+        if self.on_cores.parts > 1 and not self.loader.num_workers:
+            self.on_cores.make_views = lambda keys: make_views(batches.for_training(keys))
+            batches.make_views = self.on_cores.views
 
     def restore(self, checkpoint: Path, saved: dict, optimizer: torch.optim.Optimizer) -> None:
         """Gives optimizer, schedule and gradient scaler the states that they had.
