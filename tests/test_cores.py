@@ -12,9 +12,13 @@ import pytest
 import torch
 from scripts import MEASURED, SMALL, Forked, succeed, train
 
-from datasets_scripts.errors import LostProcess
+from datasets_scripts.errors import AudioError, LostProcess
 from dls_training import cores
+from dls_training.clips import ClipStore
 from dls_training.cores import BackboneOnCores
+from dls_training.input_pipeline import Key, ViewMaker, load_corpora, order_of_epoch, training_loader
+from dls_training.networks import make_extractor
+from dls_training.settings import PretrainingSettings
 from modeling_dls import ESResNetConfig, ESResNetForInstanceDiscrimination
 from modeling_dls.modeling_esresnet import frozen_batch_norm_statistics
 
@@ -73,6 +77,90 @@ def test_parts_compute_what_one_process_computes(parts, changes):
             torch.testing.assert_close(dict(many.named_buffers()), before, rtol=0, atol=0)
     assert not multiprocessing.active_children()
     torch.testing.assert_close(many.train()(batches[0]).embeddings, one.train()(batches[0]).embeddings)
+
+
+def test_statistics_without_a_momentum_are_the_mean_over_batches():
+    """As `estimate_batch_norm_statistics` takes them, of an evaluation within training."""
+    one, many = network(), network()
+    on_cores = BackboneOnCores(many.base_model, 2, 32)
+    with on_cores.at_work(), torch.no_grad():
+        for model in (one, many):
+            for norm in on_cores.norms() if model is many else BackboneOnCores(one.base_model, 1, 32).norms():
+                norm.reset_running_stats()
+                norm.momentum = None
+            for batch in (pictures(32), pictures(20), pictures(10)):
+                model(batch)
+        torch.testing.assert_close(dict(many.named_buffers()), dict(one.named_buffers()))
+
+
+def test_each_part_makes_its_own_views():
+    """The views that one process makes of the clips, and none of those that were computed before."""
+    one, many = network(), network()
+    on_cores, clips, makers = BackboneOnCores(many.base_model, 2, 32), pictures(64), []
+
+    def make_views(keys):
+        makers.append(len(keys))  # what the others append is lost with them
+        assert not torch.is_autocast_enabled("cpu")
+        return clips[keys]
+
+    on_cores.make_views = make_views
+    with on_cores.at_work():
+        for number, keys in enumerate([list(range(32)), list(range(20, 51)), list(range(7))]):
+            views = on_cores.views(keys)
+            torch.testing.assert_close(views, clips[keys], rtol=0, atol=0)
+            with torch.autocast("cpu", torch.bfloat16, enabled=not number):  # within which the others are forked
+                embeddings = many(views).embeddings
+            if number:
+                torch.testing.assert_close(embeddings, one(clips[keys]).embeddings)
+            embeddings.sum().backward()
+            on_cores.collect_gradients()
+    assert makers == [32, 16, 7]  # alone, its part, and too few to split
+
+
+def test_a_part_that_cannot_make_its_views_says_why():
+    model = network()
+    on_cores, first = BackboneOnCores(model.base_model, 2, 32), os.getpid()
+
+    def make_views(keys):
+        if os.getpid() != first:
+            raise AudioError("clip.wav: has become shorter since it was checked")
+        return pictures(len(keys))
+
+    on_cores.make_views = make_views
+    with pytest.raises(AudioError, match=r"clip\.wav: has become shorter"), on_cores.at_work():
+        model(on_cores.views(list(range(32)))).embeddings.sum().backward()
+        on_cores.collect_gradients()
+        on_cores.views(list(range(32)))
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--augmentation", "both", "--no-keep_spectrograms"],
+        ["--augmentation", "spectrogram", "--keep_spectrograms"],
+        ["--augmentation", "waveform", "--keep_waveforms"],
+    ],
+)
+def test_views_do_not_depend_on_who_makes_them(options, sound_folder, tmp_path, monkeypatch):
+    """In a run's own loader, epoch by epoch; a clip's partner is in another part, or in none."""
+    words = ["--corpus", f"audiofolder={sound_folder}", *SMALL, "--dataloader_num_workers", 0, *options]
+    words += ["--per_device_train_batch_size", 20]
+    settings = PretrainingSettings.parsed([*map(str, words), "--output_dir", str(tmp_path)])
+    corpora = load_corpora(settings)
+    store = ClipStore([corpus for _, corpus in corpora], make_extractor(settings), settings)
+    batches = training_loader(store, corpora[0][1], settings).dataset
+    make_views = ViewMaker(store.extractor, settings.augmentation, 1.0, store.caches_spectrograms)
+    model = ESResNetForInstanceDiscrimination(ESResNetConfig.from_preset("tiny")).train()
+    on_cores = BackboneOnCores(model.base_model, 2, 20)
+    on_cores.make_views = lambda keys: make_views(batches.for_training(keys))
+    with on_cores.at_work():
+        for epoch in range(3):
+            keys = [Key(int(clip), epoch) for clip in order_of_epoch(len(batches), settings.seed, epoch)[:20]]
+            views = on_cores.views(keys)
+            torch.testing.assert_close(views, make_views(batches.for_training(keys)), rtol=0, atol=1e-5)
+            model(views)
+        assert len(on_cores.processes) == 1
 
 
 def test_half_precision_is_of_the_weights_as_they_are():
