@@ -1,16 +1,20 @@
-"""docs/paper.md: what the DLS paper claims, and what of it was measured here, from the reports' raw numbers.
+"""What the reports' raw numbers say of the DLS paper's claims (docs/paper.md), and, in README, at a glance.
 
     python -m dls_comparison.paper
 
 Hornauer et al., "Unsupervised Discriminative Learning of Sounds for Audio Event Classification".
 """
 
+import re
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
+from dls_training.report import draw_curves
 from hub_cards.card import markdown_table
 
 from .outcomes import Runs, gather, paired_difference
@@ -18,6 +22,9 @@ from .plan import Plan, read_plan
 from .results import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
+HEADLINE = re.compile(r"(<!-- headline -->\n).*?(<!-- end -->)", re.DOTALL)
+# Settings of closed-form classifiers, by how many labels a class they have; all of ESC-50's training folds are 32.
+BY_LABELS = {1: "1-label", 5: "5-labels", 10: "10-labels", 20: "20-labels", 32: "closed-form"}
 NOT_YET = "not run yet: `python reproduce.py results/{}.yaml`"
 
 
@@ -99,6 +106,52 @@ def pretraining_time(report: Report) -> str | None:
     return f"{minutes:.0f} minutes on one core for {clips:,} clips and {epochs} epochs of the recommended network"
 
 
+def few_labels(report: Report) -> dict[str, dict]:
+    """{arm's label: its curve over labels a class}, for `draw_curves`; empty where not all of it has been run."""
+    found = {labels: report.arms(setting, "scratch", "dls") for labels, setting in BY_LABELS.items()}
+    if not all(found.values()):
+        return {}
+    curves = {}
+    for number in range(2):
+        runs = [arms[number] for arms in found.values()]
+        by_fold = np.stack([arm.accuracy[:, :, 0].mean(axis=0) for arm in runs])
+        curves[runs[0].label] = {
+            "epochs": list(found), "mean_accuracy_per_epoch": by_fold.mean(axis=1),
+            "std_accuracy_per_epoch": by_fold.std(axis=1), "folds": runs[0].folds,
+        }  # fmt: skip
+    return curves
+
+
+def headline(report: Report) -> str:
+    """README's sentence: what pre-training is worth, and what it is not."""
+    curves = few_labels(report)
+    if not curves:
+        return NOT_YET.format(report.name) + "\n"
+    scratch, dls = (curve["mean_accuracy_per_epoch"] for curve in curves.values())
+    all_of_them = report.arms("closed-form", "dls", "scratch")
+    _, low, high, seeds, folds = paired_difference(*all_of_them)
+    sure = f", with a 95 % interval from {low:+.3f} to {high:+.3f}" if np.isfinite(low) else ""
+    return textwrap.fill(
+        f"ESC-50, a classifier in closed form on a frozen network, mean of {folds} folds and {seeds} seed(s): with 5 "
+        f"labels a class {dls[1]:.3f} after pre-training on unlabelled sound against {scratch[1]:.3f} of the same "
+        f"network untrained, with all 32 {dls[-1]:.3f} against {scratch[-1]:.3f}{sure} "
+        "([results/esc50](results/esc50/README.md), `python reproduce.py results/esc50.yaml`).",
+        width=120, break_long_words=False, break_on_hyphens=False,
+    ) + "\n"  # fmt: skip
+
+
+def draw_headline(path: Path, report: Report) -> None:
+    """README's picture."""
+    curves = few_labels(report)
+    if not curves:
+        return
+    figure = Figure((6, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    draw_curves(axes, curves)
+    axes.set(title="ESC-50, classifier in closed form", xlabel="labels a class", xticks=list(BY_LABELS))
+    figure.savefig(path, dpi=110)
+
+
 @dataclass
 class Claim:
     """Something that the paper says.
@@ -175,5 +228,13 @@ An encoder that was trained on AudioSet, with a linear classifier, is likely to 
 """
 
 
+def with_headline(readme: str) -> str:
+    """README with its sentence as the numbers have it."""
+    return HEADLINE.sub(lambda found: found[1] + headline(Report.read("esc50")) + found[2], readme)
+
+
 if __name__ == "__main__":
     (ROOT / "docs" / "paper.md").write_text(document(), encoding="utf-8")
+    readme = ROOT / "README.md"
+    readme.write_text(with_headline(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    draw_headline(ROOT / "docs" / "headline.png", Report.read("esc50"))

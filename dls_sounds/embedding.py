@@ -16,7 +16,7 @@ from datasets_scripts.errors import UserError
 from .engine import Finding, common_root, find_files
 from .index import Index, rows_per_block, schema
 from .network import Embedder
-from .settings import EmbedSettings
+from .settings import PRETRAINED, EmbedSettings
 from .tables import table_name, write_parquet
 from .work import Work, compute, finish, parts_folder, processes, recordings
 
@@ -90,12 +90,11 @@ def main(settings: EmbedSettings) -> None:
     output = settings.output
     with processes():
         index = Index(output) if output.exists() else None
-        if not (settings.model or index):
-            raise UserError("argument --model: must be given, for --output is not there yet")
+        model = settings.model or (index.facts["model"] if index else str(PRETRAINED))
+        if not (settings.model or index or PRETRAINED.is_dir()):
+            raise UserError(f"argument --model: must be given, for --output is not there yet, nor is {PRETRAINED}")
         root, files = new_files(settings, index)
-        embedder = Embedder(
-            settings.model or index.facts["model"], settings.layer, settings.windows, settings.mixed_precision
-        )
+        embedder = Embedder(model, settings.layer, settings.windows, settings.mixed_precision)
         facts = {"model": embedder.source, "digest": embedder.digest, "layer": embedder.layer, "root": str(root)}
         per_window = settings.windows is not None
         facts |= {"seconds": embedder.seconds if per_window else None, "overlap": settings.overlap}

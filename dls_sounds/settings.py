@@ -12,6 +12,9 @@ from dls_training.settings import AS_LONG_AS_CLIPS, PRECISIONS, window_length
 STANDARD_INPUT = "-"
 AUTO = "auto"
 TABLES = (".csv", ".parquet", ".txt")
+# What `dls embed` takes where no model is named: pre-trained without labels on ESC-50 and a part of UrbanSound8K. A
+# checkout has it, an installed package has not, for its sounds' licences are not the code's.
+PRETRAINED = Path(__file__).resolve().parents[1] / "checkpoints" / "small_mel"
 
 
 def threshold(value) -> float | str:
@@ -23,7 +26,10 @@ def threshold(value) -> float | str:
 class NetworkOptions(Options):
     """Network."""
 
-    model: str | None = option(None, path_or_id, "a trained folder or a Hub id")
+    model: str | None = option(
+        None, path_or_id,
+        "a trained folder or a Hub id (default: the index's own; to make one, this checkout's checkpoints/small_mel)",
+    )  # fmt: skip
     batch_size: int = option(8, whole(1, 1 << 16), "windows at a time")
     mixed_precision: str = option(
         "auto", one_of(*PRECISIONS), "auto: bf16 where the processor computes in it, else fp16 on CUDA, else no"

@@ -19,6 +19,8 @@ from scripts import ROOT, SMALL, start, succeed
 import demo
 from datasets_scripts import corpus_facts, load_corpus
 from datasets_scripts.errors import UserError
+from dls_comparison import paper
+from dls_sounds.settings import LabelSettings
 from dls_training.record import Record, Stage
 from hub_cards import write_card
 from hub_cards.__main__ import main as publish_or_serve
@@ -83,6 +85,11 @@ def test_readme_from_recordings_to_pipeline(shared_dir, sound_folder, tmp_path, 
     for command in sounds.splitlines():
         succeed(*shlex.split(command))
     assert (tmp_path / "recordings.parquet").is_file() and (tmp_path / "detections.csv").is_file()
+    (export,) = [block.strip() for block in blocks("bash") if "dls export" in block]
+    succeed(*shlex.split(export))
+    assert (tmp_path / "esc10.onnx").is_file() and (tmp_path / "run_onnx.py").is_file()
+    (label,) = [shlex.split(block) for block in blocks("bash") if "dls label" in block]
+    assert LabelSettings.parsed(label[2:]).index.is_file()
     (publishing,) = [block.strip() for block in blocks("bash") if "hub_cards" in block]
     dry_run = shlex.split(publishing.splitlines()[1])
     assert dry_run[:4] == ["python", "-m", "hub_cards", "publish"] and dry_run[-1] == "--dry_run"
@@ -121,6 +128,11 @@ def test_readme_names_what_exists():
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE), target
     for link in re.findall(r"\]\(([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+def test_readme_says_at_a_glance_what_was_measured():
+    assert paper.with_headline(README) == README
+    assert len(README.splitlines()) <= 150
 
 
 @pytest.fixture(scope="module")
