@@ -3,6 +3,7 @@
 import csv
 import os
 import resource
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -132,7 +133,14 @@ def test_formats_that_cannot_be_read_are_listed(pretrained, recordings, tmp_path
     assert row["file"] == "b.M4A" and "ffmpeg -i" in row["reason"]
 
 
-def test_bad_input_leaves_what_was_there(recordings, classifier, pretrained, tmp_path):
+def test_without_a_model_the_checkouts_own_is_taken(recordings, tmp_path):
+    succeed("dls", "embed", recordings, "--output", tmp_path / "out.parquet")
+    index = Index(tmp_path / "out.parquet")
+    assert Path(index.facts["model"]).parts[-2:] == ("checkpoints", "small_mel")
+    assert index.facts["layer"] == "projection" and index.num_rows == 6
+
+
+def test_bad_input_leaves_what_was_there(recordings, classifier, pretrained, tmp_path, monkeypatch):
     output, elsewhere = tmp_path / "out.parquet", tmp_path / "empty"
     elsewhere.mkdir()
     end = ["--output", output]
@@ -141,6 +149,7 @@ def test_bad_input_leaves_what_was_there(recordings, classifier, pretrained, tmp
     (elsewhere / "broken.wav").write_bytes(b"no sound")
     assert "none of the 1 files can be read" in fail("dls", "embed", elsewhere, "--model", pretrained, *end)
     assert "--model" in fail("dls", "embed", recordings, "--model", tmp_path / "no model", *end)
+    monkeypatch.setattr("dls_sounds.embedding.PRETRAINED", tmp_path / "an installed package has none")
     assert "--model: must be given" in fail("dls", "embed", recordings, *end)
     projection = ["--layer", "projection", *end]
     assert "--layer pooled" in fail("dls", "embed", recordings, "--model", classifier, *projection)
