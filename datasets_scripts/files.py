@@ -31,6 +31,7 @@ def folder_moved_into_place(final: Path) -> Iterator[Path]:
             unfinished = Path(folder) / final.name
             unfinished.mkdir()
             yield unfinished
+            grant_usual_modes(unfinished)
             if final.exists():
                 final.rename(Path(folder) / REPLACED)
             unfinished.rename(final)
@@ -53,12 +54,21 @@ def files_moved_into_place(folder: Path, last: str | None = None) -> Iterator[Pa
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished.") as temporary:
             yield Path(temporary)
+            grant_usual_modes(Path(temporary))
             if last is not None:
                 (folder / last).unlink(missing_ok=True)
             for path in sorted(Path(temporary).iterdir(), key=lambda path: (path.name == last, path.name)):
                 os.replace(path, folder / path.name)
     except WRITE_ERRORS as error:
         raise UserError(f"{folder} cannot be written ({reason(error)})") from error
+
+
+def grant_usual_modes(folder: Path) -> None:
+    """Lets others read files as the umask says: safetensors writes its own for the owner alone."""
+    os.umask(umask := os.umask(0o077))
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~umask)
 
 
 def reason(error: Exception) -> str:

@@ -118,6 +118,21 @@ def test_files_that_fail_leave_the_old_ones_and_nothing_else(tmp_path, error):
     assert tree(tmp_path) == {"a": b"old"} and names(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize("umask, mode", [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_what_is_written_can_be_read_by_whom_the_umask_lets(umask, mode, tmp_path):
+    """Safetensors' own files are for their owner alone."""
+    before = os.umask(umask)
+    try:
+        with files_moved_into_place(tmp_path) as folder:
+            save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+        with folder_moved_into_place(tmp_path / "checkpoint") as folder:
+            save_file({"a": torch.zeros(1)}, folder / "model.safetensors")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "model.safetensors", tmp_path / "checkpoint" / "model.safetensors"):
+        assert path.stat().st_mode & 0o777 == mode
+
+
 def test_write_json(tmp_path):
     write_json(tmp_path / "a.json", {"café": [1, None]})
     text = (tmp_path / "a.json").read_text(encoding="utf-8")
