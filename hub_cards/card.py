@@ -90,13 +90,19 @@ def stage_in_words(stage: dict) -> str:
 
 
 def markdown_table(rows: list[dict]) -> str:
-    """Rows with the same keys -> a Markdown table, accuracies with three digits; None is empty; no rows, no table."""
+    """Rows with the same keys -> a Markdown table, accuracies with three digits; None is empty; no rows, no table.
+
+    Whatever a text holds, such as the name of a class from a stranger's folder, it stays in its cell, and is no HTML.
+    """
 
     def cell(value) -> str:
-        return "" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+        if value is None:
+            return ""
+        text = f"{value:.3f}" if isinstance(value, float) else str(value)
+        return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
 
     if not rows:
         return ""
-    lines = [list(rows[0]), ["---"] * len(rows[0])]
+    lines = [map(cell, rows[0]), ["---"] * len(rows[0])]
     lines += [[cell(value) for value in row.values()] for row in rows]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -344,6 +344,10 @@ class ESResNetForAudioClassification(ESResNetPreTrainedModel):
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
+    def freeze_feature_encoder(self) -> None:
+        """Leaves the classifier alone to be trained; transformers' example scripts call this by default."""
+        self.esresnet.requires_grad_(False)
+
     @can_return_tuple
     def forward(
         self,

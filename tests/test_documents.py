@@ -24,6 +24,7 @@ from dls_sounds.settings import LabelSettings
 from dls_training.record import Record, Stage
 from hub_cards import write_card
 from hub_cards.__main__ import main as publish_or_serve
+from hub_cards.card import markdown_table
 from hub_cards.sources import licence
 from modeling_dls import ESResNetFeatureExtractor, ESResNetForAudioClassification
 
@@ -264,6 +265,13 @@ def test_card_of_non_commercial_sound(fine_tuned, tmp_path):
     assert card.data.license is None and "`a/stranger`, from which this began, had heard is not known" in card.text
     card = card_of((own, "synthetic"))
     assert card.data.license == "apache-2.0" and "apache-2.0, is that of the code" in card.text
+
+
+def test_no_text_breaks_a_table_or_is_html():
+    rows = [{"class": "a|b\nc", "<i>": "<script>alert(1)</script>"}, {"class": None, "<i>": 0.5}]
+    assert markdown_table(rows).splitlines() == [
+        "| class | &lt;i> |", "| --- | --- |", "| a\\|b c | &lt;script>alert(1)&lt;/script> |", "|  | 0.500 |",
+    ]  # fmt: skip
 
 
 def test_example_card_is_what_its_files_say(tmp_path):

@@ -509,6 +509,16 @@ def test_channels_last_gives_the_same(head):
 # --- Losses and embeddings ---
 
 
+def test_the_feature_encoder_can_be_frozen():
+    """As run_audio_classification.py of transformers does by default."""
+    model = ESResNetForAudioClassification(ESResNetConfig.from_preset("tiny", num_labels=3))
+    model.freeze_feature_encoder()
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
+
+
 def test_one_label_a_clip_is_cross_entropy():
     model = randomised(ESResNetForAudioClassification, tiny_config())
     labels = torch.tensor([3, 0, 1])
