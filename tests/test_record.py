@@ -318,7 +318,7 @@ OTHER_VALUES = {
     "per_device_train_batch_size": "7", "gradient_accumulation_steps": "2", "optimizer": "adamw",
     "learning_rate": "0.5", "weight_decay": "0.5", "lr_scheduler_type": "esresnet", "seed": "1",
     "windows": "3", "mixed_precision": "bf16", "memory_format": "contiguous", "num_train_epochs": "3",
-    "max_train_steps": "3",
+    "max_train_steps": "3", "embedding_size": "8", "hidden_sizes": "8,9", "sampling_rate": "8000",
 }  # fmt: skip
 OF_NPID = {
     "objective": "softmax", "nce_k": "3", "nce_t": "0.2", "nce_exclude_positive": None, "nce_z_momentum": "0.5",
@@ -328,6 +328,7 @@ OF_NPID = {
 OF_CLASSIFICATION = {
     "init": "scratch", "labels_per_class": "2", "freeze_backbone": None, "freeze_batch_norm": None,
     "classifier_init": "ridge", "allow_label_leakage": None, "fold": "1",
+    "precise_bn": None,
 }  # fmt: skip
 COMPARED_ITSELF = {
     "corpus",
