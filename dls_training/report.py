@@ -1,13 +1,34 @@
 """Pictures of what was measured: spectrograms as the network sees them, accuracy curves, a map of the embedding."""
 
 import itertools
+import logging
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from matplotlib import colormaps
 from matplotlib.figure import Figure  # without pyplot, which needs a screen and holds on to what it draws
 from matplotlib.ticker import MaxNLocator
+
+logger = logging.getLogger("dls")
+
+MOST_NAMES = 60  # of classes, in one picture: more can neither be read nor, one line each, be paid for
+
+
+def costs_no_result(draw: Callable[..., None]) -> Callable[..., None]:
+    """Of a run's picture, (path, …): where it cannot be drawn it is left out, and said; results are worth more."""
+
+    @wraps(draw)
+    def attempt(path: Path, *arguments) -> None:
+        try:
+            draw(path, *arguments)
+        except Exception as error:  # whatever matplotlib or linear algebra makes of numbers that are none
+            logger.warning(f"{path.name} is left out, for it cannot be drawn: {error}")
+
+    return attempt
 
 
 def draw_spectrogram(axes, spectrogram: torch.Tensor, title: str, like: torch.Tensor | None = None) -> None:
@@ -69,6 +90,9 @@ def draw_map(
     """
     mean = embeddings.mean(dim=0)
     directions = torch.linalg.svd(embeddings - mean, full_matrices=False).Vh[:2]
+    directions = F.pad(
+        directions, (0, 0, 0, 2 - len(directions))
+    )  # of a single clip, or a single number, there is one
 
     def places(vectors: torch.Tensor) -> np.ndarray:
         return ((vectors - mean) @ directions.T).T.numpy()
@@ -85,9 +109,11 @@ def draw_map(
     if sound is not None:
         axes.scatter(*places(sound[None]), s=260, marker="*", color="black", edgecolors="white", label="this sound")
     axes.set(title=title, xticks=[], yticks=[])
-    axes.legend(fontsize="x-small", ncols=max(1, -(-len(names) // 25)), loc="upper left", bbox_to_anchor=(1, 1))
+    if len(names) <= MOST_NAMES:
+        axes.legend(fontsize="x-small", ncols=max(1, -(-len(names) // 25)), loc="upper left", bbox_to_anchor=(1, 1))
 
 
+@costs_no_result
 def draw_accuracy(path: Path, arms: dict[str, dict], ylabel: str) -> None:
     """Accuracy over epochs, moved into place when complete.
 
@@ -103,6 +129,7 @@ def draw_accuracy(path: Path, arms: dict[str, dict], ylabel: str) -> None:
     save(figure, path)
 
 
+@costs_no_result
 def draw_embedding(path: Path, embeddings: torch.Tensor, labels: np.ndarray, names: list[str], title: str) -> None:
     """`draw_map` alone in a picture, moved into place when complete."""
     figure = Figure(figsize=(7, 5), layout="constrained")
@@ -110,6 +137,7 @@ def draw_embedding(path: Path, embeddings: torch.Tensor, labels: np.ndarray, nam
     save(figure, path)
 
 
+@costs_no_result
 def draw_confusion_matrix(path: Path, matrix: list[list[int]], names: list[str]) -> None:
     """Which class was taken for which, moved into place when complete.
 
@@ -120,7 +148,7 @@ def draw_confusion_matrix(path: Path, matrix: list[list[int]], names: list[str])
     """
     counts = np.array(matrix)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    size = 2.5 + 0.32 * len(names)
+    size = 2.5 + 0.32 * min(len(names), MOST_NAMES)
     figure = Figure(figsize=(size + 1, size), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -129,8 +157,9 @@ def draw_confusion_matrix(path: Path, matrix: list[list[int]], names: list[str])
             if count:
                 colour = "white" if shares[row, column] > 0.5 else "black"
                 axes.text(column, row, str(count), ha="center", va="center", color=colour, fontsize="small")
-    axes.set_xticks(range(len(names)), names, rotation=90)
-    axes.set_yticks(range(len(names)), names)
+    if len(names) <= MOST_NAMES:
+        axes.set_xticks(range(len(names)), names, rotation=90)
+        axes.set_yticks(range(len(names)), names)
     axes.set(xlabel="recognised as", ylabel="class")
     figure.colorbar(image, label="share of the class", shrink=0.8)
     save(figure, path)
