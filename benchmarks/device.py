@@ -160,7 +160,8 @@ def rows(lines: list[dict]) -> list[list[str]]:
         if "kind" in line:
             row[1] = f"{int(line['parameters']) / 1e6:.2f} M, {line['kind']}"
             row += [
-                f"{float(line['accuracy']):.4f}" + (f" (−{float(line['lost']):.4f})" if line["kind"] == "int8" else "")
+                f"{float(line['accuracy']):.4f}"
+                + (f" ({-float(line['lost']):+.4f})" if line["kind"] == "int8" else "")
             ]
             row += [
                 f"{with_spread(line, 'ms')} ms",
