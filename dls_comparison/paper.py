@@ -83,7 +83,9 @@ def closed_forms(report: Report) -> str | None:
         if found := report.arms(setting, "dls", "scratch"):
             difference, low, high, *_ = paired_difference(*found)
             sure = f" ({low:+.3f} to {high:+.3f})" if np.isfinite(low) else ""
-            parts.append(f"{labels} labels a class: DLS {mean(found[0], 0):.3f}, {difference:+.3f}{sure}")
+            parts.append(
+                f"{labels} label{'s' * (labels != '1')} a class: DLS {mean(found[0], 0):.3f}, {difference:+.3f}{sure}"
+            )
     return "; ".join(parts) or None
 
 
@@ -130,11 +132,12 @@ def headline(report: Report) -> str:
     scratch, dls = (curve["mean_accuracy_per_epoch"] for curve in curves.values())
     all_of_them = report.arms("closed-form", "dls", "scratch")
     _, low, high, seeds, folds = paired_difference(*all_of_them)
+    included = ", the held-out clips' included," if (all_of_them[0].heard == all_of_them[0].clips).all() else ""
     sure = f", with a 95 % interval from {low:+.3f} to {high:+.3f}" if np.isfinite(low) else ""
     return textwrap.fill(
         f"ESC-50, a classifier in closed form on a frozen network, mean of {folds} folds and {seeds} seed(s): with 5 "
-        f"labels a class {dls[1]:.3f} after pre-training on unlabelled sound against {scratch[1]:.3f} of the same "
-        f"network untrained, with all 32 {dls[-1]:.3f} against {scratch[-1]:.3f}{sure} "
+        f"labels a class {dls[1]:.3f} after pre-training on unlabelled sound{included} against {scratch[1]:.3f} of the "
+        f"same network untrained, with all 32 {dls[-1]:.3f} against {scratch[-1]:.3f}{sure} "
         "([results/esc50](results/esc50/README.md), `python reproduce.py results/esc50.yaml`).",
         width=120, break_long_words=False, break_on_hyphens=False,
     ) + "\n"  # fmt: skip
