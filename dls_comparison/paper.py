@@ -136,8 +136,8 @@ def headline(report: Report) -> str:
     sure = f", with a 95 % interval from {low:+.3f} to {high:+.3f}" if np.isfinite(low) else ""
     return textwrap.fill(
         f"ESC-50, a classifier in closed form on a frozen network, mean of {folds} folds and {seeds} seed(s): with 5 "
-        f"labels a class {dls[1]:.3f} after pre-training on unlabelled sound{included} against {scratch[1]:.3f} of the "
-        f"same network untrained, with all 32 {dls[-1]:.3f} against {scratch[-1]:.3f}{sure} "
+        f"labels a class {dls[1]:.3f} after pre-training on unlabelled sound{included} against {scratch[1]:.3f} of "
+        f"the same network untrained, with all 32 {dls[-1]:.3f} against {scratch[-1]:.3f}{sure} "
         "([results/esc50](results/esc50/README.md), `python reproduce.py results/esc50.yaml`).",
         width=120, break_long_words=False, break_on_hyphens=False,
     ) + "\n"  # fmt: skip
