@@ -10,6 +10,7 @@ from .audio import decode_audio
 from .builder import STATES, corpus_report
 from .errors import CorpusError
 from .identity import STRETCH_COLUMNS, WHOLE
+from .markdown import escaped
 
 _DRAWN_SECONDS = 30.0  # of long recordings
 
@@ -43,17 +44,17 @@ def class_table(dataset: datasets.Dataset) -> str:
         if label is not None or any(counts):
             rows.append([name, *counts, sum(counts)])
     rows.append(["all", *sizes.values(), len(dataset)])
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(map(escaped, row)) + " |" for row in rows)
 
 
 def state(dataset: datasets.Dataset) -> str:
     """Markdown list of what the report says is lacking, left out or odd; or that nothing is."""
     report = corpus_report(dataset)
-    lines = [f"- {words}" for words in report["inferred"]]
+    lines = [f"- {escaped(words)}" for words in report["inferred"]]
     for key, words in STATES.items():
         if found := report[key]:
             more = f", and {len(found) - 10} more" if len(found) > 10 else ""
-            lines.append(f"- {len(found)} {words}: {', '.join(found[:10])}{more}")
+            lines.append(f"- {len(found)} {words}: {', '.join(map(escaped, found[:10]))}{more}")
     if report["crossings"]:
         lines.append(f"- {len(report['crossings'])} original recordings are in more than one fold")
     is_complete = len(lines) == len(report["inferred"])

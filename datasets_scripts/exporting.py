@@ -23,6 +23,7 @@ from .builder import (
 from .corpus import Corpus
 from .describing import class_table, measures, state
 from .errors import CorpusError
+from .markdown import Markdown, rendered
 
 _SHARD_BYTES = 400_000_000
 _BATCH_BYTES = 64_000_000
@@ -91,10 +92,12 @@ def _make_card(dataset: datasets.Dataset, corpus: Corpus, command: str) -> Datas
     )
     DatasetInfosDict({"default": datasets.DatasetInfo(features=dataset.features)}).to_dataset_card_data(data)
     data = DatasetCardData(**data.to_dict(), **{_CARD_KEY: corpus_report(dataset)})
-    return DatasetCard.from_template(
-        data, str(_TEMPLATE), corpus=corpus, columns=dataset.column_names, measures=measures(dataset),
-        classes=class_table(dataset), state=state(dataset), command=command, schema=SCHEMA_VERSION,
+    text = rendered(
+        _TEMPLATE.read_text(encoding="utf-8"), card_data=Markdown(data.to_yaml()), corpus=corpus,
+        columns=dataset.column_names, measures=Markdown(measures(dataset)), classes=Markdown(class_table(dataset)),
+        state=Markdown(state(dataset)), command=command, schema=SCHEMA_VERSION,
     )  # fmt: skip
+    return DatasetCard(text)
 
 
 def is_export(folder: Path) -> bool:

@@ -93,6 +93,7 @@ def begun(
         "options": settings.plain(),
         "seed": settings.seed,
         "command": settings.command,
+        "base_model": hub_id_of(settings.model_name_or_path) if parent.stages else None,
     }
     return parent.followed_by(known | facts | {"settings": also}, heard)
 
@@ -106,6 +107,11 @@ def parent_of(settings: TrainingSettings, config: ESResNetConfig) -> Record:
     if not settings.model_name_or_path or getattr(settings, "init", None) == "scratch":
         return Record()
     return Record.of(settings.model_name_or_path, config.initial_weights)
+
+
+def hub_id_of(source: str) -> str | None:
+    """The Hub id that weights were loaded by; None for those of a folder."""
+    return None if Path(source).exists() else source
 
 
 def described(name: str, clips: Dataset) -> str:
