@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow.parquet
 import yaml
 from datasets.info import DatasetInfosDict
@@ -27,6 +28,7 @@ from .markdown import Markdown, rendered
 
 _SHARD_BYTES = 400_000_000
 _BATCH_BYTES = 64_000_000
+_SEED = 0  # of the clips' order within folds
 _TEMPLATE = Path(__file__).with_name("export_card.md")
 _CARD_KEY = "dls_corpus"  # the corpus report, in the card's header
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -51,7 +53,8 @@ def export_corpus(dataset: datasets.Dataset, corpus: Corpus, output_dir: str | P
             raise CorpusError(f"{output_dir}: exists and is not an empty folder; choose another --output_dir")
         shutil.rmtree(unfinished, ignore_errors=True)
         (unfinished / "data").mkdir(parents=True)
-        _write_shards(dataset, unfinished / "data")
+        for fold, rows in _published_folds(dataset).items():
+            _write_shards(rows, unfinished / "data", f"fold-{fold}")
         _make_card(dataset, corpus, command).save(unfinished / "README.md")
         if target.exists():
             target.rmdir()
@@ -62,14 +65,46 @@ def export_corpus(dataset: datasets.Dataset, corpus: Corpus, output_dir: str | P
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
-def _write_shards(dataset: datasets.Dataset, folder: Path) -> None:
+def _published_folds(dataset: datasets.Dataset) -> dict[int, datasets.Dataset]:
+    """{fold: its clips}, shuffled: who streams them, or splits them by a share, meets all classes.
+
+    The order depends on the clips alone, and not on theirs in the dataset.
+    """
+    numbers, names = np.array(dataset["fold"][:]), np.array(dataset["clip_id"][:])
+    found = {}
+    for fold in sorted(set(numbers.tolist())):
+        rows = np.flatnonzero(numbers == fold)
+        rows = rows[np.argsort(names[rows], kind="stable")]
+        found[fold] = dataset.select(np.random.default_rng(_SEED).permutation(rows))
+    return found
+
+
+def _configs(folds: list[int]) -> list[dict]:
+    """The whole; and for each fold, it as `test` and the others as `train`."""
+
+    def files(**splits: list[int]) -> list[dict]:
+        return [
+            {"split": split, "path": [f"data/fold-{fold}.*.parquet" for fold in some]}
+            for split, some in splits.items()
+        ]
+
+    numbered = [fold for fold in folds if fold] if len(folds) > 1 else []
+    whole = {"config_name": "default", "data_files": files(train=folds)}
+    return [whole] + [
+        {"config_name": f"fold-{fold}", "data_files": files(train=[f for f in folds if f != fold], test=[fold])}
+        for fold in numbered
+    ]
+
+
+def _write_shards(dataset: datasets.Dataset, folder: Path, name: str) -> None:
     # Flat in memory: a batch of sounds at a time, of long recordings a single one, is put into the table and written.
     sizes = [_size_of(audio) for audio in dataset.with_format(None)["audio"]]
     shards = max(1, -(-sum(sizes) // _SHARD_BYTES))
     batch_size = max(1, min(32, _BATCH_BYTES // max(sizes)))
     for index in range(shards):
         shard = dataset.shard(shards, index, contiguous=True)
-        path = folder / f"train-{index:05d}-of-{shards:05d}.parquet"
+        # Not NAME-00000-of-00001, of which `datasets` would take NAME for a split where there is no card.
+        path = folder / f"{name}.{index:05d}.parquet"
         with datasets.arrow_writer.ParquetWriter(
             path=os.fspath(path), features=dataset.features, embed_local_files=True
         ) as writer:
@@ -83,18 +118,21 @@ def _size_of(audio: dict) -> int:
 
 
 def _make_card(dataset: datasets.Dataset, corpus: Corpus, command: str) -> DatasetCard:
+    configs = _configs(sorted(set(dataset["fold"][:])))
     data = DatasetCardData(
         pretty_name=corpus.title,
         license=corpus.licence_id,
         task_categories=["audio-classification"],
         tags=["audio", corpus.name],
-        configs=[{"config_name": "default", "data_files": [{"split": "train", "path": "data/train-*.parquet"}]}],
+        configs=configs,
     )
-    DatasetInfosDict({"default": datasets.DatasetInfo(features=dataset.features)}).to_dataset_card_data(data)
+    about = datasets.DatasetInfo(features=dataset.features)
+    DatasetInfosDict({config["config_name"]: about for config in configs}).to_dataset_card_data(data)
     data = DatasetCardData(**data.to_dict(), **{_CARD_KEY: corpus_report(dataset)})
     text = rendered(
         _TEMPLATE.read_text(encoding="utf-8"), card_data=Markdown(data.to_yaml()), corpus=corpus,
-        columns=dataset.column_names, measures=Markdown(measures(dataset)), classes=Markdown(class_table(dataset)),
+        columns=dataset.column_names, folds=[config["config_name"] for config in configs[1:]],
+        measures=Markdown(measures(dataset)), classes=Markdown(class_table(dataset)),
         state=Markdown(state(dataset)), command=command, schema=SCHEMA_VERSION,
     )  # fmt: skip
     return DatasetCard(text)
@@ -107,17 +145,24 @@ def is_export(folder: Path) -> bool:
 
 def is_export_of(folder: Path, dataset: datasets.Dataset) -> bool:
     """Whether a folder holds what `export_corpus` would write there; the sound itself is compared by its digests."""
-    described, shards = dataset.remove_columns("audio"), sorted(folder.glob("data/*.parquet"))
+    folds = [rows.remove_columns("audio") for rows in _published_folds(dataset).values()]
+    shards = sorted(folder.glob("data/*.parquet"), key=_place)
     try:
-        tables = [pyarrow.parquet.read_table(path, columns=described.column_names) for path in shards]
+        tables = [pyarrow.parquet.read_table(path, columns=folds[0].column_names) for path in shards]
+        published = [row for table in tables for row in table.to_pylist()]
         return (
             bool(shards)
             and report_in_card(folder / "README.md") == corpus_report(dataset)
             and datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(shards[0])) == dataset.features
-            and [row for table in tables for row in table.to_pylist()] == described.to_list()
+            and published == [row for rows in folds for row in rows.to_list()]
         )
     except (OSError, ValueError, KeyError, yaml.YAMLError):  # damaged, or something else
         return False
+
+
+def _place(shard: Path) -> tuple[int, ...]:
+    """Of a shard among the others: its fold and its number."""
+    return tuple(int(number) for number in re.findall(r"\d+", shard.name))
 
 
 def is_hub_id(source: str) -> bool:

@@ -62,7 +62,7 @@ class DataOptions(Options):
 
     corpus: list[tuple[str, str | None]] = option(
         [("synthetic", None)], named_source, many=True, metavar="NAME[=DIR]",
-        help=f"{', '.join(CORPUS_NAMES)}, and where it is (default: synthetic)",
+        help=f"{', '.join(CORPUS_NAMES)}, and where it is; hub=ID is any audio dataset (default: synthetic)",
     )  # fmt: skip
     windows: float | str | None = option(
         None, window_length, bare=AS_LONG_AS_CLIPS, metavar="SECONDS",
@@ -108,6 +108,13 @@ class DataOptions(Options):
         "the recording, in the names of its files",
     )  # fmt: skip
     no_folder_labels: bool = option(False, flag, "of an audiofolder: its folders are neither classes nor folds")
+    audio_column_name: str | None = option(None, text, "of --corpus hub=ID (default: audio)", metavar="NAME")
+    label_column_name: str | None = option(None, text, "of --corpus hub=ID (default: label)", metavar="NAME")
+    fold_column_name: str | None = option(
+        None, text, metavar="NAME",
+        help="of --corpus hub=ID (default: fold; without that column, every split but train is a fold)",
+    )  # fmt: skip
+    dataset_config_name: str | None = option(None, text, "of --corpus hub=ID (default: its own)", metavar="NAME")
     dataloader_num_workers: int | None = option(
         None, whole(0, 1024),
         help="decoding processes; 0 decodes between steps, on all cores (default: 0 on a CPU, where processes take "
@@ -118,6 +125,13 @@ class DataOptions(Options):
         super().check()
         if (self.label_pattern or self.no_folder_labels) and "audiofolder" not in dict(self.corpus):
             raise UserError("--label_pattern and --no_folder_labels are for --corpus audiofolder=DIR: add that")
+        if "hub" not in dict(self.corpus) and (
+            self.audio_column_name or self.label_column_name or self.fold_column_name or self.dataset_config_name
+        ):
+            raise UserError(
+                "--audio_column_name, --label_column_name, --fold_column_name and --dataset_config_name are for "
+                "--corpus hub=ID: add that"
+            )
         if self.windows is None and (self.overlap or self.silence_db is not None):
             raise UserError("--overlap and --silence_db say how --windows cuts recordings up: add that")
         if self.keep_spectrograms and self.augmentation != "spectrogram":
