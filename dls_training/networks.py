@@ -1,10 +1,13 @@
 """The network and the feature extractor that a train script's options ask for."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate.utils import set_seed
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from datasets_scripts.errors import UserError
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor
@@ -147,6 +150,34 @@ def make_config(settings: TrainingSettings, **overrides) -> ESResNetConfig:
     return config
 
 
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without its warnings: a new head is nothing to be warned of in red."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def report_loading(source: str | Path, found: dict) -> None:
+    """Says in a line which parts of a network are not the checkpoint's.
+
+    Args:
+        source: The checkpoint.
+        found: As `from_pretrained` gives it: names of weights, those of another size with both sizes.
+    """
+    mismatched = [name for name, *_ in found["mismatched_keys"]]
+    new, unused = (
+        ", ".join(sorted({name.partition(".")[0] for name in names}))
+        for names in ([*found["missing_keys"], *mismatched], found["unexpected_keys"])
+    )
+    words = [f"{new} starts anew"] * bool(new) + [f"its {unused} is not used"] * bool(unused)
+    if words:
+        logger.info(f"{source}: {'; '.join(words)}")
+
+
 def make_model(
     model_class: type[PreTrainedModel], source: str | Path | None, config: ESResNetConfig, seed: int
 ) -> PreTrainedModel:
@@ -161,7 +192,12 @@ def make_model(
     try:
         if source is None:
             return model_class(config).train()
-        return model_class.from_pretrained(source, config=config, ignore_mismatched_sizes=True).train()
+        with quiet_transformers():
+            model, found = model_class.from_pretrained(
+                source, config=config, ignore_mismatched_sizes=True, output_loading_info=True
+            )
+        report_loading(source, found)
+        return model.train()
     except ImportError as error:
         raise UserError(str(error)) from error
     except (OSError, ValueError, RuntimeError) as error:

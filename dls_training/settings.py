@@ -25,6 +25,8 @@ from datasets_scripts.options import (
 # Read by itself: importing its package would import transformers.
 PRESETS = tuple(run_path(str(Path(__file__).parents[1] / "modeling_dls" / "presets_esresnet.py"))["PRESETS"])
 PRECISIONS = ("auto", "no", "bf16", "fp16")
+# Accelerate's, which is not imported here (`get_available_trackers`).
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 SCHEDULES = ("constant", "linear", "cosine", "multistep", "esresnet")
 CACHE_GIGABYTES = 20.0
@@ -194,8 +196,10 @@ class OptimizationOptions(Options):
     )  # fmt: skip
     seed: int = option(0, whole(0, 2**32 - 1), "of weights, order, views and negatives")
     mixed_precision: str = option(
-        "auto", one_of(*PRECISIONS), "auto: bf16 where the processor computes in it, else fp16 on CUDA, else no"
-    )
+        "auto", one_of(*PRECISIONS),
+        help="auto: what `accelerate config` says; otherwise bf16 where the processor computes in it, else fp16 on "
+        "CUDA, else no",
+    )  # fmt: skip
     memory_format: str = option(
         "auto", one_of(*MEMORY_FORMATS),
         help="of the network's tensors; auto: channels_last, which is faster on CPUs and on GPUs",
@@ -235,7 +239,7 @@ class OutputOptions(Options):
     resume_from_checkpoint: str | None = option(
         None, path_or_id, metavar="DIR|latest", help="go on from a checkpoint of this run"
     )
-    report_to: str = option("tensorboard", one_of("tensorboard", "none"), "tracker, below OUTPUT_DIR/logs")
+    report_to: str = option("tensorboard", one_of(*TRACKERS, "none"), "tracker; tensorboard is in OUTPUT_DIR/logs")
     push_to_hub: bool = option(False, flag, "publish the finished run; says at once if it cannot")
     hub_model_id: str | None = option(
         None, text, metavar="NAME", help="NAMESPACE/NAME, or the NAME of your own (default: the output folder's)"
