@@ -7,6 +7,7 @@ from datasets import Dataset
 
 from datasets_scripts import ClipIdentities, corpus_facts
 from datasets_scripts.errors import UserError
+from datasets_scripts.exporting import is_hub_id
 from datasets_scripts.files import file_digest, json_digest
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor
 
@@ -89,7 +90,7 @@ def begun(
     known = {
         "name": str(settings.output_dir),
         "task": task,
-        "corpora": {name: corpus_facts(name) for name, _ in corpora},
+        "corpora": {name: corpus_facts(name) | published_as(settings, name) for name, _ in corpora},
         "options": settings.plain(),
         "seed": settings.seed,
         "command": settings.command,
@@ -112,6 +113,12 @@ def parent_of(settings: TrainingSettings, config: ESResNetConfig) -> Record:
 def hub_id_of(source: str) -> str | None:
     """The Hub id that weights were loaded by; None for those of a folder."""
     return None if Path(source).exists() else source
+
+
+def published_as(settings: TrainingSettings, corpus: str) -> dict[str, str]:
+    """{"dataset": the Hub id that a corpus was loaded by}; empty for one from elsewhere."""
+    source = dict(settings.corpus).get(corpus)
+    return {"dataset": source} if source and hub_id_of(source) and is_hub_id(source) else {}
 
 
 def described(name: str, clips: Dataset) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from datasets_scripts.errors import UserError
+from datasets_scripts.exporting import is_hub_id
 from datasets_scripts.markdown import Markdown, code, escaped, fenced, rendered
 from dls_training.record import RECORD_FILE, Record
 
@@ -45,6 +46,7 @@ def write_card(folder: Path) -> None:
         library_name="transformers",
         pipeline_tag=task.pipeline_tag,
         tags=["audio", "esresnet", *task.tags],
+        datasets=[facts["dataset"] for facts in sources.values() if is_hub_id(facts.get("dataset", ""))] or None,
         base_model=record.own.facts.get("base_model"),
         **task.metadata(results),
         **claimed,

@@ -287,6 +287,7 @@ def test_card_with_a_strangers_texts(fine_tuned, tmp_path):
     facts = {
         "title": f"a\n\n# {html}", "homepage": "javascript:alert(3)", "licence": f"{html}|{link}",
         "citation": f"```\n{html}\n```",
+        "dataset": "you/sounds",
     }  # fmt: skip
     record = Record.read(tmp_path)
     hostile = Stage(
@@ -301,7 +302,7 @@ def test_card_with_a_strangers_texts(fine_tuned, tmp_path):
     write_card(tmp_path)
     card = ModelCard.load(tmp_path / "README.md")
     text = card.text
-    assert card.data.base_model == "you/npid"
+    assert card.data.base_model == "you/npid" and card.data.datasets == ["you/sounds"]
     assert "python 'a.py;' rm -rf '*'" in text and "````bibtex" in text
     inert = re.sub(r"^(`{3,})\w*\n.*?^\1$|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)  # outside code
     assert "alert(1)" in inert and "<script" not in inert
