@@ -29,6 +29,7 @@ from .markdown import Markdown, rendered
 _SHARD_BYTES = 400_000_000
 _BATCH_BYTES = 64_000_000
 _SEED = 0  # of the clips' order within folds
+_POSITION = "position"
 _TEMPLATE = Path(__file__).with_name("export_card.md")
 _CARD_KEY = "dls_corpus"  # the corpus report, in the card's header
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -53,9 +54,10 @@ def export_corpus(dataset: datasets.Dataset, corpus: Corpus, output_dir: str | P
             raise CorpusError(f"{output_dir}: exists and is not an empty folder; choose another --output_dir")
         shutil.rmtree(unfinished, ignore_errors=True)
         (unfinished / "data").mkdir(parents=True)
-        for fold, rows in _published_folds(dataset).items():
+        folds = _published_folds(dataset)
+        for fold, rows in folds.items():
             _write_shards(rows, unfinished / "data", f"fold-{fold}")
-        _make_card(dataset, corpus, command).save(unfinished / "README.md")
+        _make_card(dataset, next(iter(folds.values())).features, corpus, command).save(unfinished / "README.md")
         if target.exists():
             target.rmdir()
         unfinished.rename(target)
@@ -68,8 +70,9 @@ def export_corpus(dataset: datasets.Dataset, corpus: Corpus, output_dir: str | P
 def _published_folds(dataset: datasets.Dataset) -> dict[int, datasets.Dataset]:
     """{fold: its clips}, shuffled: who streams them, or splits them by a share, meets all classes.
 
-    The order depends on the clips alone, and not on theirs in the dataset.
+    The column `position` is each clip's place in the dataset, which `load_export` brings it back to.
     """
+    dataset = dataset.add_column(_POSITION, list(range(len(dataset))))
     numbers, names = np.array(dataset["fold"][:]), np.array(dataset["clip_id"][:])
     found = {}
     for fold in sorted(set(numbers.tolist())):
@@ -117,7 +120,7 @@ def _size_of(audio: dict) -> int:
     return len(audio["bytes"]) if audio["bytes"] is not None else os.path.getsize(audio["path"])
 
 
-def _make_card(dataset: datasets.Dataset, corpus: Corpus, command: str) -> DatasetCard:
+def _make_card(dataset: datasets.Dataset, features: datasets.Features, corpus: Corpus, command: str) -> DatasetCard:
     configs = _configs(sorted(set(dataset["fold"][:])))
     data = DatasetCardData(
         pretty_name=corpus.title,
@@ -126,12 +129,12 @@ def _make_card(dataset: datasets.Dataset, corpus: Corpus, command: str) -> Datas
         tags=["audio", corpus.name],
         configs=configs,
     )
-    about = datasets.DatasetInfo(features=dataset.features)
+    about = datasets.DatasetInfo(features=features)
     DatasetInfosDict({config["config_name"]: about for config in configs}).to_dataset_card_data(data)
     data = DatasetCardData(**data.to_dict(), **{_CARD_KEY: corpus_report(dataset)})
     text = rendered(
         _TEMPLATE.read_text(encoding="utf-8"), card_data=Markdown(data.to_yaml()), corpus=corpus,
-        columns=dataset.column_names, folds=[config["config_name"] for config in configs[1:]],
+        columns=list(features), folds=[config["config_name"] for config in configs[1:]],
         measures=Markdown(measures(dataset)), classes=Markdown(class_table(dataset)),
         state=Markdown(state(dataset)), command=command, schema=SCHEMA_VERSION,
     )  # fmt: skip
@@ -145,7 +148,8 @@ def is_export(folder: Path) -> bool:
 
 def is_export_of(folder: Path, dataset: datasets.Dataset) -> bool:
     """Whether a folder holds what `export_corpus` would write there; the sound itself is compared by its digests."""
-    folds = [rows.remove_columns("audio") for rows in _published_folds(dataset).values()]
+    folds = list(_published_folds(dataset).values())
+    features, folds = folds[0].features, [rows.remove_columns("audio") for rows in folds]
     shards = sorted(folder.glob("data/*.parquet"), key=_place)
     try:
         tables = [pyarrow.parquet.read_table(path, columns=folds[0].column_names) for path in shards]
@@ -153,7 +157,7 @@ def is_export_of(folder: Path, dataset: datasets.Dataset) -> bool:
         return (
             bool(shards)
             and report_in_card(folder / "README.md") == corpus_report(dataset)
-            and datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(shards[0])) == dataset.features
+            and datasets.Features.from_arrow_schema(pyarrow.parquet.read_schema(shards[0])) == features
             and published == [row for rows in folds for row in rows.to_list()]
         )
     except (OSError, ValueError, KeyError, yaml.YAMLError):  # damaged, or something else
@@ -201,6 +205,9 @@ def load_export(corpus: Corpus, source: str, cache_dir: str) -> datasets.Dataset
         raise CorpusError(f"{source}: not an export of {corpus.name}: columns {', '.join(different)} lack or differ")
     if report and report["clips"] != len(dataset):
         raise CorpusError(f"{source}: {len(dataset)} of {report['clips']} clips; export or download it again")
+    if _POSITION in dataset.column_names:  # not in exports of earlier versions, which have the corpus's own order
+        order = np.argsort(dataset[_POSITION][:])
+        dataset = dataset.remove_columns(_POSITION).select(order)
     # Cards of earlier versions have fewer lists.
     report = blank_report(corpus.name, len(dataset)) | (report or _shortfalls_only(dataset, corpus))
     dataset.info.description = describe_with_report(corpus.title, report)
