@@ -109,6 +109,7 @@ def test_card(exported):
         "giannoulis2013",
         "30.000 to 30.000",
         "100 (200",
+        "Columns: `audio`, `label`, `fold`, ",
     ):
         assert part in text
     assert str(exported) not in text, "the card gives away a path of this machine"
