@@ -195,7 +195,7 @@ class FoldRun:
             history.append({"epoch": 0, "step": 0, **self.evaluate(0), "seconds": self.loop.seconds})
             logger.info(f"{self.loop.log_prefix}before training: {describe(history[0])}")
         self.loop.train(self.step, self.evaluate)
-        if self.held_out is None:  # everything was done before this process began
+        if self.held_out is None and not self.precise_statistics:  # all was done before this process began
             self.evaluate(self.loop.progress.epoch)
         self.model.load_state_dict(self.precise_statistics, strict=False)
         return self.results()

@@ -42,12 +42,13 @@ def __getattr__(name: str):
 
 # transformers knows its own models by name, and imports them when they are looked up: ours enter its tables likewise.
 sys.modules[f"transformers.models.{ESResNetConfig.model_type}"] = sys.modules[__name__]
-CONFIG_MAPPING_NAMES[ESResNetConfig.model_type] = ESResNetConfig.__name__
 for _name, _auto_class in MODELS.items():
     _mapping = getattr(transformers, _auto_class)._model_mapping
     _mapping._model_mapping[ESResNetConfig.model_type] = _name
     _mapping._reverse_config_mapping[ESResNetConfig.__name__] = ESResNetConfig.model_type
     AUTO_MAP[_auto_class] = f"modeling_esresnet.{_name}"
+# Not before: transformers 5.4 documents the models of this table while it makes the Auto classes.
+CONFIG_MAPPING_NAMES[ESResNetConfig.model_type] = ESResNetConfig.__name__
 transformers.AutoFeatureExtractor.register(ESResNetConfig, ESResNetFeatureExtractor)
 
 # A saved checkpoint carries its own code, so that trust_remote_code=True works where this package is not installed.

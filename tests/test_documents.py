@@ -267,6 +267,17 @@ def test_card_of_non_commercial_sound(fine_tuned, tmp_path):
     assert card.data.license == "apache-2.0" and "apache-2.0, is that of the code" in card.text
 
 
+def test_the_checkouts_network_brings_its_code(tmp_path):
+    """The snippet of its card, in a process that has none of ours; its code is the package's, by links."""
+    folder = ROOT / "checkpoints" / "small_mel"
+    (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    soundfile.write(tmp_path / "clip.wav", np.zeros(44100), 44100)
+    (printed,) = answers((tmp_path, snippet.replace('folder = "."', f"folder = {str(folder)!r}")))
+    assert "tensor([[" in printed
+    for file in folder.glob("*.py"):
+        assert file.resolve() == ROOT / "modeling_dls" / file.name
+
+
 def test_no_text_breaks_a_table_or_is_html():
     rows = [{"class": "a|b\nc", "<i>": "<script>alert(1)</script>"}, {"class": None, "<i>": 0.5}]
     assert markdown_table(rows).splitlines() == [
