@@ -351,13 +351,14 @@ def cross_validate(settings: ClassificationSettings, accelerator: Accelerator) -
 @ends_with_the_others()
 def main(settings: ClassificationSettings) -> None:
     accelerator = make_accelerator(settings)
-    claim_output_dir(accelerator, settings.output_dir, resuming=settings.resume_from_checkpoint is not None)
-    if settings.push_to_hub and accelerator.is_main_process:
-        claim_repository(settings.hub_model_id, "classification", settings.hub_private_repo)
-    cross_validate(settings, accelerator)
-    accelerator.end_training()
-    if settings.push_to_hub and accelerator.is_main_process:  # after the run's end, for which no other process waits
-        publish(settings.output_dir, settings.hub_model_id, settings.hub_private_repo)
+    with claim_output_dir(accelerator, settings.output_dir, resuming=settings.resume_from_checkpoint is not None):
+        if settings.push_to_hub and accelerator.is_main_process:
+            claim_repository(settings.hub_model_id, "classification", settings.hub_private_repo)
+        cross_validate(settings, accelerator)
+        accelerator.end_training()
+        # After the run's end, for which no other process waits.
+        if settings.push_to_hub and accelerator.is_main_process:
+            publish(settings.output_dir, settings.hub_model_id, settings.hub_private_repo)
 
 
 if __name__ == "__main__":

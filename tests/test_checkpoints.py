@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import signal
+import time
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +28,7 @@ from datasets_scripts.files import (
     write_json,
 )
 from dls_training.checkpoints import (
+    LOCK,
     STATE_FILE,
     TENSOR_FILE,
     Progress,
@@ -400,16 +402,18 @@ def test_tensors_that_cannot_be_read_are_named(tmp_path, content):
 
 
 def claim(folder, resuming=False):
-    claim_output_dir(SimpleNamespace(is_main_process=True), folder, resuming)
+    with claim_output_dir(SimpleNamespace(is_main_process=True), folder, resuming):
+        pass
 
 
 def test_claim_makes_the_folder(tmp_path):
     claim(tmp_path / "a" / "b")
-    assert (tmp_path / "a" / "b").is_dir() and not names(tmp_path / "a" / "b")
+    assert names(tmp_path / "a" / "b") == [LOCK]
 
 
 def test_only_the_main_process_claims(tmp_path):
-    claim_output_dir(SimpleNamespace(is_main_process=False), tmp_path / "a", False)
+    with claim_output_dir(SimpleNamespace(is_main_process=False), tmp_path / "a", False):
+        pass
     assert not (tmp_path / "a").exists()
 
 
@@ -442,7 +446,7 @@ def test_claim_clears_what_a_killed_run_left(tmp_path):
         (tmp_path / leftover / "checkpoint-2" / MODEL_FILE).write_text("half")
     (tmp_path / ".hidden").mkdir()
     claim(tmp_path, resuming=True)
-    assert names(tmp_path) == [".hidden", "checkpoint-1", "fold-1"]
+    assert names(tmp_path) == [".hidden", LOCK, "checkpoint-1", "fold-1"]
     assert names(tmp_path / "fold-1") == ["checkpoint-1"]
 
 
@@ -461,8 +465,33 @@ def test_a_run_killed_while_it_saves_can_go_on(tmp_path):
         assert process.end()[0] == -signal.SIGKILL
     assert any(name.startswith(".checkpoint-2.") for name in names(run))
     claim(run, resuming=True)
-    assert names(run) == ["checkpoint-1"]
+    assert names(run) == [LOCK, "checkpoint-1"]
     assert find_checkpoint("latest", run) == run / "checkpoint-1"
+
+
+def test_one_run_at_a_time(tmp_path):
+    leftover = tmp_path / ".checkpoint-2.abc"
+    with claim_output_dir(SimpleNamespace(is_main_process=True), tmp_path, False):
+        leftover.mkdir()  # as while it saves
+        with pytest.raises(UserError, match=r"--output_dir .* is in use by another run"):
+            claim(tmp_path, resuming=True)
+        assert leftover.is_dir()
+    claim(tmp_path, resuming=True)
+    assert names(tmp_path) == [LOCK]
+
+
+def test_a_killed_run_holds_nothing_though_its_processes_live_on(tmp_path):
+    living, writing = os.pipe()
+    if not (process := os.fork()):
+        with claim_output_dir(SimpleNamespace(is_main_process=True), tmp_path, False):
+            if os.fork() == 0:  # as those that compute or decode
+                os.write(writing, b"lives")
+                time.sleep(10)
+                os._exit(0)
+            os.read(living, 5)
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+    claim(tmp_path)
 
 
 # The loop's own use of it
