@@ -171,7 +171,7 @@ def _transfer(archive: Archive, part: Path) -> None:
                 f"or fetch {archive.filename} by other means and give it as data_dir"
             )
         length = response.headers.get("Content-Length", "")
-        total = have + int(length) if length.isdecimal() else None
+        total = have + int(length) if length.isdecimal() and len(length) < 20 else None
         if tag := response.headers.get("ETag") or response.headers.get("Last-Modified"):
             validator.write_text(tag)
         with (
