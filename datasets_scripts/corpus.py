@@ -24,7 +24,8 @@ UNREADABLE_EXTENSIONS = frozenset((
 ))  # fmt: skip
 # Folders that systems put beside people's own, with deleted files, previews and the like in them.
 OF_SYSTEMS = frozenset((
-    "$RECYCLE.BIN", "RECYCLER", "System Volume Information", "lost+found", "@eaDir", "#recycle", "#snapshot", "__MACOSX",
+    "$RECYCLE.BIN", "RECYCLER", "System Volume Information", "lost+found", "@eaDir", "#recycle", "#snapshot",
+    "__MACOSX",
 ))  # fmt: skip
 LARGEST_NUMBER = 2**31 - 1
 
@@ -169,7 +170,7 @@ class FolderCorpus(Corpus):
 
 
 def walk_files(root: Path) -> Iterator[os.DirEntry]:
-    """Every file below `root` in a fixed order, hidden ones and those of systems left out. Links are followed, loops are not."""
+    """Every file below `root` in a fixed order, hidden and systems' own left out. Links are followed, loops not."""
     visited = set()
 
     def walk(folder: str) -> Iterator[os.DirEntry]:

@@ -46,8 +46,8 @@ def files_moved_into_place(folder: Path, last: str | None = None, by_way_of: Pat
     Args:
         folder: Where they go.
         last: A file that is there only while the others belong to it: it goes first and comes last.
-        by_way_of: Where they are written, in the same file system: whoever clears that folder after a kill clears them,
-            too. None: in `folder`.
+        by_way_of: A folder in the same file system, where they are written: whoever clears it after a kill clears
+            them, too. None: `folder`.
 
     Raises:
         UserError: naming the folder, if it cannot be written.

@@ -8,11 +8,12 @@ from pathlib import Path
 from accelerate.utils import set_seed
 from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
 from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import CONFIG_NAME, PreTrainedModel
 
 from datasets_scripts.errors import UserError
-from datasets_scripts.hub import reason
+from datasets_scripts.hub import is_lost_connection, reason
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor
 
 from .settings import AS_LONG_AS_CLIPS, TrainingSettings
@@ -64,11 +65,13 @@ def check_source(option: str, source: str) -> None:
     if path.is_absolute() or len(path.parts) > 2:
         raise UserError(f"{option} {path}: there is no such folder, and a Hub id has one slash at most")
     try:
+        validate_repo_id(source)
         get_hf_file_metadata(hf_hub_url(source, CONFIG_NAME), timeout=HUB_SECONDS)
     except (HTTPError, OSError, ValueError) as error:
-        if getattr(error, "response", None) is None and isinstance(try_to_load_from_cache(source, CONFIG_NAME), str):
+        # Without a connection, what was downloaded before serves.
+        if is_lost_connection(error) and isinstance(try_to_load_from_cache(source, CONFIG_NAME), str):
             return
-        raise UserError(f"{option} {source}: there is no such folder, and of the Hub, {reason(error)}") from error
+        raise UserError(f"{option} {source}: there is no such folder, nor such a model: {reason(error)}") from error
 
 
 @contextlib.contextmanager

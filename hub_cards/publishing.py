@@ -118,9 +118,10 @@ def finished_run(folder: Path) -> tuple[dict, Publication, dict[str, Path]]:
     files = {name: file for name, file in files.items() if publication.part_of(name) != "code" or name in code}
     for name in (*REQUIRED, *sorted(code)):
         if name not in files or (name.endswith(".json") and read_object(files[name]) is None):
-            absent = "a link, which is not followed" if (folder / name).is_symlink() else "missing"
+            problem = "damaged" if name in files else "missing"
+            problem = "a link, which is not followed" if (folder / name).is_symlink() else problem
             raise UserError(
-                f"{folder / name} is {'damaged' if name in files else absent}; `python {results['command']} --resume_from_checkpoint latest` writes "
+                f"{folder / name} is {problem}; `python {results['command']} --resume_from_checkpoint latest` writes "
                 "it anew"
             )
     return results, publication, files
