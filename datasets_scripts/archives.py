@@ -25,8 +25,8 @@ import datasets
 from datasets.utils import tqdm
 from filelock import FileLock
 
-from .corpus import Archive, FolderCorpus, printable
-from .errors import CorpusError
+from .corpus import Archive, FolderCorpus
+from .errors import CorpusError, printable
 
 RETRY_DELAYS = (1, 2, 4, 8)  # seconds before each further try, counted anew whenever some bytes arrived
 TIMEOUT = 60  # seconds without a byte, and between looks at the rate

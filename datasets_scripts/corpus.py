@@ -207,11 +207,6 @@ def relative_name(path: Path, root: Path) -> str:
     return path.as_posix().removeprefix(f"{root.as_posix()}/")
 
 
-def printable(name: str) -> str:
-    """A name for lists and messages: line breaks, and bytes that are not UTF-8, are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-
-
 def listed_clips(
     root: Path, table: Path, clips: list[Clip], used: Callable[[Clip], bool] = lambda clip: True
 ) -> tuple[list[Clip], list[str], list[str]]:

@@ -84,6 +84,8 @@ def claim_output_dir(accelerator: Accelerator, output_dir: Path, resuming: bool)
         prepare_output_dir(output_dir, resuming)
         yield
     finally:
+        with contextlib.suppress(OSError):  # a system may not let go of an open file
+            Path(lock.lock_file).unlink()
         lock.release()
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from scripts import MEASURED, Forked
 from torch.utils.data import DataLoader
 
-from datasets_scripts.errors import Interrupted, UserError
+from datasets_scripts.errors import Interrupted, LostProcess, UserError
 from datasets_scripts.files import (
     file_digest,
     files_moved_into_place,
@@ -28,7 +28,6 @@ from datasets_scripts.files import (
     write_json,
 )
 from dls_training.checkpoints import (
-    LOCK,
     STATE_FILE,
     TENSOR_FILE,
     Progress,
@@ -41,6 +40,7 @@ from dls_training.checkpoints import (
 from dls_training.input_pipeline import ShuffledClips
 from dls_training.loop import TrainingLoop
 from dls_training.record import RECORD_FILE, Record
+from dls_training.runtime import ends_with_the_others
 
 MODEL_FILE = "model.bin"
 
@@ -408,7 +408,7 @@ def claim(folder, resuming=False):
 
 def test_claim_makes_the_folder(tmp_path):
     claim(tmp_path / "a" / "b")
-    assert names(tmp_path / "a" / "b") == [LOCK]
+    assert (tmp_path / "a" / "b").is_dir() and not names(tmp_path / "a" / "b")
 
 
 def test_only_the_main_process_claims(tmp_path):
@@ -446,7 +446,7 @@ def test_claim_clears_what_a_killed_run_left(tmp_path):
         (tmp_path / leftover / "checkpoint-2" / MODEL_FILE).write_text("half")
     (tmp_path / ".hidden").mkdir()
     claim(tmp_path, resuming=True)
-    assert names(tmp_path) == [".hidden", LOCK, "checkpoint-1", "fold-1"]
+    assert names(tmp_path) == [".hidden", "checkpoint-1", "fold-1"]
     assert names(tmp_path / "fold-1") == ["checkpoint-1"]
 
 
@@ -465,7 +465,7 @@ def test_a_run_killed_while_it_saves_can_go_on(tmp_path):
         assert process.end()[0] == -signal.SIGKILL
     assert any(name.startswith(".checkpoint-2.") for name in names(run))
     claim(run, resuming=True)
-    assert names(run) == [LOCK, "checkpoint-1"]
+    assert names(run) == ["checkpoint-1"]
     assert find_checkpoint("latest", run) == run / "checkpoint-1"
 
 
@@ -477,7 +477,7 @@ def test_one_run_at_a_time(tmp_path):
             claim(tmp_path, resuming=True)
         assert leftover.is_dir()
     claim(tmp_path, resuming=True)
-    assert names(tmp_path) == [LOCK]
+    assert not names(tmp_path)
 
 
 def test_a_killed_run_holds_nothing_though_its_processes_live_on(tmp_path):
@@ -492,6 +492,18 @@ def test_a_killed_run_holds_nothing_though_its_processes_live_on(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
     claim(tmp_path)
+
+
+def test_a_killed_decoding_process_is_said():
+    class Killed(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, _):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(LostProcess, match=r"a decoding process has died .*lower --dataloader_num_workers"):
+        ends_with_the_others()(list)(torch.utils.data.DataLoader(Killed(), num_workers=1))
 
 
 # The loop's own use of it
