@@ -1,5 +1,7 @@
 """Networks that cannot be had: of another preset than the checkpoint, without timm, damaged, or not there."""
 
+import contextlib
+import json
 import sys
 from argparse import Namespace
 
@@ -65,6 +67,29 @@ def test_weights_that_would_be_unpickled_are_not_read(tmp_path):
     for read in (lambda: Classifier(str(folder), None, "no"), lambda: Network(folder, CLASSIFIER)):
         with pytest.raises(UserError, match=r"model\.safetensors"):
             read()
+
+
+@pytest.mark.parametrize("model_type", ["esresnet", "stranger"])
+def test_code_of_a_models_folder_is_not_run(model_type, tmp_path):
+    folder, trace = save(ESResNetForAudioClassification, tmp_path / "model"), tmp_path / "executed"
+    (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Evil: pass\n")
+    everything = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForAudioClassification"), "evil.Evil")
+    for name in ("config.json", "preprocessor_config.json"):
+        content = json.loads((folder / name).read_text())
+        content |= {"auto_map": everything | {"AutoFeatureExtractor": "evil.Evil"}}
+        (folder / name).write_text(json.dumps(content | ({"model_type": model_type} if name[:4] == "conf" else {})))
+    settings = ClassificationSettings(model_name_or_path=str(folder))
+    for read in (
+        lambda: Classifier(str(folder), None, "no"),
+        lambda: Network(folder, CLASSIFIER),
+        lambda: make_extractor(settings),
+        lambda: make_model(ESResNetForAudioClassification, folder, make_config(settings), seed=0),
+    ):
+        with contextlib.suppress(UserError):
+            read()
+    assert not trace.exists()
+    exec((folder / "evil.py").read_text())  # it would have worked
+    assert trace.exists()
 
 
 def test_a_mistyped_folder_is_not_asked_for_again_and_again(monkeypatch):
