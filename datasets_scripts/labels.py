@@ -178,7 +178,7 @@ def read_metadata_lines(path: Path, table: str, files: Files) -> Iterator[Said]:
                 continue
             try:
                 values = json.loads(line).items()
-            except (ValueError, AttributeError):
+            except (ValueError, AttributeError, RecursionError):
                 raise CorpusError(f"{path}, line {number}: is no JSON object") from None
             # What is neither text nor a number is some other column's.
             row = {

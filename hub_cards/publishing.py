@@ -1,5 +1,6 @@
 """A finished run's folder -> a model repository on the Hub, in one commit."""
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -119,7 +120,7 @@ def finished_run(folder: Path) -> tuple[dict, Publication, dict[str, Path]]:
     for name in (*REQUIRED, *sorted(code)):
         if name not in files or (name.endswith(".json") and read_object(files[name]) is None):
             problem = "damaged" if name in files else "missing"
-            problem = "a link, which is not followed" if (folder / name).is_symlink() else problem
+            problem = "a link, which is not followed" if os.path.islink(folder / name) else problem
             raise UserError(
                 f"{folder / name} is {problem}; `python {results['command']} --resume_from_checkpoint latest` writes "
                 "it anew"
