@@ -46,7 +46,7 @@ from dls_training.input_pipeline import (
 )
 from dls_training.loop import GlobalBatch, TrainingLoop, describe
 from dls_training.metrics import ClassificationMetrics, YesNoMetrics, per_class_accuracy
-from dls_training.networks import make_config, make_extractor, make_model
+from dls_training.networks import loading, make_config, make_extractor, make_model
 from dls_training.record import RECORD_FILE, Record
 from dls_training.runs import parent_of, to_go_on_from
 from dls_training.runtime import ends_with_the_others, environment, make_accelerator, start_tracking
@@ -85,7 +85,8 @@ class FoldRun:
             store.extractor, settings.augmentation, settings.augmentation_strength, store.caches_spectrograms
         )
         config, self.fold = copy.deepcopy(config), fold
-        saved = ESResNetConfig.from_pretrained(checkpoint) if checkpoint else None
+        with loading(f"--resume_from_checkpoint {checkpoint}"):
+            saved = ESResNetConfig.from_pretrained(checkpoint) if checkpoint else None
         if hasattr(saved, "thresholds"):  # they are of the weights, and no option's
             config.thresholds = saved.thresholds
         pretrained = settings.model_name_or_path if settings.init == "pretrained" else None
@@ -351,13 +352,14 @@ def cross_validate(settings: ClassificationSettings, accelerator: Accelerator) -
 @ends_with_the_others()
 def main(settings: ClassificationSettings) -> None:
     accelerator = make_accelerator(settings)
-    claim_output_dir(accelerator, settings.output_dir, resuming=settings.resume_from_checkpoint is not None)
-    if settings.push_to_hub and accelerator.is_main_process:
-        claim_repository(settings.hub_model_id, "classification", settings.hub_private_repo)
-    cross_validate(settings, accelerator)
-    accelerator.end_training()
-    if settings.push_to_hub and accelerator.is_main_process:  # after the run's end, for which no other process waits
-        publish(settings.output_dir, settings.hub_model_id, settings.hub_private_repo)
+    with claim_output_dir(accelerator, settings.output_dir, resuming=settings.resume_from_checkpoint is not None):
+        if settings.push_to_hub and accelerator.is_main_process:
+            claim_repository(settings.hub_model_id, "classification", settings.hub_private_repo)
+        cross_validate(settings, accelerator)
+        accelerator.end_training()
+        # After the run's end, for which no other process waits.
+        if settings.push_to_hub and accelerator.is_main_process:
+            publish(settings.output_dir, settings.hub_model_id, settings.hub_private_repo)
 
 
 if __name__ == "__main__":

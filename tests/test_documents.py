@@ -122,6 +122,14 @@ def test_nothing_committed_names_a_place_on_a_machine():
         assert not re.search(r"/(work|tmp|root|home)/", path.read_text(encoding="utf-8")), path
 
 
+def test_every_promise_has_its_test():
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 10
+    for file, test in named:
+        assert f"def {test}" in (ROOT / file).read_text(encoding="utf-8"), (file, test)
+
+
 def test_readme_names_what_exists():
     for name in re.findall(r"^([\w./-]+?)/?  +\S", blocks("")[-1], flags=re.MULTILINE):
         assert (ROOT / name).exists(), name
