@@ -70,7 +70,7 @@ benchmark: $(BIN)/.installed
 # On a machine with a GPU, within ten minutes: the tests that it changes, training steps of the paper's network, and the
 # paper's recipe on ESC-10. Writes results/gpu.
 gpu: $(BIN)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu -n 8
 	$(BIN)/python benchmarks/gpu.py --compile
 	$(BIN)/python reproduce.py results/gpu.yaml --max_minutes 6 $(if $(ESC10),--corpus esc10=$(ESC10))
 

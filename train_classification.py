@@ -90,7 +90,10 @@ class FoldRun:
         if hasattr(saved, "thresholds"):  # they are of the weights, and no option's
             config.thresholds = saved.thresholds
         pretrained = settings.model_name_or_path if settings.init == "pretrained" else None
-        self.model = make_model(ESResNetForAudioClassification, checkpoint or pretrained, config, settings.seed)
+        self.model = make_model(
+            ESResNetForAudioClassification, checkpoint or pretrained, config, settings.seed,
+            reinit_stages=0 if checkpoint else settings.reinit_stages,
+        )  # fmt: skip
         if settings.freeze_backbone:
             self.model.esresnet.requires_grad_(False)
         self.loop = TrainingLoop(

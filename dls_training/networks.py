@@ -181,11 +181,19 @@ def make_config(settings: TrainingSettings, **overrides) -> ESResNetConfig:
 
 
 def make_model(
-    model_class: type[PreTrainedModel], source: str | Path | None, config: ESResNetConfig, seed: int
-) -> PreTrainedModel:
+    model_class: type[PreTrainedModel], source: str | Path | None, config: ESResNetConfig, seed: int,
+    reinit_stages: int = 0,
+) -> PreTrainedModel:  # fmt: skip
     """A network in training mode, with the weights of `source`, or random ones; a head of another size starts anew.
 
     Random weights depend on the seed alone, whatever ran before in this process.
+
+    Args:
+        model_class: One of ESResNet's with a head.
+        source: A checkpoint; None for random weights.
+        config: The network's.
+        seed: Of random weights.
+        reinit_stages: How many of the checkpoint's last stages, and what comes after them, start randomly all the same.
 
     Raises:
         UserError: naming the source, if there are no such weights; or timm, if the network needs it.
@@ -197,6 +205,10 @@ def make_model(
         except ImportError as error:
             raise UserError(str(error)) from error
     with loading(f"no weights can be loaded from {source}"):
-        return model_class.from_pretrained(
-            source, config=config, ignore_mismatched_sizes=True, use_safetensors=True
-        ).train()
+        model = model_class.from_pretrained(source, config=config, ignore_mismatched_sizes=True, use_safetensors=True)
+    if reinit_stages:
+        random = model_class(config).esresnet
+        model.esresnet.stages[-reinit_stages:] = random.stages[-reinit_stages:]
+        if random.attention is not None:
+            model.esresnet.attention = random.attention
+    return model.train()
