@@ -41,7 +41,7 @@ def run_command(main: Callable[..., int | None], *arguments) -> int:
     except (UserError, OSError) as error:
         message = str(error)
         if "Original Traceback" in message:  # from a decoding process: the error's own words are in the last line
-            message = message.strip().splitlines()[-1].partition(": ")[2]
+            message = Exception.__str__(error).strip().splitlines()[-1].partition(": ")[2]
         print(f"error: {printable(message)}", file=sys.stderr)
         return getattr(error, "exit_code", UserError.exit_code)
 

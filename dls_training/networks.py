@@ -10,6 +10,7 @@ from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_c
 from huggingface_hub.errors import HTTPError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
+from torch import nn
 from transformers import CONFIG_NAME, PreTrainedModel
 
 from datasets_scripts.errors import UserError
@@ -193,7 +194,7 @@ def make_model(
         source: A checkpoint; None for random weights.
         config: The network's.
         seed: Of random weights.
-        reinit_stages: How many of the checkpoint's last stages, and what comes after them, start randomly all the same.
+        reinit_stages: How many of the last stages, and what comes after them, start randomly all the same.
 
     Raises:
         UserError: naming the source, if there are no such weights; or timm, if the network needs it.
@@ -208,7 +209,8 @@ def make_model(
         model = model_class.from_pretrained(source, config=config, ignore_mismatched_sizes=True, use_safetensors=True)
     if reinit_stages:
         random = model_class(config).esresnet
-        model.esresnet.stages[-reinit_stages:] = random.stages[-reinit_stages:]
+        trained = list(model.esresnet.stages)[:-reinit_stages]
+        model.esresnet.stages = nn.ModuleList([*trained, *random.stages[len(trained) :]])
         if random.attention is not None:
             model.esresnet.attention = random.attention
     return model.train()

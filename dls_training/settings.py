@@ -388,9 +388,7 @@ bf16 where the processor computes in it, because that is faster.
         if self.init == "pretrained" and not self.model_name_or_path:
             raise UserError("--init pretrained needs --model_name_or_path")
         if self.reinit_stages and self.init == "scratch":
-            raise UserError(
-                "--reinit_stages is of a pre-trained network, and --init scratch takes none of its weights"
-            )
+            raise UserError("--reinit_stages is of a pre-trained network, of which --init scratch takes nothing")
         if self.freeze_backbone and self.init == "scratch":
             raise UserError("--freeze_backbone needs a pre-trained backbone: --init pretrained")
         if self.freeze_batch_norm and self.init == "scratch" and self.classifier_init != "ridge":

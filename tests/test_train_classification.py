@@ -205,7 +205,7 @@ def test_freeze_backbone(options, pretrained, tmp_path):
 
 
 def test_reinit_stages(options, pretrained, tmp_path):
-    """The last stage starts anew, by the seed; all before it is the checkpoint's."""
+    """The last stage and the attention after it start anew, by the seed; all before is the checkpoint's."""
     anew = [
         "--model_name_or_path", pretrained, "--reinit_stages", "1", "--freeze_backbone", "--fold", "1",
         "--max_train_steps", "1",
@@ -218,7 +218,7 @@ def test_reinit_stages(options, pretrained, tmp_path):
     last = f"esresnet.stages.{len(ESResNetConfig.from_pretrained(pretrained).depths) - 1}."
     kernels = [name for name, weight in before.items() if name.startswith("esresnet.") and weight.ndim == 4]
     changed = [name for name in kernels if not torch.equal(before[name], after[0][name])]
-    assert changed and changed == [name for name in kernels if name.startswith(last)]
+    assert changed and changed == [name for name in kernels if name.startswith((last, "esresnet.attention."))]
     assert all(torch.equal(weight, after[1][name]) for name, weight in after[0].items())
 
 
