@@ -10,7 +10,7 @@ OTHERWISE := not browser and not benchmark and not soak
 ESC10 ?= $(wildcard ../shared/data/ESC-10)
 CODE := modeling_dls datasets_scripts dls_training dls_sounds dls_comparison hub_cards benchmarks tests *.py
 
-.PHONY: demo test test-fast test-benchmarks test-soak test-browser docs/space.png docs/label.png quality style benchmark gpu clean
+.PHONY: demo test test-fast test-benchmarks test-soak test-hostile test-browser docs/space.png docs/label.png quality style benchmark gpu clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -33,7 +33,11 @@ test-benchmarks: $(BIN)/.installed
 
 # A run that is killed twenty times.
 test-soak: $(BIN)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m soak
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m soak --ignore tests/test_hostile_input.py
+
+# Thousands of files and command lines, changed at random.
+test-hostile: $(BIN)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m soak tests/test_hostile_input.py --hostile_results results/hostile_input.csv
 
 # Needs a browser: on Debian, apt-get install chromium chromium-driver.
 test-browser: $(BIN)/.installed-browser
@@ -66,7 +70,7 @@ benchmark: $(BIN)/.installed
 # On a machine with a GPU, within ten minutes: the tests that it changes, training steps of the paper's network, and the
 # paper's recipe on ESC-10. Writes results/gpu.
 gpu: $(BIN)/.installed
-	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu -n 8
 	$(BIN)/python benchmarks/gpu.py --compile
 	$(BIN)/python reproduce.py results/gpu.yaml --max_minutes 6 $(if $(ESC10),--corpus esc10=$(ESC10))
 

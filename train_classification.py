@@ -46,7 +46,7 @@ from dls_training.input_pipeline import (
 )
 from dls_training.loop import GlobalBatch, TrainingLoop, describe
 from dls_training.metrics import ClassificationMetrics, YesNoMetrics, per_class_accuracy
-from dls_training.networks import make_config, make_extractor, make_model
+from dls_training.networks import loading, make_config, make_extractor, make_model
 from dls_training.record import RECORD_FILE, Record
 from dls_training.runs import parent_of, to_go_on_from
 from dls_training.runtime import ends_with_the_others, environment, make_accelerator, start_tracking
@@ -85,11 +85,15 @@ class FoldRun:
             store.extractor, settings.augmentation, settings.augmentation_strength, store.caches_spectrograms
         )
         config, self.fold = copy.deepcopy(config), fold
-        saved = ESResNetConfig.from_pretrained(checkpoint) if checkpoint else None
+        with loading(f"--resume_from_checkpoint {checkpoint}"):
+            saved = ESResNetConfig.from_pretrained(checkpoint) if checkpoint else None
         if hasattr(saved, "thresholds"):  # they are of the weights, and no option's
             config.thresholds = saved.thresholds
         pretrained = settings.model_name_or_path if settings.init == "pretrained" else None
-        self.model = make_model(ESResNetForAudioClassification, checkpoint or pretrained, config, settings.seed)
+        self.model = make_model(
+            ESResNetForAudioClassification, checkpoint or pretrained, config, settings.seed,
+            reinit_stages=0 if checkpoint else settings.reinit_stages,
+        )  # fmt: skip
         if settings.freeze_backbone:
             self.model.esresnet.requires_grad_(False)
         self.loop = TrainingLoop(
@@ -195,7 +199,7 @@ class FoldRun:
             history.append({"epoch": 0, "step": 0, **self.evaluate(0), "seconds": self.loop.seconds})
             logger.info(f"{self.loop.log_prefix}before training: {describe(history[0])}")
         self.loop.train(self.step, self.evaluate)
-        if self.held_out is None:  # everything was done before this process began
+        if self.held_out is None and not self.precise_statistics:  # all was done before this process began
             self.evaluate(self.loop.progress.epoch)
         self.model.load_state_dict(self.precise_statistics, strict=False)
         return self.results()
@@ -352,13 +356,14 @@ def cross_validate(settings: ClassificationSettings, accelerator: Accelerator) -
 @ends_with_the_others()
 def main(settings: ClassificationSettings) -> None:
     accelerator = make_accelerator(settings)
-    claim_output_dir(accelerator, settings.output_dir, resuming=settings.resume_from_checkpoint is not None)
-    if settings.push_to_hub and accelerator.is_main_process:
-        claim_repository(settings.hub_model_id, "classification", settings.hub_private_repo)
-    cross_validate(settings, accelerator)
-    accelerator.end_training()
-    if settings.push_to_hub and accelerator.is_main_process:  # after the run's end, for which no other process waits
-        publish(settings.output_dir, settings.hub_model_id, settings.hub_private_repo)
+    with claim_output_dir(accelerator, settings.output_dir, resuming=settings.resume_from_checkpoint is not None):
+        if settings.push_to_hub and accelerator.is_main_process:
+            claim_repository(settings.hub_model_id, "classification", settings.hub_private_repo)
+        cross_validate(settings, accelerator)
+        accelerator.end_training()
+        # After the run's end, for which no other process waits.
+        if settings.push_to_hub and accelerator.is_main_process:
+            publish(settings.output_dir, settings.hub_model_id, settings.hub_private_repo)
 
 
 if __name__ == "__main__":

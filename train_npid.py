@@ -188,16 +188,17 @@ def main(settings: PretrainingSettings) -> None:
     accelerator = make_accelerator(settings)
     if settings.shard_bank and accelerator.num_processes == 1:
         raise UserError("--shard_bank spreads the bank over processes, but there is only one: leave it out")
-    claim_output_dir(accelerator, settings.output_dir, resuming=settings.resume_from_checkpoint is not None)
-    if settings.push_to_hub and accelerator.is_main_process:
-        claim_repository(settings.hub_model_id, "npid", settings.hub_private_repo)
-    run = Pretraining(settings, accelerator)
-    start_tracking(settings, accelerator)
-    run.train()
-    run.write()
-    accelerator.end_training()
-    if settings.push_to_hub and accelerator.is_main_process:  # after the run's end, for which no other process waits
-        publish(settings.output_dir, settings.hub_model_id, settings.hub_private_repo)
+    with claim_output_dir(accelerator, settings.output_dir, resuming=settings.resume_from_checkpoint is not None):
+        if settings.push_to_hub and accelerator.is_main_process:
+            claim_repository(settings.hub_model_id, "npid", settings.hub_private_repo)
+        run = Pretraining(settings, accelerator)
+        start_tracking(settings, accelerator)
+        run.train()
+        run.write()
+        accelerator.end_training()
+        # After the run's end, for which no other process waits.
+        if settings.push_to_hub and accelerator.is_main_process:
+            publish(settings.output_dir, settings.hub_model_id, settings.hub_private_repo)
 
 
 if __name__ == "__main__":

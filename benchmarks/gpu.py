@@ -66,7 +66,6 @@ def steps(name: str, device: str, preset: str, clips: int, precision: str, compi
 
 
 def measure(args) -> list[dict]:
-    arms, seconds = {}, {}
     flops = gigaflops_per_clip(args.preset)
     lines = []
     for precision in PRECISIONS:

@@ -5,7 +5,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from .command_line import run_parsed
+from .command_line import Parser, run_parsed
 from .corpora import CORPORA, CORPUS_NAMES
 from .errors import UserError
 from .options import argument, label_pattern, path, text
@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m datasets_scripts", description=__doc__)
+    parser = Parser(prog="python -m datasets_scripts", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="export|describe")
     export = commands.add_parser("export", help="write Parquet shards and a dataset card, ready to upload")
     export.add_argument(

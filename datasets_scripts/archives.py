@@ -1,12 +1,15 @@
 """Official archives: downloaded with resumption, verified, and unpacked so that nothing escapes."""
 
+import collections
 import contextlib
 import hashlib
 import http.client
+import lzma
 import os
 import re
 import shutil
 import stat
+import struct
 import tarfile
 import time
 import urllib.error
@@ -14,19 +17,31 @@ import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import datasets
 from datasets.utils import tqdm
 from filelock import FileLock
 
 from .corpus import Archive, FolderCorpus
-from .errors import CorpusError
+from .errors import CorpusError, printable
 
 RETRY_DELAYS = (1, 2, 4, 8)  # seconds before each further try, counted anew whenever some bytes arrived
-TIMEOUT = 60  # seconds without a byte
+TIMEOUT = 60  # seconds without a byte, and between looks at the rate
+LEAST_RATE = 1000  # bytes a second: below it, a download would never end
+MOST_FOLDERS = 50  # around a file
 _BLOCK = 1 << 18
+_TAR_METADATA = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
+_MOST_METADATA = 1 << 20  # bytes of one member's name and attributes, which are held in memory
+# What readers and decompressors raise for bytes that are no archive; a damaged gzip stream is an OSError beside these.
+_DAMAGE = (
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, EOFError, ValueError, LookupError,
+    RuntimeError, ArithmeticError,
+)  # fmt: skip
 
 
 def unpacked_official(corpus: FolderCorpus, cache: Path) -> Path:
@@ -114,7 +129,7 @@ def _transfer_with_retries(archive: Archive, part: Path) -> None:
             reason, final = f"HTTP {error.code} {error.reason}", error.code < 500 and error.code not in (408, 429)
         except (OSError, http.client.HTTPException) as error:
             reason, final = str(getattr(error, "reason", error)) or type(error).__name__, False
-        if part.exists() and part.stat().st_size > before:
+        if part.exists() and part.stat().st_size > before + LEAST_RATE * TIMEOUT:
             failures = 0
         if final or failures == len(RETRY_DELAYS):
             raise CorpusError(
@@ -150,17 +165,28 @@ def _transfer(archive: Archive, part: Path) -> None:
             part.unlink()
             raise OSError("the server resumed at another place; begun again")
         have = have if resumed else 0
-        length = response.headers.get("Content-Length")
-        total = have + int(length) if length else None
+        if response.headers.get_content_type() == "text/html":
+            raise CorpusError(
+                f"{archive.url}: the server answers with a page instead of the file; see in a browser what it says, "
+                f"or fetch {archive.filename} by other means and give it as data_dir"
+            )
+        length = response.headers.get("Content-Length", "")
+        total = have + int(length) if length.isdecimal() and len(length) < 20 else None
         if tag := response.headers.get("ETag") or response.headers.get("Last-Modified"):
             validator.write_text(tag)
         with (
             open(part, "ab" if resumed else "wb") as file,
             tqdm(desc=archive.filename, total=total, initial=have, unit="B", unit_scale=True) as progress,
         ):
-            while block := response.read(_BLOCK):
+            looked, since = time.monotonic(), 0
+            while block := response.read1(_BLOCK):
                 file.write(block)
                 progress.update(len(block))
+                since += len(block)
+                if (seconds := time.monotonic() - looked) > TIMEOUT:
+                    if since < LEAST_RATE * seconds:
+                        raise OSError(f"the server sends {since / seconds:.0f} bytes a second")
+                    looked, since = time.monotonic(), 0
     if total is not None and part.stat().st_size < total:
         raise OSError(f"the connection ended after {part.stat().st_size} of {total} bytes")
 
@@ -179,6 +205,12 @@ def _verify(archive: Archive, part: Path) -> None:
                 digest.update(block)
         if digest.hexdigest() != archive.md5:
             problem = f"has md5 {digest.hexdigest()} instead of {archive.md5}"
+    if not (archive.md5 or problem):  # nothing else may have told that its end is missing
+        try:
+            with contextlib.ExitStack() as stack:
+                collections.deque(_members(part, stack), maxlen=0)
+        except (CorpusError, OSError, *_DAMAGE):
+            problem = "is no archive, or one whose end is missing"
     if problem:
         part.unlink()
         _validator_file(part).unlink(missing_ok=True)
@@ -189,7 +221,7 @@ class _Member(NamedTuple):
     name: str
     size: int
     kind: str  # "file", "folder", or what is refused: "link", "device", "encrypted file"
-    extract: Callable[[Path], object]
+    open: Callable[[], IO[bytes]]  # of a file
 
 
 def _unpack_all(files: list[Path], place: Path) -> None:
@@ -215,42 +247,91 @@ def unpack(file: Path, place: Path) -> None:
     try:
         with contextlib.ExitStack() as stack:
             for member in tqdm(_members(file, stack), desc=f"Unpacking {file.name}", unit=" files"):
-                if member.kind not in ("file", "folder") or _leads_out(member.name):
-                    what = "a path that leads out of it" if member.kind in ("file", "folder") else f"a {member.kind}"
-                    raise CorpusError(f"{file}: refused, it holds {what}: {member.name}. Get the official archive")
+                if problem := _refused(member):
+                    name = printable(member.name)
+                    raise CorpusError(f"{file}: refused, it holds {problem}: {name}. Get the official archive")
                 room -= member.size
                 if room < 0:
                     raise CorpusError(f"{file}: needs more room than is left in {place.parent}")
-                member.extract(place)
-    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, NotImplementedError) as error:
-        raise CorpusError(f"{file}: the archive is damaged or incomplete ({error}). Get it again") from None
-    except OSError as error:
-        # A damaged gzip stream is an OSError without an error number; everything else is the disk.
-        if error.errno is None:
-            raise CorpusError(f"{file}: the archive is damaged or incomplete ({error}). Get it again") from None
+                _write(member, place.joinpath(*_parts(member.name)))
+    except CorpusError:
+        raise
+    except (OSError, *_DAMAGE) as error:
+        if getattr(error, "errno", None) is None:
+            said = printable(str(error) or type(error).__name__)
+            raise CorpusError(f"{file}: the archive is damaged or incomplete ({said}). Get it again") from None
         raise CorpusError(f"{file}: cannot be unpacked into {place.parent} ({error.strerror})") from None
 
 
-def _leads_out(name: str) -> bool:
-    parts = re.split(r"[/\\]", name)
-    return name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]
+def _refused(member: _Member) -> str | None:
+    """What of a member is never written, in words."""
+    if member.kind not in ("file", "folder"):
+        return f"a {member.kind}"
+    parts = re.split(r"[/\\]", member.name)
+    if member.name.startswith(("/", "\\")) or ".." in parts or ":" in parts[0]:
+        return "a path that leads out of it"
+    if len(parts) > MOST_FOLDERS:
+        return f"more than {MOST_FOLDERS} folders in one another"
+    return "a file without a name" if member.kind == "file" and not _parts(member.name) else None
+
+
+def _parts(name: str) -> list[str]:
+    return [part for part in name.split("/") if part not in ("", ".")]
+
+
+def _write(member: _Member, target: Path) -> None:
+    """A member with the usual mode, whatever the archive says, and no longer than the archive says."""
+    if member.kind == "folder":
+        target.mkdir(parents=True, exist_ok=True)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    left = member.size
+    with member.open() as source, target.open("wb") as file:
+        while left and (block := source.read(min(left, _BLOCK))):
+            file.write(block)
+            left -= len(block)
+        if left or source.read(1):
+            raise EOFError(f"{member.name} is not as long as the archive says")
 
 
 def _members(file: Path, stack: contextlib.ExitStack) -> Iterator[_Member]:
     if zipfile.is_zipfile(file):
         archive = stack.enter_context(zipfile.ZipFile(file))
         for info in archive.infolist():
-            yield _Member(
-                info.filename, info.file_size, _zip_kind(info), lambda place, i=info: archive.extract(i, place)
-            )
+            yield _Member(info.filename, info.file_size, _zip_kind(info), partial(archive.open, info))
     elif tarfile.is_tarfile(file):
-        archive = stack.enter_context(contextlib.closing(tarfile.open(file)))  # noqa: SIM115
-        for info in archive:
+        archive = stack.enter_context(contextlib.closing(tarfile.open(file, tarinfo=_TarMember)))  # noqa: SIM115
+        for info in iter(archive.next, None):
+            archive.members.clear()  # all would stay in memory
             is_link = info.issym() or info.islnk()
             kind = "file" if info.isreg() else "folder" if info.isdir() else "link" if is_link else "device"
-            yield _Member(info.name, info.size, kind, lambda place, i=info: archive.extract(i, place, filter="data"))
+            yield _Member(info.name, info.size, kind, partial(archive.extractfile, info))
+        while archive.fileobj.read(_BLOCK):  # behind the last member is the checksum of all that was compressed
+            pass
+            archive.members = []  # which it would all hold
     else:
         raise CorpusError(f"{file}: neither a zip nor a tar archive, or one whose end is missing")
+
+
+class _TarMember(tarfile.TarInfo):
+    """As tarfile reads it, which takes a damaged member for the archive's end, and one of any size into memory."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # the end
+            raise
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(str(error)) from None
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        """For subclasses to override, says tarfile's source."""
+        if self.type == tarfile.GNUTYPE_SPARSE or self.size < 0:
+            raise tarfile.ReadError("a file with holes")
+        if self.type in _TAR_METADATA and self.size > _MOST_METADATA:
+            raise tarfile.ReadError(f"a name or attributes of {self.size} bytes")
+        return super()._proc_member(archive)
 
 
 def _zip_kind(info: zipfile.ZipInfo) -> str:

@@ -14,8 +14,8 @@ import pyarrow as pa
 from datasets.utils import tqdm
 
 from .audio import AudioFacts, inspect_audio
-from .corpus import Clip, Corpus, FolderCorpus, printable, relative_name, walk_files
-from .errors import AudioError, CorpusError
+from .corpus import Clip, Corpus, FolderCorpus, relative_name, walk_files
+from .errors import AudioError, CorpusError, printable
 from .identity import STRETCH_COLUMNS, WHOLE
 from .labels import BACKGROUND, NO_CLASS, with_answer
 

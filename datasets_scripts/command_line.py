@@ -7,9 +7,16 @@ import signal
 import sys
 from collections.abc import Callable
 
-from .errors import Interrupted, UserError
+from .errors import Interrupted, UserError, printable
 
 logger = logging.getLogger("dls")
+
+
+class Parser(argparse.ArgumentParser):
+    """Whose messages are one line, whatever was typed."""
+
+    def error(self, message: str):
+        super().error(printable(message))
 
 
 def run_command(main: Callable[..., int | None], *arguments) -> int:
@@ -34,8 +41,8 @@ def run_command(main: Callable[..., int | None], *arguments) -> int:
     except (UserError, OSError) as error:
         message = str(error)
         if "Original Traceback" in message:  # from a decoding process: the error's own words are in the last line
-            message = message.strip().splitlines()[-1].partition(": ")[2]
-        print(f"error: {message}", file=sys.stderr)
+            message = Exception.__str__(error).strip().splitlines()[-1].partition(": ")[2]
+        print(f"error: {printable(message)}", file=sys.stderr)
         return getattr(error, "exit_code", UserError.exit_code)
 
 

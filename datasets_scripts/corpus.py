@@ -3,6 +3,7 @@
 import csv
 import math
 import os
+import reprlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +22,12 @@ UNREADABLE_EXTENSIONS = frozenset((
     ".m4a", ".m4b", ".aac", ".wma", ".webm", ".weba", ".mp4", ".mov", ".mka", ".mkv", ".amr", ".3gp", ".ac3", ".ape",
     ".wv", ".tta", ".ra", ".dsf", ".dff",
 ))  # fmt: skip
+# Folders that systems put beside people's own, with deleted files, previews and the like in them.
+OF_SYSTEMS = frozenset((
+    "$RECYCLE.BIN", "RECYCLER", "System Volume Information", "lost+found", "@eaDir", "#recycle", "#snapshot",
+    "__MACOSX",
+))  # fmt: skip
+LARGEST_NUMBER = 2**31 - 1
 
 
 class Archive(NamedTuple):
@@ -163,7 +170,7 @@ class FolderCorpus(Corpus):
 
 
 def walk_files(root: Path) -> Iterator[os.DirEntry]:
-    """Every file below `root` in a fixed order, hidden ones left out. Links are followed, loops are not."""
+    """Every file below `root` in a fixed order, hidden and systems' own left out. Links are followed, loops not."""
     visited = set()
 
     def walk(folder: str) -> Iterator[os.DirEntry]:
@@ -172,7 +179,8 @@ def walk_files(root: Path) -> Iterator[os.DirEntry]:
             return
         visited.add(place)
         with os.scandir(folder) as entries:
-            found = sorted((entry for entry in entries if not entry.name.startswith(".")), key=lambda e: e.name)
+            own = (entry for entry in entries if not entry.name.startswith(".") and entry.name not in OF_SYSTEMS)
+            found = sorted(own, key=lambda entry: entry.name)
         for entry in found:
             if entry.is_dir():
                 yield from walk(entry.path)
@@ -197,11 +205,6 @@ def sound_files(root: Path) -> Iterator[Path]:
 def relative_name(path: Path, root: Path) -> str:
     """A file's name in lists, reports and messages."""
     return path.as_posix().removeprefix(f"{root.as_posix()}/")
-
-
-def printable(name: str) -> str:
-    """A name for lists and messages: line breaks, and bytes that are not UTF-8, are escaped."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def listed_clips(
@@ -280,8 +283,11 @@ def read_rows(
 def whole_number(row: Mapping[str, str], column: str, path: Path) -> int:
     """A row's value as an int, or a message that names the table, the row and the column."""
     try:
-        return int(row[column])
+        if abs(number := int(row[column])) > LARGEST_NUMBER:
+            raise ValueError
+        return number
     except ValueError:
         raise CorpusError(
-            f"{path}: column {column} must hold whole numbers, found {row[column]!r} in {dict(row)}"
+            f"{path}: column {column} must hold whole numbers up to {LARGEST_NUMBER}, found {row[column]!r:.50} in "
+            f"{reprlib.repr(dict(row))}"
         ) from None

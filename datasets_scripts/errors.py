@@ -2,11 +2,25 @@
 
 import signal
 
+LONGEST = 4000  # characters of a message
+
+
+def printable(text: str) -> str:
+    """A name or a message on one line: line breaks, and bytes that are not UTF-8, are escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
 
 class UserError(Exception):
-    """Something that the user can mend: the message names the file or option, what was expected, and what to do."""
+    """Something that the user can mend: the message names the file or option, what was expected, and what to do.
+
+    It is one line, and not endless, whatever of a stranger's file it repeats.
+    """
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        text = printable(super().__str__())
+        return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
 
 
 class CorpusError(UserError, ValueError):

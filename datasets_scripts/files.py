@@ -40,19 +40,21 @@ def folder_moved_into_place(final: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def files_moved_into_place(folder: Path, last: str | None = None) -> Iterator[Path]:
+def files_moved_into_place(folder: Path, last: str | None = None, by_way_of: Path | None = None) -> Iterator[Path]:
     """Like `folder_moved_into_place`, for files that join what `folder` already holds.
 
     Args:
         folder: Where they go.
         last: A file that is there only while the others belong to it: it goes first and comes last.
+        by_way_of: A folder in the same file system, where they are written: whoever clears it after a kill clears
+            them, too. None: `folder`.
 
     Raises:
         UserError: naming the folder, if it cannot be written.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished.") as temporary:
+        with tempfile.TemporaryDirectory(dir=by_way_of or folder, prefix=".unfinished.") as temporary:
             yield Path(temporary)
             grant_usual_modes(Path(temporary))
             if last is not None:
@@ -90,7 +92,7 @@ def read_object(path: Path | None) -> dict | None:
     """A JSON object, or None if the file is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8")) if path else None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return content if isinstance(content, dict) else None
 

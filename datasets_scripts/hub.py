@@ -52,9 +52,10 @@ class Publication:
         return next((self.parts[pattern] for pattern in fitting if fnmatchcase(path, pattern)), None)
 
     def files(self, folder: Path) -> dict[str, Path]:
-        """{path in the repository: file} of what a folder has to publish."""
-        found = {path for pattern in self.parts for path in folder.glob(pattern) if path.is_file()}
-        return {path.relative_to(folder).as_posix(): path for path in sorted(found)}
+        """{path in the repository: file} of what a folder has to publish; no links, which may lead anywhere."""
+        found = {path.relative_to(folder): path for pattern in self.parts for path in folder.glob(pattern)}
+        inside = (name for name in sorted(found) if found[name].resolve() == folder.resolve() / name)
+        return {name.as_posix(): found[name] for name in inside if found[name].is_file()}
 
 
 class Changes(NamedTuple):

@@ -23,7 +23,7 @@ SPLITS = {
 }
 # What stands for the absence of all classes, in upper or lower case; the first is what all of them are known by.
 NO_CLASS = BACKGROUND, *_ = ("background", "noise", "other", "silence")
-_FOLD = re.compile(r"fold[ _-]?(\d+)")
+_FOLD = re.compile(r"fold[ _-]?(\d{1,9})")
 # Names of the column with the class in selection tables, in the order of preference.
 _RAVEN_LABELS = ("label", "species", "class", "annotation", "common name")
 
@@ -178,7 +178,7 @@ def read_metadata_lines(path: Path, table: str, files: Files) -> Iterator[Said]:
                 continue
             try:
                 values = json.loads(line).items()
-            except (ValueError, AttributeError):
+            except (ValueError, AttributeError, RecursionError):
                 raise CorpusError(f"{path}, line {number}: is no JSON object") from None
             # What is neither text nor a number is some other column's.
             row = {

@@ -19,6 +19,7 @@ from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
+from .command_line import Parser
 from .errors import UserError
 
 LARGEST = 2**31 - 1  # of whole numbers, where nothing else bounds them
@@ -236,7 +237,7 @@ class Options:
     @classmethod
     def parser(cls) -> argparse.ArgumentParser:
         """Of all options, in groups named after the classes that declare them."""
-        parser = argparse.ArgumentParser(
+        parser = Parser(
             prog=cls.SCRIPT,
             description=cls.__doc__.splitlines()[0],
             epilog=cls.epilog(),

@@ -17,6 +17,7 @@ PRETRAINING, FINE_TUNING = "train_npid.py", "train_classification.py"
 CONVERSION = "-m modeling_dls.convert_esresnet_checkpoint"
 IMAGENET, SCRATCH = "imagenet", "none"
 # They become parts of file names.
+MOST_FOLDS = 1000
 VALUE = re.compile(r"[\w.+-]+", re.ASCII)
 
 
@@ -143,6 +144,8 @@ class Planner:
         if isinstance(self.top.content.get("folds"), list):
             return self.top.numbers("folds", minimum=1), True
         number = self.top.take("folds", int, None)
+        if number is not None and not 1 < number <= MOST_FOLDS:
+            self.top.fail(f"must be from 2 to {MOST_FOLDS}, not {number}", "folds")
         return list(CORPORA[self.plan.corpus].fold_sizes) if number is None else list(range(1, number + 1)), False
 
     def known_folds(self, section: Section) -> list[int]:

@@ -1,6 +1,7 @@
 """Reading a YAML file that a person wrote: every mistake ends in one line with the file and the key."""
 
 import re
+import reprlib
 import shlex
 from pathlib import Path
 
@@ -16,6 +17,8 @@ OWN_OPTIONS = {
     "--corpus", "--model_name_or_path", "--init", "--fold", "--exclude_fold", "--seed", "--output_dir",
     "--resume_from_checkpoint",
 }  # fmt: skip
+LARGEST = 2**31 - 1  # of a seed, or a fold
+shortened = reprlib.repr  # of what may be a stranger's: a few references make a YAML value of any length
 KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false", list: "a list", dict: "keys"}
 REQUIRED = object()
 
@@ -29,7 +32,7 @@ class Section:
     def __init__(self, content, file: Path, where: str):
         self.file, self.where = file, where
         if not isinstance(content, dict):
-            self.fail(f"must have keys, not {content!r}")
+            self.fail(f"must have keys, not {shortened(content)}")
         self.content = {str(key): value for key, value in content.items()}
 
     def fail(self, problem: str, key: str = ""):
@@ -42,7 +45,7 @@ class Section:
             return self.fail("is missing", key) if default is REQUIRED else default
         right = isinstance(value, (int, float) if kind is float else kind)
         if not right or (isinstance(value, bool) and kind is not bool):
-            self.fail(f"must be {KINDS[kind]}, not {value!r}", key)
+            self.fail(f"must be {KINDS[kind]}, not {shortened(value)}", key)
         return value
 
     def section(self, key: str, content) -> "Section":
@@ -74,8 +77,9 @@ class Section:
 
     def numbers(self, key: str, default: list[int] | None = None, minimum: int = 0) -> list[int]:
         values = self.take(key, list, default)
-        if not values or len(set(values)) < len(values) or not all(type(v) is int and v >= minimum for v in values):
-            self.fail(f"must be a list of different whole numbers from {minimum}, not {values!r}", key)
+        numbers = values and all(type(value) is int and minimum <= value <= LARGEST for value in values)
+        if not numbers or len(set(values)) < len(values):
+            self.fail(f"must be a list of different whole numbers from {minimum}, not {shortened(values)}", key)
         return values
 
     def options(self) -> list[str]:
@@ -118,5 +122,5 @@ def read_yaml(file: Path) -> Section:
     except yaml.MarkedYAMLError as error:
         line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{file}{line}: {error.problem}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:  # such as a date that there is not
         raise UserError(f"{file} is no YAML: {' '.join(str(error).split())}") from error

@@ -4,7 +4,7 @@ import argparse
 import sys
 from importlib import import_module
 
-from datasets_scripts.command_line import run_command
+from datasets_scripts.command_line import Parser, run_command
 
 from .settings import EmbedSettings, ExportSettings, LabelSettings, PredictSettings, SearchSettings
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 def make_parser() -> argparse.ArgumentParser:
     """Of the command's name alone."""
     lines = "\n".join(f"  {name:8} {settings.__doc__.splitlines()[0]}" for name, (settings, _) in COMMANDS.items())
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="dls",
         usage="dls COMMAND … (dls COMMAND --help tells its options)",
         description="A trained network and a person's recordings.",

@@ -152,7 +152,7 @@ def facts(trained: Classifier) -> dict:
 
 def thresholds(trained: Classifier) -> list[float] | None:
     """From which score on each label holds, where the checkpoint says."""
-    said = getattr(trained.config, "thresholds", None) or trained.threshold
+    said = trained.threshold
     if isinstance(said, dict):
         return [float(said[label]) for label in trained.labels]
     return None if said is None else np.broadcast_to(np.array(said, float), len(trained.labels)).tolist()
@@ -240,11 +240,13 @@ def quantised(model, calibration: Iterable[np.ndarray], folder: Path):
 
     path = folder / "quantised.onnx"
     logging.disable(logging.WARNING)  # it advises steps that the exporter has done
-    quantize_static(
-        model, path, Reader(), quant_format=QuantFormat.QDQ, op_types_to_quantize=["Conv"], per_channel=True,
-        weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8, extra_options=EXACT_OUTPUTS,
-    )  # fmt: skip
-    logging.disable(logging.NOTSET)
+    try:
+        quantize_static(
+            model, path, Reader(), quant_format=QuantFormat.QDQ, op_types_to_quantize=["Conv"], per_channel=True,
+            weight_type=QuantType.QInt8, activation_type=QuantType.QUInt8, extra_options=EXACT_OUTPUTS,
+        )  # fmt: skip
+    finally:
+        logging.disable(logging.NOTSET)
     model = onnx.load(path)
     path.unlink()
     (weight,) = (tensor for tensor in model.graph.initializer if tensor.name == run_onnx.WEIGHT)

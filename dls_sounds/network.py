@@ -10,7 +10,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from datasets_scripts.errors import UserError
 from datasets_scripts.files import json_digest
-from dls_training.networks import check_source, set_length
+from dls_training.networks import check_source, loading, set_length
 from dls_training.runtime import choose_device_and_precision
 from dls_training.settings import AS_LONG_AS_CLIPS
 from modeling_dls import (
@@ -55,14 +55,12 @@ class TrainedNetwork:
         """
         check_source("--model", source)
         self.source = str(Path(source).resolve()) if Path(source).exists() else source
-        try:
-            self.config = AutoConfig.from_pretrained(source)
+        with loading(f"--model {source}"):
+            self.config = AutoConfig.from_pretrained(source, trust_remote_code=False)
             if not isinstance(self.config, ESResNetConfig):
                 raise ValueError(f"it is a {self.config.model_type}, not an ESResNet")
             self.extractor = ESResNetFeatureExtractor.from_pretrained(source)
-            model = model_class(self.config).from_pretrained(source).eval()
-        except (ImportError, OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"--model {source}: {error}") from error
+            model = model_class(self.config).from_pretrained(source, use_safetensors=True).eval()
         self.digest = digest_of(model, self.extractor)
         if windows not in (None, AS_LONG_AS_CLIPS):
             set_length(self.extractor, windows, "--windows")

@@ -13,7 +13,7 @@ from datasets_scripts.errors import UserError
 
 from .engine import Finding, common_root, find_files
 from .network import Classifier
-from .run_onnx import best_labels, cells, detections
+from .run_onnx import SEVERAL_LABELS_FROM, best_labels, cells, detections
 from .settings import AUTO, STANDARD_INPUT, PredictSettings
 from .tables import table_name, write_csv, write_parquet, write_raven
 from .work import Work, compute, finish, processes, recordings
@@ -24,7 +24,6 @@ SCHEMA = pa.schema(
     [("file", pa.string()), ("start", pa.float64()), ("end", pa.float64()), ("label", pa.string()),
      ("score", pa.float32())]
 )  # fmt: skip
-SEVERAL_LABELS_FROM = 0.5  # where neither the user nor the model says
 ROWS_AT_A_TIME = 1 << 16
 
 

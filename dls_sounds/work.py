@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -87,8 +87,8 @@ class Work:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self.lock.acquire(timeout=0)
-            outdated = "*.claimed" if read_object(self.folder / PLAN) == plan else "*.*"
-            for path in self.folder.glob(outdated):
+            outdated = (".unfinished.*", "*.claimed") if read_object(self.folder / PLAN) == plan else ("*.*",)
+            for path in chain.from_iterable(map(self.folder.glob, outdated)):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
             write_json(self.folder / PLAN, plan)
         except Timeout as error:
@@ -240,7 +240,7 @@ def finish(work: Work, write: Callable[[Path, Iterator[pa.RecordBatch]], int]) -
     if len(unreadable) == total:
         shutil.rmtree(work.folder)
         raise UserError(f"none of the {total} files can be read; the first: {next(iter(unreadable.values()))}")
-    with files_moved_into_place(output.parent) as unfinished:
+    with files_moved_into_place(output.parent, by_way_of=work.folder) as unfinished:
         count = write(unfinished / output.name, work.tables(unreadable))
         if unreadable:
             with (unfinished / listed.name).open("w", newline="", encoding="utf-8") as file:

@@ -5,11 +5,13 @@ import logging
 import pickle
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 
 from datasets_scripts.errors import UserError
 from datasets_scripts.files import (
@@ -27,6 +29,7 @@ from .record import RECORD_FILE
 logger = logging.getLogger("dls")
 
 PREFIX = "checkpoint-"
+LOCK = ".lock"
 STATE_FILE = "trainer_state.json"
 TENSOR_FILE = "training_state.pt"
 
@@ -54,16 +57,40 @@ class Progress:
     history: list[dict] = field(default_factory=list)
 
 
-def claim_output_dir(accelerator: Accelerator, output_dir: Path, resuming: bool) -> None:
-    """Makes sure before hours of work that the folder can be written, and that no earlier run is overwritten.
+@contextlib.contextmanager
+def claim_output_dir(accelerator: Accelerator, output_dir: Path, resuming: bool) -> Iterator[None]:
+    """Keeps the folder for this run alone, which otherwise does not begin: before hours of work it is sure that the
+    folder can be written, and that no earlier run is overwritten. What a killed run left half written goes.
 
     Raises:
         UserError: naming --output_dir.
     """
     if not accelerator.is_main_process:
+        yield
         return
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file: expected a folder, or a name that is free")
+    lock = FileLock(output_dir / LOCK)  # is free as soon as its process has ended, however it did
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise UserError(
+            f"--output_dir {output_dir} is in use by another run: let it end first, or choose another folder"
+        ) from error
+    except OSError as error:
+        raise UserError(f"--output_dir {output_dir} cannot be written: {reason(error)}") from error
+    try:
+        prepare_output_dir(output_dir, resuming)
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # a system may not let go of an open file
+            Path(lock.lock_file).unlink()
+        lock.release()
+
+
+def prepare_output_dir(output_dir: Path, resuming: bool) -> None:
+    """See `claim_output_dir`; of a folder that no other run uses."""
     if not resuming and output_dir.is_dir():
         patterns = (f"{PREFIX}*", "all_results.json", "fold-*", "*.safetensors")
         earlier = [path for pattern in patterns for path in output_dir.glob(pattern)]
@@ -73,7 +100,6 @@ def claim_output_dir(accelerator: Accelerator, output_dir: Path, resuming: bool)
                 "with --resume_from_checkpoint latest"
             )
     try:
-        output_dir.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=output_dir) as probe:
             probe.write(b"written")
         for pattern in (f".{PREFIX}*", ".unfinished.*"):  # of a run that was killed while it wrote

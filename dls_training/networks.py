@@ -1,15 +1,21 @@
 """The network and the feature extractor that a train script's options ask for."""
 
+import contextlib
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate.utils import set_seed
-from transformers import PreTrainedModel
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError
+from torch import nn
+from transformers import CONFIG_NAME, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from datasets_scripts.errors import UserError
+from datasets_scripts.hub import is_lost_connection, reason
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor
 
 from .settings import AS_LONG_AS_CLIPS, TrainingSettings
@@ -18,6 +24,7 @@ logger = logging.getLogger("dls")
 
 USUAL = {"clip_seconds": 5.0, "audio_channels": 1}
 FFT_MULTIPLE = 64
+HUB_SECONDS = 10  # for an answer whether there is such a model
 STRUCTURE = (
     "embedding_size", "hidden_sizes", "depths", "layer_type", "attention", "pooling", "growth_rate",
     "downsample_in_bottleneck",
@@ -49,14 +56,43 @@ def check_agreement(settings: TrainingSettings, options: dict, found) -> None:
 
 
 def check_source(option: str, source: str) -> None:
-    """Says of a folder that is not there what `from_pretrained` would take for a mistyped Hub id.
+    """Says of a folder that is not there what `from_pretrained` would take for a Hub id, and ask for again and again.
 
     Raises:
         UserError: naming the option.
     """
     path = Path(source)
-    if not path.exists() and (path.is_absolute() or len(path.parts) > 2):
+    if path.exists():
+        return
+    if path.is_absolute() or len(path.parts) > 2:
         raise UserError(f"{option} {path}: there is no such folder, and a Hub id has one slash at most")
+    try:
+        validate_repo_id(source)
+        get_hf_file_metadata(hf_hub_url(source, CONFIG_NAME), timeout=HUB_SECONDS)
+    except (HTTPError, OSError, ValueError) as error:
+        # Without a connection, what was downloaded before serves.
+        if is_lost_connection(error) and isinstance(try_to_load_from_cache(source, CONFIG_NAME), str):
+            return
+        raise UserError(f"{option} {source}: there is no such folder, nor such a model: {reason(error)}") from error
+
+
+@contextlib.contextmanager
+def loading(what: str) -> Iterator[None]:
+    """Around what reads a checkpoint, which may be anybody's, and damaged in any way.
+
+    Args:
+        what: Is loaded, for messages.
+
+    Raises:
+        UserError: in one line, for whatever goes wrong.
+    """
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split())
+        if not isinstance(error, (ImportError, OSError, ValueError, RuntimeError, SafetensorError)):
+            said = f"one of its files is damaged ({type(error).__name__}: {said})"
+        raise UserError(f"{what}: {said}") from error
 
 
 def make_extractor(settings: TrainingSettings) -> ESResNetFeatureExtractor:
@@ -71,10 +107,8 @@ def make_extractor(settings: TrainingSettings) -> ESResNetFeatureExtractor:
     changes = given(settings, "sampling_rate", "frequency_scale", "spec_height", "spec_width")
     if settings.model_name_or_path:
         check_source("--model_name_or_path", settings.model_name_or_path)
-        try:
+        with loading(f"--model_name_or_path {settings.model_name_or_path}"):
             extractor = ESResNetFeatureExtractor.from_pretrained(settings.model_name_or_path)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--model_name_or_path {settings.model_name_or_path}: {error}") from error
         check_agreement(settings, changes, extractor)
     else:
         try:
@@ -132,10 +166,8 @@ def make_config(settings: TrainingSettings, **overrides) -> ESResNetConfig:
             return ESResNetConfig.from_preset(settings.preset, **changes, **overrides)
         except ValueError as error:
             raise UserError(f"--preset {settings.preset} with {', '.join(changes)} changed: {error}") from error
-    try:
+    with loading(f"--model_name_or_path {source}"):
         config = ESResNetConfig.from_pretrained(source, **overrides)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model_name_or_path {source}: {error}") from error
     if config.model_type != "esresnet":
         raise UserError(f"--model_name_or_path {source} is a {config.model_type}, not an ESResNet")
     check_agreement(settings, changes, config)
@@ -150,7 +182,7 @@ def make_config(settings: TrainingSettings, **overrides) -> ESResNetConfig:
     return config
 
 
-@contextmanager
+@contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Without its warnings: a new head is nothing to be warned of in red."""
     verbosity = transformers_logging.get_verbosity()
@@ -179,26 +211,38 @@ def report_loading(source: str | Path, found: dict) -> None:
 
 
 def make_model(
-    model_class: type[PreTrainedModel], source: str | Path | None, config: ESResNetConfig, seed: int
-) -> PreTrainedModel:
+    model_class: type[PreTrainedModel], source: str | Path | None, config: ESResNetConfig, seed: int,
+    reinit_stages: int = 0,
+) -> PreTrainedModel:  # fmt: skip
     """A network in training mode, with the weights of `source`, or random ones; a head of another size starts anew.
 
     Random weights depend on the seed alone, whatever ran before in this process.
+
+    Args:
+        model_class: One of ESResNet's with a head.
+        source: A checkpoint; None for random weights.
+        config: The network's.
+        seed: Of random weights.
+        reinit_stages: How many of the last stages, and what comes after them, start randomly all the same.
 
     Raises:
         UserError: naming the source, if there are no such weights; or timm, if the network needs it.
     """
     set_seed(seed)
-    try:
-        if source is None:
+    if source is None:
+        try:
             return model_class(config).train()
-        with quiet_transformers():
-            model, found = model_class.from_pretrained(
-                source, config=config, ignore_mismatched_sizes=True, output_loading_info=True
-            )
-        report_loading(source, found)
-        return model.train()
-    except ImportError as error:
-        raise UserError(str(error)) from error
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"no weights can be loaded from {source}: {error}") from error
+        except ImportError as error:
+            raise UserError(str(error)) from error
+    with loading(f"no weights can be loaded from {source}"), quiet_transformers():
+        model, found = model_class.from_pretrained(
+            source, config=config, ignore_mismatched_sizes=True, use_safetensors=True, output_loading_info=True
+        )
+    report_loading(source, found)
+    if reinit_stages:
+        random = model_class(config).esresnet
+        trained = list(model.esresnet.stages)[:-reinit_stages]
+        model.esresnet.stages = nn.ModuleList([*trained, *random.stages[len(trained) :]])
+        if random.attention is not None:
+            model.esresnet.attention = random.attention
+    return model.train()

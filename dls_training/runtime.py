@@ -51,6 +51,11 @@ def ends_with_the_others() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        if "DataLoader worker" in str(error):
+            raise LostProcess(
+                f"a decoding process has died ({str(error).splitlines()[0][:200]}): if memory was short, lower "
+                "--dataloader_num_workers. What was saved is intact: --resume_from_checkpoint latest goes on from it"
+            ) from error
         if not lost_process(error):
             raise
         raise LostProcess(

@@ -372,6 +372,9 @@ bf16 where the processor computes in it, because that is faster.
         help="scratch keeps only the network and signal settings of --model_name_or_path (default: pretrained where "
         "a checkpoint is given)",
     )  # fmt: skip
+    reinit_stages: int = option(
+        0, whole(0, 4), "start the pre-trained network's last N stages, and what comes after them, randomly"
+    )
     labels_per_class: int | None = option(None, whole(1), "train on this many clips of each class (default: all)")
     freeze_backbone: bool = option(False, flag, "train the classifier alone; the paper found that worse")
     freeze_batch_norm: bool = option(
@@ -402,6 +405,8 @@ bf16 where the processor computes in it, because that is faster.
         self.init = self.init or ("pretrained" if self.model_name_or_path else "scratch")
         if self.init == "pretrained" and not self.model_name_or_path:
             raise UserError("--init pretrained needs --model_name_or_path")
+        if self.reinit_stages and self.init == "scratch":
+            raise UserError("--reinit_stages is of a pre-trained network, of which --init scratch takes nothing")
         if self.freeze_backbone and self.init == "scratch":
             raise UserError("--freeze_backbone needs a pre-trained backbone: --init pretrained")
         if self.freeze_batch_norm and self.init == "scratch" and self.classifier_init != "ridge":

@@ -3,7 +3,7 @@
 import argparse
 import sys
 
-from datasets_scripts.command_line import run_parsed
+from datasets_scripts.command_line import Parser, run_parsed
 from datasets_scripts.options import argument, named_source, path, text, whole
 
 NAME, PORT = argument(text), argument(whole(1, 65535))
@@ -15,7 +15,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m hub_cards", description=__doc__)
+    parser = Parser(prog="python -m hub_cards", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="publish|space")
     publish = commands.add_parser(
         "publish", help="upload a finished run to a model repository of the Hub, in one commit"

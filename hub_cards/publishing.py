@@ -1,5 +1,6 @@
 """A finished run's folder -> a model repository on the Hub, in one commit."""
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -115,9 +116,11 @@ def finished_run(folder: Path) -> tuple[dict, Publication, dict[str, Path]]:
     files = publication.files(folder)
     signal, config = read_object(folder / "preprocessor_config.json"), read_object(folder / "config.json")
     code = {name for settings in (config, signal) if settings for name in code_of(settings, files)}
+    files = {name: file for name, file in files.items() if publication.part_of(name) != "code" or name in code}
     for name in (*REQUIRED, *sorted(code)):
         if name not in files or (name.endswith(".json") and read_object(files[name]) is None):
             problem = "damaged" if name in files else "missing"
+            problem = "a link, which is not followed" if os.path.islink(folder / name) else problem
             raise UserError(
                 f"{folder / name} is {problem}; `python {results['command']} --resume_from_checkpoint latest` writes "
                 "it anew"
@@ -127,6 +130,14 @@ def finished_run(folder: Path) -> tuple[dict, Publication, dict[str, Path]]:
 
 def code_of(settings: dict, files: dict[str, Path]) -> set[str]:
     """The files that `trust_remote_code` loads for a config.json: those that it names, and those that they import."""
-    named = {f"{reference.partition('.')[0]}.py" for reference in settings.get("auto_map", {}).values()}
-    sources = [files[name].read_text(encoding="utf-8") for name in sorted(named) if name in files]
-    return named | {f"{module}.py" for text in sources for module in re.findall(r"^from \.(\w+) import", text, re.M)}
+    named = settings.get("auto_map")
+    left = (
+        [f"{str(reference).partition('.')[0]}.py" for reference in named.values()] if isinstance(named, dict) else []
+    )
+    code = set()
+    while left:
+        code.add(name := left.pop())
+        text = files[name].read_text(encoding="utf-8", errors="replace") if name in files else ""
+        imported = {f"{module}.py" for module in re.findall(r"^from \.(\w+) import", text, re.M)}
+        left += imported.difference(code)
+    return code

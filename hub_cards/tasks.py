@@ -25,6 +25,7 @@ class Task(Protocol):
     measured: str  # by its accuracies, in words
     architecture: str  # class of `modeling_dls` that its folder loads as
     score: str  # what the page's scores are, in words
+    results: dict[str, type]  # what of its results others rely on, beside what every task has
 
     def title(self, results: dict) -> str:
         """Of the commit that publishes the run."""
@@ -74,6 +75,7 @@ class Pretraining(Task):
     measured = "k-NN accuracy of the embedding"
     architecture = "ESResNetForInstanceDiscrimination"
     score = "Share of votes"
+    results = {"clips": dict, "history": list, "knn": dict}  # noqa: RUF012
 
     def title(self, results):
         return f"ESResNet pre-trained on {', '.join(results['clips'])}, seed {results['seed']}"
@@ -118,6 +120,7 @@ class Classification(Task):
     measured = "accuracy on the held-out fold"
     architecture = "ESResNetForAudioClassification"
     score = "Probability"
+    results = {"corpus": str, "folds": dict}  # noqa: RUF012
 
     def title(self, results):
         return f"ESResNet trained on {results['corpus']}, seed {results['seed']}"
@@ -180,12 +183,16 @@ class Classification(Task):
         )
 
 
+OF_EVERY_TASK = {"corpora": dict, "seed": int, "command": str, "options": dict}
 TASKS = {task.name: task for task in (Pretraining(), Classification())}
 
 
 def task_of(results: dict | None) -> Task | None:
     """The task whose results these are; None if they are no results of ours, or none at all."""
-    return TASKS.get(str((results or {}).get("task")))
+    results = results or {}
+    task = TASKS.get(str(results.get("task")))
+    expected = OF_EVERY_TASK | task.results if task else {}
+    return task if all(isinstance(results.get(name), kind) for name, kind in expected.items()) else None
 
 
 def with_start(results: dict, prefix: str = "") -> list[float]:

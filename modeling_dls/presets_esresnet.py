@@ -17,9 +17,8 @@ PRESETS = {
     "esresnet18": {"network": _RESNET18, "signal": _SMALL_PICTURES},
     # Smaller still: for edge devices and for the demo.
     "small": {"network": _SMALL, "signal": _SMALL_PICTURES},
-    # Of the recommended recipe: it pools what all its stages do, of which the first say most (see results/), and is
-    # wide there. Pitch matters most where sounds differ most, below a few kilohertz; and when, more than at which
-    # pitch exactly.
+    # Of the recommended recipe: it pools what all its stages do, and is wide where they begin (see results/choice).
+    # Pitch matters most where sounds differ most, below a few kilohertz; and when, more than at which pitch exactly.
     "small_mel": {"network": _EARLY, "signal": _MEL_PICTURES},
     # A quarter of it, for small devices.
     "tiny_mel": {

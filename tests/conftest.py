@@ -12,6 +12,7 @@ def pytest_addoption(parser):
     space.addoption("--space_picture", type=Path, help="where to keep a picture of the page")
     space.addoption("--label_index", type=Path, help="an index of ESC-50's audio folder to picture dls label with")
     space.addoption("--label_pictures", type=Path, help="a folder for them")
+    parser.addoption("--hostile_results", type=Path, help="where test_hostile_input.py is to sum up what it tried")
 
 
 def pytest_configure():

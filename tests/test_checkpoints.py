@@ -7,6 +7,7 @@ import os
 import pickle
 import resource
 import signal
+import time
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,7 +19,7 @@ from safetensors.torch import save_file
 from scripts import MEASURED, Forked
 from torch.utils.data import DataLoader
 
-from datasets_scripts.errors import Interrupted, UserError
+from datasets_scripts.errors import Interrupted, LostProcess, UserError
 from datasets_scripts.files import (
     file_digest,
     files_moved_into_place,
@@ -39,6 +40,7 @@ from dls_training.checkpoints import (
 from dls_training.input_pipeline import ShuffledClips
 from dls_training.loop import TrainingLoop
 from dls_training.record import RECORD_FILE, Record
+from dls_training.runtime import ends_with_the_others
 
 MODEL_FILE = "model.bin"
 
@@ -400,7 +402,8 @@ def test_tensors_that_cannot_be_read_are_named(tmp_path, content):
 
 
 def claim(folder, resuming=False):
-    claim_output_dir(SimpleNamespace(is_main_process=True), folder, resuming)
+    with claim_output_dir(SimpleNamespace(is_main_process=True), folder, resuming):
+        pass
 
 
 def test_claim_makes_the_folder(tmp_path):
@@ -409,7 +412,8 @@ def test_claim_makes_the_folder(tmp_path):
 
 
 def test_only_the_main_process_claims(tmp_path):
-    claim_output_dir(SimpleNamespace(is_main_process=False), tmp_path / "a", False)
+    with claim_output_dir(SimpleNamespace(is_main_process=False), tmp_path / "a", False):
+        pass
     assert not (tmp_path / "a").exists()
 
 
@@ -463,6 +467,43 @@ def test_a_run_killed_while_it_saves_can_go_on(tmp_path):
     claim(run, resuming=True)
     assert names(run) == ["checkpoint-1"]
     assert find_checkpoint("latest", run) == run / "checkpoint-1"
+
+
+def test_one_run_at_a_time(tmp_path):
+    leftover = tmp_path / ".checkpoint-2.abc"
+    with claim_output_dir(SimpleNamespace(is_main_process=True), tmp_path, False):
+        leftover.mkdir()  # as while it saves
+        with pytest.raises(UserError, match=r"--output_dir .* is in use by another run"):
+            claim(tmp_path, resuming=True)
+        assert leftover.is_dir()
+    claim(tmp_path, resuming=True)
+    assert not names(tmp_path)
+
+
+def test_a_killed_run_holds_nothing_though_its_processes_live_on(tmp_path):
+    living, writing = os.pipe()
+    if not (process := os.fork()):
+        with claim_output_dir(SimpleNamespace(is_main_process=True), tmp_path, False):
+            if os.fork() == 0:  # as those that compute or decode
+                os.write(writing, b"lives")
+                time.sleep(10)
+                os._exit(0)
+            os.read(living, 5)
+            os.kill(os.getpid(), signal.SIGKILL)
+    assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == -signal.SIGKILL
+    claim(tmp_path)
+
+
+def test_a_killed_decoding_process_is_said():
+    class Killed(torch.utils.data.Dataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, _):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(LostProcess, match=r"a decoding process has died .*lower --dataloader_num_workers"):
+        ends_with_the_others()(list)(torch.utils.data.DataLoader(Killed(), num_workers=1))
 
 
 # The loop's own use of it

@@ -7,6 +7,7 @@ import os
 import shutil
 import tarfile
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -124,6 +125,87 @@ def test_archive_that_leads_out_is_refused(make, arguments, tmp_path):
     assert not Path("/tmp/escaped.txt").exists()
 
 
+@pytest.fixture
+def tree(tmp_path):
+    folder = tmp_path / "tree"
+    for number in range(40):
+        (folder / f"{number:02d}.wav").parent.mkdir(exist_ok=True)
+        (folder / f"{number:02d}.wav").write_bytes(os.urandom(700))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["tar", "gztar", "bztar", "xztar", "zip"])
+def test_what_is_unpacked_is_what_was_packed(tree, tmp_path, kind):
+    archives.unpack(Path(shutil.make_archive(str(tmp_path / "a"), kind, tmp_path, "tree")), tmp_path / "out")
+    for path in tree.iterdir():
+        assert (tmp_path / "out" / "tree" / path.name).read_bytes() == path.read_bytes()
+        assert (tmp_path / "out" / "tree" / path.name).stat().st_mode == path.stat().st_mode
+
+
+def test_a_tar_whose_middle_is_damaged_is_not_a_shorter_one(tree, tmp_path):
+    file = Path(shutil.make_archive(str(tmp_path / "a"), "tar", tree))
+    content = file.read_bytes()
+    place = content.index(b"./10.wav")
+    file.write_bytes(content[:place] + b"?" + content[place + 1 :])
+    with pytest.raises(CorpusError, match=r"damaged or incomplete .bad checksum"):
+        archives.unpack(file, tmp_path / "out")
+    file.write_bytes(content[:place])  # cut between two members
+    with pytest.raises(CorpusError, match=r"damaged or incomplete .empty header"):
+        archives.unpack(file, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", ["tar", "gztar", "bztar", "xztar", "zip"])
+def test_damage_anywhere_is_said_in_one_line(tree, tmp_path, kind):
+    file = Path(shutil.make_archive(str(tmp_path / "a"), kind, tree))
+    content, refused = file.read_bytes(), 0
+    for number in range(60):
+        place = len(content) * number // 60
+        file.write_bytes(content[:place] + bytes([content[place] ^ 0xA5]) + content[place + 1 :])
+        try:
+            archives.unpack(file, tmp_path / f"out{number}")
+        except CorpusError as error:
+            refused += 1
+            assert str(file) in str(error) and "\n" not in str(error)
+    assert refused > (5 if kind == "tar" else 50)  # nothing in a tar tells of damaged content
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("/".join("a" * 1500), "refused, it holds more than 50 folders"),
+        ("a/" * 1500 + "b.wav", "refused, it holds more than 50 folders"),
+        ("", "refused, it holds a file without a name|damaged"),
+        (".", "refused, it holds a file without a name|damaged"),
+        ("x" * 300 + ".wav", "File name too long"),
+        ("a\nb/../c.wav", r"a path that leads out of it: a\\nb"),
+    ],
+)
+@pytest.mark.parametrize("make", [zip_with, tar_with])
+def test_names_that_no_file_can_have(make, name, said, tmp_path):
+    with pytest.raises(CorpusError, match=said) as error:
+        archives.unpack(make(tmp_path, name), tmp_path / "out")
+    assert "\n" not in str(error.value)
+
+
+def test_zip_whose_names_are_no_utf8(tmp_path):
+    file = zip_with(tmp_path, "scenes_stereo/ä.wav")
+    file.write_bytes(file.read_bytes().replace("ä".encode(), b"\xff\xfe"))
+    with pytest.raises(CorpusError, match="damaged or incomplete"):
+        archives.unpack(file, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", [tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME])
+def test_a_tar_that_would_fill_the_memory(tmp_path, kind):
+    info = tarfile.TarInfo("bomb")
+    info.type, info.size = kind, 1 << 33
+    file = tmp_path / "bomb.tar"
+    file.write_bytes(tarfile.TarInfo("a.wav").tobuf() + info.tobuf(tarfile.GNU_FORMAT))
+    with open(file, "ab") as sparse:
+        sparse.truncate(1 << 33)
+    with pytest.raises(CorpusError, match="name or attributes of 8589934592 bytes"):
+        archives.unpack(file, tmp_path / "out")
+
+
 # --------------------------------------------------------------------------------------------------------- downloading
 
 
@@ -165,8 +247,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if start:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.send_header("ETag", server.etag)
-        self.send_header("Content-Length", str(len(content) - start))
+        if fault in ("no length", "cut, no length"):
+            content = content[: len(content) // 3] if fault.startswith("cut") else content
+        else:
+            self.send_header("Content-Length", "abc" if fault == "odd length" else str(len(content) - start))
+        self.send_header("Content-Type", "text/html; charset=utf-8" if fault == "page" else "application/zip")
         self.end_headers()
+        if fault == "drip":
+            for _ in range(100):
+                self.wfile.write(b"x")
+                time.sleep(0.02)
         self.wfile.write(content[start : start + len(content) // 3] if fault == "cut" else content[start:])
 
 
@@ -214,6 +304,35 @@ def test_interrupted_transfer_is_resumed(server, official, tmp_path):
     assert len(load_corpus("dcase2013", cache_dir=tmp_path)) == 200
     third = len(server.content) // 3
     assert server.ranges == [None, f"bytes={third}-", f"bytes={2 * third}-"]
+
+
+@pytest.mark.parametrize("fault", ["odd length", "no length"])
+def test_server_that_does_not_say_how_long_the_file_is(server, official, tmp_path, fault):
+    server.script = [fault]
+    assert len(load_corpus("dcase2013", cache_dir=tmp_path)) == 200
+
+
+def test_page_instead_of_an_archive(server, official, tmp_path):
+    server.script = ["page"]
+    with pytest.raises(CorpusError, match=r"answers with a page instead of the file.*scenes\.zip by other means"):
+        load_corpus("dcase2013", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["zip", "gztar"])
+def test_cut_body_without_length_or_digest_is_not_kept(server, monkeypatch, tree, tmp_path, kind):
+    server.content = Path(shutil.make_archive(str(tmp_path / "a"), kind, tree)).read_bytes()
+    server.script = ["cut, no length"]
+    with pytest.raises(CorpusError, match=r"is no archive, or one whose end is missing\. It was deleted"):
+        archives.download(Archive(server.url, "ESC-50-master.zip"), tmp_path / "cache")
+    assert archives.download(Archive(server.url, "ESC-50-master.zip"), tmp_path / "cache").is_file()
+
+
+def test_server_that_sends_a_byte_now_and_then(server, official, monkeypatch, tmp_path):
+    monkeypatch.setattr(archives, "TIMEOUT", 0.3)
+    server.script = ["drip"] * 10
+    with pytest.raises(CorpusError, match=r"the server sends \d+ bytes a second"):
+        load_corpus("dcase2013", cache_dir=tmp_path)
+    assert len(server.ranges) == 1 + len(archives.RETRY_DELAYS)
 
 
 def test_interrupted_run_is_resumed_by_the_next(server, official, tmp_path):

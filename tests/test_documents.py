@@ -122,6 +122,14 @@ def test_nothing_committed_names_a_place_on_a_machine():
         assert not re.search(r"/(work|tmp|root|home)/", path.read_text(encoding="utf-8")), path
 
 
+def test_every_promise_has_its_test():
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", text)
+    assert len(named) > 10
+    for file, test in named:
+        assert f"def {test}" in (ROOT / file).read_text(encoding="utf-8"), (file, test)
+
+
 def test_readme_names_what_exists():
     for name in re.findall(r"^([\w./-]+?)/?  +\S", blocks("")[-1], flags=re.MULTILINE):
         assert (ROOT / name).exists(), name
@@ -270,6 +278,17 @@ def test_card_of_non_commercial_sound(fine_tuned, tmp_path):
     assert card.data.license is None and "`a/stranger`, from which this began, had heard is not known" in card.text
     card = card_of((own, "synthetic"))
     assert card.data.license == "apache-2.0" and "apache-2.0, is that of the code" in card.text
+
+
+def test_the_checkouts_network_brings_its_code(tmp_path):
+    """The snippet of its card, in a process that has none of ours; its code is the package's, by links."""
+    folder = ROOT / "checkpoints" / "small_mel"
+    (snippet,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), flags=re.DOTALL)
+    soundfile.write(tmp_path / "clip.wav", np.zeros(44100), 44100)
+    (printed,) = answers((tmp_path, snippet.replace('folder = "."', f"folder = {str(folder)!r}")))
+    assert "tensor([[" in printed
+    for file in folder.glob("*.py"):
+        assert file.resolve() == ROOT / "modeling_dls" / file.name
 
 
 def test_no_text_breaks_a_table_or_is_html():

@@ -83,6 +83,21 @@ def test_what_was_inferred_is_said_at_every_load_and_can_be_denied(load, tmp_pat
     assert set(labels_of(denied).values()) == {None} and set(denied["fold"][:]) == {0}
 
 
+def test_folders_that_systems_make_are_no_classes(load, tmp_path):
+    of_systems = ["$RECYCLE.BIN/S-1-5/x.wav", "dog/@eaDir/a.wav/x.wav", "System Volume Information/x.wav"]
+    make_folder(tmp_path, ["dog/a.wav", "cat/b.wav", *of_systems])
+    assert labels_of(load(tmp_path)) == {"cat/b.wav": "cat", "dog/a.wav": "dog"}
+
+
+@pytest.mark.parametrize("fold", ["1" + "0" * 30, "9" * 5000, "1.5"])
+def test_folds_that_no_corpus_has(fold, load, tmp_path):
+    make_folder(tmp_path, ["a.wav"])
+    (tmp_path / "metadata.csv").write_text(f"file_name,fold\na.wav,{fold}\n")
+    with pytest.raises(CorpusError, match=r"metadata\.csv: column fold must hold whole numbers up to 2147483647") as e:
+        load(tmp_path)
+    assert len(str(e.value)) < 500
+
+
 def test_a_stray_file_is_named(load, tmp_path, caplog):
     root = make_folder(tmp_path / "s", ["dog/1.wav", "dog/2.wav", "cat/1.wav", "cat/2.wav", "stray.wav"])
     assert set(labels_of(load(root)).values()) == {None}

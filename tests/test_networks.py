@@ -1,5 +1,7 @@
-"""Networks that a command asks for, what cannot be had, and what the launcher asks for."""
+"""Networks that a command asks for, what cannot be had or is damaged, and what the launcher asks for."""
 
+import contextlib
+import json
 import logging
 import sys
 from argparse import Namespace
@@ -7,18 +9,25 @@ from argparse import Namespace
 import pytest
 import torch
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+from safetensors.torch import load_file
 from scripts import fail
+from sound_networks import save
 
 from datasets_scripts.errors import UserError
-from dls_training.networks import make_config, make_extractor, make_model
+from dls_sounds.network import Classifier
+from dls_sounds.page.analysis import Network
+from dls_training import networks
+from dls_training.networks import check_source, make_config, make_extractor, make_model
 from dls_training.runtime import choose_device_and_precision
-from dls_training.settings import TRACKERS, PretrainingSettings
+from dls_training.settings import TRACKERS, ClassificationSettings, PretrainingSettings
 from modeling_dls import (
     ESResNetConfig,
     ESResNetForAudioClassification,
     ESResNetForInstanceDiscrimination,
     ESResNetModel,
 )
+
+CLASSIFIER = ESResNetForAudioClassification.__name__
 
 
 def test_a_checkpoint_of_another_preset_is_refused_by_what_differs(tmp_path):
@@ -35,6 +44,77 @@ def test_a_densenet_without_timm_is_a_message(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm.models.densenet", None)
     with pytest.raises(UserError, match="pip install timm"):
         make_model(ESResNetModel, None, ESResNetConfig.from_preset("densenet_small"), seed=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", None), ("model.safetensors", b"\xff" * 8), ("config.json", b"[]"), ("config.json", b"{"),
+        ("config.json", b'{"model_type": "esresnet", "hidden_sizes": "wide"}'), ("preprocessor_config.json", b"[1]"),
+    ],
+)  # fmt: skip
+def test_a_damaged_checkpoint_is_said_in_one_line(name, content, tmp_path):
+    folder = save(ESResNetForAudioClassification, tmp_path / "model")
+    file = folder / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if content is None else content)
+    settings = ClassificationSettings(model_name_or_path=str(folder))
+
+    def start():
+        make_extractor(settings)
+        make_model(ESResNetForAudioClassification, folder, make_config(settings), seed=0)
+
+    for read in (start, lambda: Classifier(str(folder), None, "no"), lambda: Network(folder, CLASSIFIER)):
+        with pytest.raises(UserError, match=str(folder)) as error:
+            read()
+        assert "\n" not in str(error.value)
+
+
+def test_weights_that_would_be_unpickled_are_not_read(tmp_path):
+    folder = save(ESResNetForAudioClassification, tmp_path / "model")
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    for read in (lambda: Classifier(str(folder), None, "no"), lambda: Network(folder, CLASSIFIER)):
+        with pytest.raises(UserError, match=r"model\.safetensors"):
+            read()
+
+
+@pytest.mark.parametrize("model_type", ["esresnet", "stranger"])
+def test_code_of_a_models_folder_is_not_run(model_type, tmp_path):
+    folder, trace = save(ESResNetForAudioClassification, tmp_path / "model"), tmp_path / "executed"
+    (folder / "evil.py").write_text(f"open({str(trace)!r}, 'w')\nclass Evil: pass\n")
+    everything = dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForAudioClassification"), "evil.Evil")
+    for name in ("config.json", "preprocessor_config.json"):
+        content = json.loads((folder / name).read_text())
+        content |= {"auto_map": everything | {"AutoFeatureExtractor": "evil.Evil"}}
+        (folder / name).write_text(json.dumps(content | ({"model_type": model_type} if name[:4] == "conf" else {})))
+    settings = ClassificationSettings(model_name_or_path=str(folder))
+    for read in (
+        lambda: Classifier(str(folder), None, "no"),
+        lambda: Network(folder, CLASSIFIER),
+        lambda: make_extractor(settings),
+        lambda: make_model(ESResNetForAudioClassification, folder, make_config(settings), seed=0),
+    ):
+        with contextlib.suppress(UserError):
+            read()
+    assert not trace.exists()
+    exec((folder / "evil.py").read_text())  # it would have worked
+    assert trace.exists()
+
+
+def test_a_mistyped_folder_is_not_asked_for_again_and_again(monkeypatch):
+    asked = []
+
+    def nobody_answers(url, **_):
+        asked.append(url)
+        raise ConnectionError("no connection")
+
+    monkeypatch.setattr(networks, "get_hf_file_metadata", nobody_answers)
+    for name in ("runs/npdi", "npdi"):
+        with pytest.raises(UserError, match=f"--model {name}: there is no such folder, nor such a model: .*no conn"):
+            check_source("--model", name)
+    with pytest.raises(UserError, match="--model a b: there is no such folder, nor such a model"):
+        check_source("--model", "a b")
+    assert len(asked) == 2
 
 
 @pytest.mark.parametrize(

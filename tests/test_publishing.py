@@ -192,7 +192,7 @@ def pretrained(trained, tmp_path) -> Path:
 
 def test_a_published_run_gives_the_same_elsewhere(trained, hub, tmp_path):
     folder = Path(shutil.copytree(trained[0], tmp_path / "runs", ignore=shutil.ignore_patterns("home", "patience")))
-    for name in ("notes.txt", "holiday.png"):
+    for name in ("notes.txt", "holiday.png", "notes_esresnet.py"):
         (folder / "classifier" / name).write_text("not for others")
     assert {"fold-1", "fold-2"} <= {path.name for path in (folder / "classifier").iterdir()}
     code, output = publish(hub, folder, "classifier", "dogs")  # "you" is whose token it is
@@ -380,6 +380,25 @@ def test_dry_run_without_network_or_token(trained):
         listed = {words[1]: int(words[0].replace(",", "")) for words in map(str.split, output.splitlines()[1:])}
         assert listed == {name: len(content) for name, content in contents(folder / "npid").items()}
     assert "the connection to the Hub failed" in output
+
+
+def test_links_are_not_followed(pretrained, hub, tmp_path):
+    (tmp_path / "secret").write_text("not for others")
+    (pretrained / "embedding.png").unlink()
+    (pretrained / "embedding.png").symlink_to(tmp_path / "secret")
+    code, output = publish(hub, tmp_path, "npid", "npid")
+    assert code == 0, output
+    assert set(hub.files("models/you/npid")) == OF_A_PRETRAINING - {"embedding.png"} | {".gitattributes"}
+    (pretrained / "config.json").rename(tmp_path / "config.json")
+    (pretrained / "config.json").symlink_to(tmp_path / "config.json")
+    assert "config.json is a link, which is not followed" in refused(publish(hub, tmp_path, "npid", "npid"))
+
+
+@pytest.mark.parametrize("change", [{"corpora": []}, {"options": 3}, {"clips": None}, {"command": ["a"]}])
+def test_results_of_other_types(change, pretrained, hub, tmp_path):
+    results = json.loads((pretrained / "all_results.json").read_text())
+    (pretrained / "all_results.json").write_text(json.dumps(results | change))
+    assert "npid holds no all_results.json of train_npid.py" in refused(publish(hub, tmp_path, "npid", "npid"))
 
 
 def test_a_run_that_is_not_complete(pretrained, hub, tmp_path):

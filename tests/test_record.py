@@ -328,7 +328,7 @@ OF_NPID = {
 OF_CLASSIFICATION = {
     "init": "scratch", "labels_per_class": "2", "freeze_backbone": None, "freeze_batch_norm": None,
     "classifier_init": "ridge", "allow_label_leakage": None, "fold": "1",
-    "precise_bn": None,
+    "precise_bn": None, "reinit_stages": "1",
 }  # fmt: skip
 COMPARED_ITSELF = {
     "corpus",

@@ -231,6 +231,9 @@ def test_a_killed_run_goes_on(pretrained, tmp_path, monkeypatch):
     with Forked(tmp_path / "log", train, "dls", ["embed", *options, "--output", output]) as process:
         process.wait_for(lambda: list(parts.glob("*.parquet")))
     assert not output.exists() and parts.exists()
+    for leftover in (parts / ".unfinished.abc", parts / ".unfinished.def"):  # of a kill while it wrote
+        leftover.mkdir(exist_ok=True)
+        (leftover / "000001.parquet").write_text("half")
     log = succeed("dls", "embed", *options, "--output", output)
     assert "parts were done before" in log and output.read_bytes() == whole.read_bytes()
     assert not parts.exists()

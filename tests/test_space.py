@@ -257,6 +257,26 @@ def test_without_gradio(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: the page needs Gradio: pip install -e '.[space]'\n"
 
 
+def test_the_page_is_for_this_machine_alone(monkeypatch):
+    pytest.importorskip("gradio")
+    from dls_sounds.page import app
+
+    launched = {}
+
+    class Blocks:
+        def queue(self, **_):
+            return self
+
+        def launch(self, **options):
+            launched.update(options)
+            raise OSError
+
+    monkeypatch.setattr(app, "build", lambda *_: Blocks())
+    with pytest.raises(UserError, match="--port 7860 cannot be used"):
+        app.serve(None, [], 7860)
+    assert launched["server_name"] == "127.0.0.1" and launched["share"] is False
+
+
 def test_command_names_what_is_wrong(tmp_path, capsys):
     pytest.importorskip("gradio")
     assert main(["space", str(tmp_path)]) == 2

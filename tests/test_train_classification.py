@@ -204,6 +204,24 @@ def test_freeze_backbone(options, pretrained, tmp_path):
     assert backbone and all(torch.equal(before[key], after[key]) for key in backbone)
 
 
+def test_reinit_stages(options, pretrained, tmp_path):
+    """The last stage and the attention after it start anew, by the seed; all before is the checkpoint's."""
+    anew = [
+        "--model_name_or_path", pretrained, "--reinit_stages", "1", "--freeze_backbone", "--fold", "1",
+        "--max_train_steps", "1",
+    ]  # fmt: skip
+    for name in ("run", "again"):
+        succeed("train_classification.py", *options, *anew, "--output_dir", tmp_path / name)
+    before, *after = (
+        load_file(folder / "model.safetensors") for folder in (pretrained, tmp_path / "run", tmp_path / "again")
+    )
+    last = f"esresnet.stages.{len(ESResNetConfig.from_pretrained(pretrained).depths) - 1}."
+    kernels = [name for name, weight in before.items() if name.startswith("esresnet.") and weight.ndim == 4]
+    changed = [name for name in kernels if not torch.equal(before[name], after[0][name])]
+    assert changed and changed == [name for name in kernels if name.startswith((last, "esresnet.attention."))]
+    assert all(torch.equal(weight, after[1][name]) for name, weight in after[0].items())
+
+
 def test_fine_tunes_for_another_label_set(options, all_folds, tmp_path):
     """A classifier of four classes is a start for three."""
     corpus = options[options.index("--corpus") + 1].partition("=")[2]
@@ -269,6 +287,7 @@ def test_bad_input(options, sound_folder, tmp_path):
     assert "nowhere: there is no such folder" in fail(script, *options, *nowhere, *output)
     assert "--init" in fail(script, *options, "--init", "pretrained", *output)
     assert "--freeze_backbone" in fail(script, *options, "--freeze_backbone", *output)
+    assert "--reinit_stages" in fail(script, *options, "--reinit_stages", "1", *output)
     assert "--corpus" in fail(script, *options, "--corpus", "synthetic", *output)
     unlabelled = tmp_path / "unlabelled"
     unlabelled.mkdir()

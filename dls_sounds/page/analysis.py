@@ -17,6 +17,7 @@ from datasets_scripts.files import read_object
 from dls_training.input_pipeline import label_numbers
 from dls_training.memory_bank import BANK_FILE
 from dls_training.nearest_neighbours import KNN_SIGMA
+from dls_training.networks import loading
 from dls_training.waveforms import sound_blocks
 from hub_cards.tasks import Pretraining, task_of
 from modeling_dls.feature_extraction_esresnet import evaluation_windows, window_starts
@@ -85,11 +86,10 @@ class Network:
             UserError: naming the folder, if there is no such network in it, or it needs timm.
         """
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        try:
+        with loading(str(folder)):
             self.extractor = modeling_dls.ESResNetFeatureExtractor.from_pretrained(folder)
-            self.model = getattr(modeling_dls, architecture).from_pretrained(folder).eval().to(self.device)
-        except (ImportError, OSError, ValueError, RuntimeError) as error:
-            raise UserError(f"{folder}: {error}") from error
+            model = getattr(modeling_dls, architecture).from_pretrained(folder, use_safetensors=True)
+            self.model = model.eval().to(self.device)
 
     def waveform(self, path: str) -> torch.Tensor:
         """(audio_channels, samples): what `analysed_seconds` says of a file, decoded block by block.
