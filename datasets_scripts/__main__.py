@@ -125,7 +125,7 @@ def _describe(arguments: argparse.Namespace) -> None:
 
     dataset, corpus = _load(arguments)
     print(f"{corpus.title}\nlicence: {corpus.licence}\n")
-    print(measures(dataset), state(dataset), class_table(dataset), sep="\n\n")
+    print(measures(dataset), state(dataset, str), class_table(dataset, str), sep="\n\n")
     picture = arguments.picture or Path(f"{arguments.name}-classes.png")
     draw_classes(dataset, picture)
     print(f"\npicture: {picture}")
