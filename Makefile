@@ -58,6 +58,7 @@ docs/label.png: $(BIN)/.installed-browser
 quality: $(BIN)/.installed
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
 
 style: $(BIN)/.installed
 	$(BIN)/ruff check --fix $(CODE)
@@ -75,4 +76,4 @@ gpu: $(BIN)/.installed
 	$(BIN)/python reproduce.py results/gpu.yaml --max_minutes 6 $(if $(ESC10),--corpus esc10=$(ESC10))
 
 clean:
-	rm -rf $(VENV) demo_output runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo_output runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
