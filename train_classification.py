@@ -309,7 +309,8 @@ def write_results(output_dir: Path, first_fold_dir: Path, results: dict) -> None
     results |= {name: own[name] for name in ("task", "corpora", "seed", "command", "options", "environment")}
     if results["folds"]:
         last = np.array([final_accuracy(fold) for fold in results["folds"].values()])
-        logger.info(f"accuracy {last.mean():.4f} ± {last.std():.4f} at the end")
+        spread = f" ± {last.std():.4f} over {len(last)} folds" if len(last) > 1 else ""
+        logger.info(f"accuracy {last.mean():.4f}{spread} at the end")
     with files_moved_into_place(output_dir, last=RECORD_FILE) as folder:
         # The root loads as the first fold's model; with a single fold, it is that model.
         for path in first_fold_dir.iterdir():

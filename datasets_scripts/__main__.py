@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 
 from .command_line import Parser, run_parsed
-from .corpora import CORPUS_NAMES
+from .corpora import CORPORA, CORPUS_NAMES
 from .errors import UserError
 from .options import argument, label_pattern, path, text
 
 TEXT = argument(text)
+HUB_OPTIONS = CORPORA["hub"].options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -63,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument(
             "--no_folder_labels", action="store_true", help="of an audiofolder: folders are neither classes nor folds"
         )
+        for option in HUB_OPTIONS:
+            command.add_argument(f"--{option}", type=TEXT, metavar="NAME", help="of a dataset of the Hub's")
     return parser
 
 
@@ -71,7 +74,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _load(arguments: argparse.Namespace):
     """The corpus and what it is."""
-    from .corpora import CORPORA
     from .loading import load_corpus, loading_options
 
     dataset = load_corpus(arguments.name, arguments.data_dir, **loading_options(arguments.name, vars(arguments)))
@@ -86,7 +88,8 @@ def _export(arguments: argparse.Namespace) -> None:
     # Without the folders: whoever reads the card has others, and should not learn ours.
     flags = ("allow_partial", "skip_unreadable", "no_folder_labels")
     options = [f"--{option}" for option in flags if getattr(arguments, option)]
-    options += ["--label_pattern", arguments.label_pattern] if arguments.label_pattern else []
+    for option in ("label_pattern", *HUB_OPTIONS):
+        options += [f"--{option}", getattr(arguments, option)] if getattr(arguments, option) else []
     command = shlex.join(["python", "-m", "datasets_scripts", "export", arguments.name, *options])
     folder = Path(target).expanduser()
     if repository and is_export_of(folder, dataset):
@@ -108,7 +111,6 @@ def _claim_repository(arguments: argparse.Namespace):
         if arguments.hub_dataset_id or arguments.hub_private_repo:
             raise UserError("--hub_dataset_id and --hub_private_repo say how --push_to_hub publishes: add that")
         return None
-    from .corpora import CORPORA
     from .hub import HubRepository
     from .publishing import export_of
 
@@ -123,7 +125,7 @@ def _describe(arguments: argparse.Namespace) -> None:
 
     dataset, corpus = _load(arguments)
     print(f"{corpus.title}\nlicence: {corpus.licence}\n")
-    print(measures(dataset), state(dataset), class_table(dataset), sep="\n\n")
+    print(measures(dataset), state(dataset, str), class_table(dataset, str), sep="\n\n")
     picture = arguments.picture or Path(f"{arguments.name}-classes.png")
     draw_classes(dataset, picture)
     print(f"\npicture: {picture}")

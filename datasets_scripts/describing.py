@@ -1,6 +1,7 @@
 """What a corpus holds, in numbers, in words and as a picture."""
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -10,6 +11,7 @@ from .audio import decode_audio
 from .builder import STATES, corpus_report
 from .errors import CorpusError
 from .identity import STRETCH_COLUMNS, WHOLE
+from .markdown import escaped
 
 _DRAWN_SECONDS = 30.0  # of long recordings
 
@@ -31,8 +33,13 @@ def _counted(values: list[int]) -> str:
     return ", ".join(f"{value} ({count} clips)" for value, count in sorted(Counter(values).items()))
 
 
-def class_table(dataset: datasets.Dataset) -> str:
-    """Markdown table: one row per class, one column per fold, and the sums."""
+def class_table(dataset: datasets.Dataset, text: Callable[[object], str] = escaped) -> str:
+    """Markdown table: one row per class, one column per fold, and the sums.
+
+    Args:
+        dataset: from `load_corpus`.
+        text: How names are written; `str` where nothing makes HTML of it.
+    """
     plain = dataset.with_format(None)
     labels, folds = plain["label"][:], plain["fold"][:]
     cells, sizes = Counter(zip(labels, folds, strict=True)), dict(sorted(Counter(folds).items()))
@@ -43,17 +50,17 @@ def class_table(dataset: datasets.Dataset) -> str:
         if label is not None or any(counts):
             rows.append([name, *counts, sum(counts)])
     rows.append(["all", *sizes.values(), len(dataset)])
-    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(map(text, row)) + " |" for row in rows)
 
 
-def state(dataset: datasets.Dataset) -> str:
-    """Markdown list of what the report says is lacking, left out or odd; or that nothing is."""
+def state(dataset: datasets.Dataset, text: Callable[[object], str] = escaped) -> str:
+    """Markdown list of what the report says is lacking, left out or odd; or that nothing is. See `class_table`."""
     report = corpus_report(dataset)
-    lines = [f"- {words}" for words in report["inferred"]]
+    lines = [f"- {text(words)}" for words in report["inferred"]]
     for key, words in STATES.items():
         if found := report[key]:
             more = f", and {len(found) - 10} more" if len(found) > 10 else ""
-            lines.append(f"- {len(found)} {words}: {', '.join(found[:10])}{more}")
+            lines.append(f"- {len(found)} {words}: {', '.join(map(text, found[:10]))}{more}")
     if report["crossings"]:
         lines.append(f"- {len(report['crossings'])} original recordings are in more than one fold")
     is_complete = len(lines) == len(report["inferred"])

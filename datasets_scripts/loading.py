@@ -16,6 +16,7 @@ from .corpus import FolderCorpus
 from .errors import CorpusError
 from .exporting import is_export, is_hub_id, load_export
 from .generating import LIMITS, SyntheticBuilder
+from .hub_datasets import unpacked_dataset
 from .options import label_pattern
 
 logger = logging.getLogger("dls")
@@ -55,7 +56,7 @@ def load_corpus(
         cache_dir: where prepared data are kept; None: Hugging Face's place for them (`HF_DATASETS_CACHE`).
         **options: for synthetic, see `SyntheticConfig`. For audiofolder: label_pattern, a regular expression with
             groups `label` and perhaps `source` (the recording), which is searched for in every file's name; and
-            folder_labels, False where folders are neither classes nor folds.
+            folder_labels, False where folders are neither classes nor folds. For hub, see `unpacked_dataset`.
 
     An audiofolder's labels come from metadata.csv, metadata.jsonl, labels.csv and Raven's selection tables at any
     depth, else from its files' names by label_pattern, else from its folders' names: see docs/datasets.md. Where
@@ -103,19 +104,22 @@ def loading_options(name: str, given: Mapping) -> dict:
         given: options by their names on the command line; those of a run that was recorded before they were may lack.
     """
     found = {option: given[option] for option in ("allow_partial", "skip_unreadable")}
-    own = {"label_pattern": given.get("label_pattern"), "folder_labels": not given.get("no_folder_labels")}
-    return found | {
-        option: value for option, value in own.items() if name in CORPORA and option in CORPORA[name].options
-    }
+    own = dict(given) | {"folder_labels": not given.get("no_folder_labels")}
+    return found | {option: own.get(option) for option in (CORPORA[name].options if name in CORPORA else ())}
 
 
 def _load(
     name: str, data_dir: str | Path | None, allow_partial: bool, skip_unreadable: bool, cache: Path, options: dict
 ) -> datasets.Dataset:
     corpus = CORPORA[name]
-    if data_dir is not None and _is_export(data_dir):
+    if name == "hub":
+        if data_dir is None:
+            raise CorpusError(f"hub needs {corpus.layout}: hub=ID")
+        root = unpacked_dataset(os.path.expanduser(data_dir), cache, **options).resolve()
+        builder = FolderBuilder(corpus, root, allow_partial, skip_unreadable, str(cache))
+    elif data_dir is not None and _is_export(data_dir):
         return load_export(corpus, os.path.expanduser(data_dir), str(cache))
-    if isinstance(corpus, FolderCorpus):
+    elif isinstance(corpus, FolderCorpus):
         root = _find_root(corpus, data_dir, cache)
         builder = FolderBuilder(corpus, root, allow_partial, skip_unreadable, str(cache), **options)
     elif data_dir is None:

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 
+from datasets_scripts.markdown import Markdown, table
 from dls_training.report import draw_curves
-from hub_cards.card import markdown_table
 
 from .outcomes import Runs, gather, paired_difference
 from .plan import Plan, read_plan
@@ -232,7 +232,7 @@ network from scratch still hold a good part of their initial values, and hide wh
 measured here: with statistics estimated anew on the training clips, and with the running ones. The paper's own curves
 of training from scratch, under 40 % after three epochs of ESC-10, probably show that effect, too.
 
-{markdown_table(rows)}
+{table([{name: Markdown(text) for name, text in row.items()} for row in rows])}
 
 An encoder that was trained on AudioSet, with a linear classifier, is likely to be more accurate where it fits: 0.83 to
 0.98 on ESC-50 are published (BYOL-A to CLAP). People score 0.813.

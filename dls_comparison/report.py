@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from jinja2 import Environment, StrictUndefined
-
 from datasets_scripts.files import files_moved_into_place
+from datasets_scripts.markdown import rendered
 from dls_training.report import draw_comparison
-from hub_cards.card import TEMPLATES, markdown_table
+from hub_cards.card import TEMPLATES
 
 from . import tables
 from .cells import CellStore
@@ -20,12 +19,10 @@ def write_report(store: CellStore) -> None:
     cells = [cell for cell in plan.cells if cell.kind != "imagenet"]
     results = [result for cell in plan.cells if (result := store.result(cell))]
     by_setting, by_name = gather(plan, results), {result["cell"]: result for result in results}
-    environment = Environment(
-        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
-    )
-    environment.filters["table"] = markdown_table
     panels = curves(by_setting)
-    text = environment.from_string((TEMPLATES / "comparison.md").read_text(encoding="utf-8")).render(
+    text = rendered(
+        (TEMPLATES / "comparison.md").read_text(encoding="utf-8"),
+        strict=True,
         plan=plan,
         file=Path(folder.resolve().parent.name) / plan.file.name,  # wherever on this machine that is
         cells=len(cells),

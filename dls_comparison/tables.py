@@ -7,6 +7,8 @@ from collections import Counter
 
 import numpy as np
 
+from datasets_scripts.markdown import Markdown, code
+
 from .outcomes import FIRST_EPOCHS, Runs, epoch_that_reaches, paired_difference, seconds_before
 from .plan import SCRATCH, Plan
 
@@ -137,9 +139,9 @@ def search_rows(corpus: str, results: list[dict]) -> list[dict]:
         after = plus_minus([accuracies[-1] for accuracies in knn[change].values()])
         rows.append(
             {
-                "change": f"`{change}`" if change else "none (the base)",
+                "change": code(change) if change else "none (the base)",
                 "k-NN before": plus_minus([accuracies[0] for accuracies in knn[change].values()]),
-                "k-NN after": f"**{after}**" if reached[change] == max(reached.values()) else after,
+                "k-NN after": Markdown(f"**{after}**") if reached[change] == max(reached.values()) else after,
                 "difference to the base": f"{difference:+.3f}" if common else "",
                 "seeds": len(runs),
                 "minutes": plus_minus([run["wall_seconds"] / 60 for run in runs.values()], ".1f"),

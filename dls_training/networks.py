@@ -12,6 +12,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from torch import nn
 from transformers import CONFIG_NAME, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from datasets_scripts.errors import UserError
 from datasets_scripts.hub import is_lost_connection, reason
@@ -181,6 +182,34 @@ def make_config(settings: TrainingSettings, **overrides) -> ESResNetConfig:
     return config
 
 
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without its warnings: a new head is nothing to be warned of in red."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def report_loading(source: str | Path, found: dict) -> None:
+    """Says in a line which parts of a network are not the checkpoint's.
+
+    Args:
+        source: The checkpoint.
+        found: As `from_pretrained` gives it: names of weights, those of another size with both sizes.
+    """
+    mismatched = [name for name, *_ in found["mismatched_keys"]]
+    new, unused = (
+        ", ".join(sorted({name.partition(".")[0] for name in names}))
+        for names in ([*found["missing_keys"], *mismatched], found["unexpected_keys"])
+    )
+    words = [f"{new} starts anew"] * bool(new) + [f"its {unused} is not used"] * bool(unused)
+    if words:
+        logger.info(f"{source}: {'; '.join(words)}")
+
+
 def make_model(
     model_class: type[PreTrainedModel], source: str | Path | None, config: ESResNetConfig, seed: int,
     reinit_stages: int = 0,
@@ -205,8 +234,11 @@ def make_model(
             return model_class(config).train()
         except ImportError as error:
             raise UserError(str(error)) from error
-    with loading(f"no weights can be loaded from {source}"):
-        model = model_class.from_pretrained(source, config=config, ignore_mismatched_sizes=True, use_safetensors=True)
+    with loading(f"no weights can be loaded from {source}"), quiet_transformers():
+        model, found = model_class.from_pretrained(
+            source, config=config, ignore_mismatched_sizes=True, use_safetensors=True, output_loading_info=True
+        )
+    report_loading(source, found)
     if reinit_stages:
         random = model_class(config).esresnet
         trained = list(model.esresnet.stages)[:-reinit_stages]

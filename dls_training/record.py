@@ -36,6 +36,7 @@ NOT_COMPARED = frozenset(
         *("dataloader_num_workers", "num_threads", "keep_waveforms", "cache_gigabytes", "distributed_timeout"),
         # Names of options and of files, of which what they stand for is compared.
         *("recipe", "allow_partial", "skip_unreadable", "label_pattern", "no_folder_labels"),
+        *("audio_column_name", "label_column_name", "fold_column_name", "dataset_config_name"),
     )
 )
 FACTS = {

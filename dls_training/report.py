@@ -98,12 +98,13 @@ def draw_map(
         return ((vectors - mean) @ directions.T).T.numpy()
 
     x, y = places(embeddings)
-    palette = colormaps["tab20" if len(names) <= 20 else "gist_rainbow"]
-    colours = [*palette(np.linspace(0, 1, len(names))), "lightgrey"]
-    for label, name in [(-1, "no label"), *enumerate(names)]:
-        chosen = labels < 0 if label < 0 else labels == label
-        if label >= 0 or chosen.any():
-            axes.scatter(x[chosen], y[chosen], s=12, color=colours[label], label=name)
+    if (labels < 0).any():
+        axes.scatter(x[labels < 0], y[labels < 0], s=12, color="lightgrey", label="no label")
+    # More colours than ten cannot be told apart: markers tell the classes of a colour.
+    colours, markers = colormaps["tab10"].colors, itertools.cycle(np.repeat(list("osD^vPX*<>"), 10))
+    for label, (name, marker) in enumerate(zip(names, markers, strict=False)):
+        chosen = labels == label
+        axes.scatter(x[chosen], y[chosen], s=14, color=colours[label % 10], marker=marker, label=name)
     if nearest is not None:
         axes.scatter(*places(nearest), s=70, facecolors="none", edgecolors="black", label="nearest clips")
     if sound is not None:

@@ -7,6 +7,7 @@ from datasets import Dataset
 
 from datasets_scripts import ClipIdentities, corpus_facts
 from datasets_scripts.errors import UserError
+from datasets_scripts.exporting import is_hub_id
 from datasets_scripts.files import file_digest, json_digest
 from modeling_dls import ESResNetConfig, ESResNetFeatureExtractor
 
@@ -89,10 +90,11 @@ def begun(
     known = {
         "name": str(settings.output_dir),
         "task": task,
-        "corpora": {name: corpus_facts(name) for name, _ in corpora},
+        "corpora": {name: corpus_facts(name) | published_as(settings, name) for name, _ in corpora},
         "options": settings.plain(),
         "seed": settings.seed,
         "command": settings.command,
+        "base_model": hub_id_of(settings.model_name_or_path) if parent.stages else None,
     }
     return parent.followed_by(known | facts | {"settings": also}, heard)
 
@@ -106,6 +108,17 @@ def parent_of(settings: TrainingSettings, config: ESResNetConfig) -> Record:
     if not settings.model_name_or_path or getattr(settings, "init", None) == "scratch":
         return Record()
     return Record.of(settings.model_name_or_path, config.initial_weights)
+
+
+def hub_id_of(source: str) -> str | None:
+    """The Hub id that weights were loaded by; None for those of a folder."""
+    return None if Path(source).exists() else source
+
+
+def published_as(settings: TrainingSettings, corpus: str) -> dict[str, str]:
+    """{"dataset": the Hub id that a corpus was loaded by}; empty for one from elsewhere."""
+    source = dict(settings.corpus).get(corpus)
+    return {"dataset": source} if source and hub_id_of(source) and is_hub_id(source) else {}
 
 
 def described(name: str, clips: Dataset) -> str:

@@ -17,13 +17,15 @@ from pathlib import Path
 import torch
 import transformers
 from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.commands.config.config_args import default_config_file
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import InitProcessGroupKwargs, parse_flag_from_env
 
 from datasets_scripts.errors import LostProcess, UserError
 
 from .checkpoints import recorded_options
 from .cores import MIN_PART, available_cores, cores_in_use, use_cores
-from .settings import TrainingSettings
+from .settings import PRECISIONS, TrainingSettings
 
 logger = logging.getLogger("dls")
 
@@ -123,10 +125,34 @@ def choose_device_and_precision(mixed_precision: str) -> tuple[torch.device, str
         keep_freed_memory()
     else:
         be_deterministic()
-    precision = best_precision(device) if mixed_precision == "auto" else mixed_precision
+    precision = configured_precision() or best_precision(device) if mixed_precision == "auto" else mixed_precision
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU: on this CPU choose bf16 or no")
+    if precision not in PRECISIONS:
+        raise UserError(f"precision {precision} (accelerate config) is not for these networks: choose bf16 or no")
     return device, precision
+
+
+def configured_precision() -> str | None:
+    """What `accelerate config` says; None where nobody has said anything, for which the launcher's word is "no"."""
+    said = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    return None if said == "no" and not Path(default_config_file).is_file() else said
+
+
+def check_launcher() -> None:
+    """Raises UserError for what `accelerate config` can ask for and a network of this size has no use for."""
+    for what in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{what}"):
+            raise UserError(
+                f"accelerate is configured for {what}, which splits networks that do not fit a device; these fit, and "
+                "are trained with a copy in each process: accelerate launch --multi_gpu, or a configuration without it"
+            )
+
+
+def check_tracker(name: str) -> None:
+    """Raises UserError if the tracker is not installed: accelerate would go on without it, and not say so."""
+    if name != "none" and name not in map(str, get_available_trackers()):
+        raise UserError(f"--report_to {name}: it is not installed (pip install {name.replace('_', '-')})")
 
 
 def decoding_processes(device: torch.device) -> int:
@@ -144,6 +170,8 @@ def start_logging(level: int = logging.INFO) -> None:
 
 def make_accelerator(settings: TrainingSettings) -> Accelerator:
     """Sets up threads, memory, logging and Accelerate, and says in the log's first line what the run has got."""
+    check_launcher()
+    check_tracker(settings.report_to)
     device, precision = choose_device_and_precision(settings.mixed_precision)
     accelerator = Accelerator(
         cpu=device.type == "cpu",
@@ -183,10 +211,10 @@ def parts_of_a_batch(settings: TrainingSettings, accelerator: Accelerator) -> in
 
 
 def start_tracking(settings: TrainingSettings, accelerator: Accelerator) -> None:
-    """Opens the tracker below OUTPUT_DIR/logs and tells it the options."""
+    """Opens the tracker and tells it the options: TensorBoard's files in OUTPUT_DIR/logs, a project in the others."""
     if settings.report_to != "none":
         options = {name: value for name, value in settings.plain().items() if isinstance(value, (int, float, str))}
-        accelerator.init_trackers("logs", config=options)
+        accelerator.init_trackers("logs" if settings.report_to == "tensorboard" else "dls-sounds", config=options)
 
 
 def environment(accelerator: Accelerator) -> dict:

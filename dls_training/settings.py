@@ -25,6 +25,8 @@ from datasets_scripts.options import (
 # Read by itself: importing its package would import transformers.
 PRESETS = tuple(run_path(str(Path(__file__).parents[1] / "modeling_dls" / "presets_esresnet.py"))["PRESETS"])
 PRECISIONS = ("auto", "no", "bf16", "fp16")
+# Accelerate's, which is not imported here (`get_available_trackers`).
+TRACKERS = ("tensorboard", "trackio", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab")
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 SCHEDULES = ("constant", "linear", "cosine", "multistep", "esresnet")
 CACHE_GIGABYTES = 20.0
@@ -62,7 +64,7 @@ class DataOptions(Options):
 
     corpus: list[tuple[str, str | None]] = option(
         [("synthetic", None)], named_source, many=True, metavar="NAME[=DIR]",
-        help=f"{', '.join(CORPUS_NAMES)}, and where it is (default: synthetic)",
+        help=f"{', '.join(CORPUS_NAMES)}, and where it is; hub=ID is any audio dataset (default: synthetic)",
     )  # fmt: skip
     windows: float | str | None = option(
         None, window_length, bare=AS_LONG_AS_CLIPS, metavar="SECONDS",
@@ -108,6 +110,13 @@ class DataOptions(Options):
         "the recording, in the names of its files",
     )  # fmt: skip
     no_folder_labels: bool = option(False, flag, "of an audiofolder: its folders are neither classes nor folds")
+    audio_column_name: str | None = option(None, text, "of --corpus hub=ID (default: audio)", metavar="NAME")
+    label_column_name: str | None = option(None, text, "of --corpus hub=ID (default: label)", metavar="NAME")
+    fold_column_name: str | None = option(
+        None, text, metavar="NAME",
+        help="of --corpus hub=ID (default: fold; without that column, every split but train is a fold)",
+    )  # fmt: skip
+    dataset_config_name: str | None = option(None, text, "of --corpus hub=ID (default: its own)", metavar="NAME")
     dataloader_num_workers: int | None = option(
         None, whole(0, 1024),
         help="decoding processes; 0 decodes between steps, on all cores (default: 0 on a CPU, where processes take "
@@ -118,6 +127,13 @@ class DataOptions(Options):
         super().check()
         if (self.label_pattern or self.no_folder_labels) and "audiofolder" not in dict(self.corpus):
             raise UserError("--label_pattern and --no_folder_labels are for --corpus audiofolder=DIR: add that")
+        if "hub" not in dict(self.corpus) and (
+            self.audio_column_name or self.label_column_name or self.fold_column_name or self.dataset_config_name
+        ):
+            raise UserError(
+                "--audio_column_name, --label_column_name, --fold_column_name and --dataset_config_name are for "
+                "--corpus hub=ID: add that"
+            )
         if self.windows is None and (self.overlap or self.silence_db is not None):
             raise UserError("--overlap and --silence_db say how --windows cuts recordings up: add that")
         if self.keep_spectrograms and self.augmentation != "spectrogram":
@@ -180,8 +196,10 @@ class OptimizationOptions(Options):
     )  # fmt: skip
     seed: int = option(0, whole(0, 2**32 - 1), "of weights, order, views and negatives")
     mixed_precision: str = option(
-        "auto", one_of(*PRECISIONS), "auto: bf16 where the processor computes in it, else fp16 on CUDA, else no"
-    )
+        "auto", one_of(*PRECISIONS),
+        help="auto: what `accelerate config` says; otherwise bf16 where the processor computes in it, else fp16 on "
+        "CUDA, else no",
+    )  # fmt: skip
     memory_format: str = option(
         "auto", one_of(*MEMORY_FORMATS),
         help="of the network's tensors; auto: channels_last, which is faster on CPUs and on GPUs",
@@ -221,7 +239,7 @@ class OutputOptions(Options):
     resume_from_checkpoint: str | None = option(
         None, path_or_id, metavar="DIR|latest", help="go on from a checkpoint of this run"
     )
-    report_to: str = option("tensorboard", one_of("tensorboard", "none"), "tracker, below OUTPUT_DIR/logs")
+    report_to: str = option("tensorboard", one_of(*TRACKERS, "none"), "tracker; tensorboard is in OUTPUT_DIR/logs")
     push_to_hub: bool = option(False, flag, "publish the finished run; says at once if it cannot")
     hub_model_id: str | None = option(
         None, text, metavar="NAME", help="NAMESPACE/NAME, or the NAME of your own (default: the output folder's)"

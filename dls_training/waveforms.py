@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import math
 import queue
+import re
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -12,10 +13,9 @@ from functools import lru_cache
 
 import numpy as np
 import torch
-import torchaudio
 
 from datasets_scripts.audio import Sound, opened_sound
-from datasets_scripts.errors import AudioError
+from datasets_scripts.errors import AudioError, UserError
 from datasets_scripts.identity import WHOLE
 from modeling_dls.feature_extraction_esresnet import (
     ESResNetFeatureExtractor,
@@ -27,13 +27,34 @@ from modeling_dls.spectrogram_esresnet import cached_tensors
 
 # Numbers in a resampler's filter. A rate without a common factor, such as 44101 Hz, would need gigabytes.
 LARGEST_FILTER = 2**25
+# torch goes on without releases of torchaudio: beside a newer torch this one is the newest, built for CUDA 13.
+NEWEST_TORCHAUDIO = (2, 11)
 AHEAD = 1  # results of an item that wait to be asked for
 WINDOWS_AT_A_TIME = 4  # of a recording that is read from its beginning to its end
 
 
 @cached_tensors(maxsize=16)
-def _resampler(source_rate: int, target_rate: int) -> torchaudio.transforms.Resample:
-    return torchaudio.transforms.Resample(workable_rate(source_rate, target_rate), target_rate)
+def _resampler(source_rate: int, target_rate: int) -> torch.nn.Module:
+    try:
+        from torchaudio.transforms import Resample
+    except (ImportError, OSError, RuntimeError) as error:  # also of libraries that it is linked with
+        raise UserError(torchaudio_advice(error)) from error
+    return Resample(workable_rate(source_rate, target_rate), target_rate)
+
+
+def torchaudio_advice(error: Exception) -> str:
+    """What to install where torchaudio cannot be loaded: it says itself of no torch that it needs another."""
+    release = tuple(int(number) for number in re.findall(r"\d+", torch.__version__)[:2])
+    if release <= NEWEST_TORCHAUDIO:
+        pair = f"'torchaudio=={release[0]}.{release[1]}.*'"
+    else:
+        newest = ".".join(map(str, NEWEST_TORCHAUDIO))
+        pair = f"'torch=={newest}.*' 'torchaudio=={newest}.*'"
+    return (
+        f"sounds of another rate than the network's are resampled by torchaudio, which cannot be loaded beside torch "
+        f"{torch.__version__} ({str(error).splitlines()[0]}): pip install {pair}, from where torch was installed from "
+        "(PyTorch's index for CPUs, or for the same CUDA)"
+    )
 
 
 @lru_cache(maxsize=64)

@@ -1,11 +1,14 @@
 """A run's own files -> its model card. A number that is not in them is not in the card."""
 
 import json
+import shlex
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import ModelCardData
 
 from datasets_scripts.errors import UserError
+from datasets_scripts.exporting import is_hub_id
+from datasets_scripts.markdown import Markdown, code, escaped, fenced, rendered
 from dls_training.record import RECORD_FILE, Record
 
 from .sources import LICENCE_OF_THE_CODE, licence, source_rows, training_data
@@ -43,9 +46,12 @@ def write_card(folder: Path) -> None:
         library_name="transformers",
         pipeline_tag=task.pipeline_tag,
         tags=["audio", "esresnet", *task.tags],
+        datasets=[facts["dataset"] for facts in sources.values() if is_hub_id(facts.get("dataset", ""))] or None,
+        base_model=record.own.facts.get("base_model"),
         **task.metadata(results),
         **claimed,
     )
+    citations = dict.fromkeys(facts["citation"] for facts in sources.values() if "citation" in facts)
     fields = task.card_fields(results) | {
         "results": results,
         "config": config,
@@ -61,12 +67,13 @@ def write_card(folder: Path) -> None:
         "unknown": [stage.name for stage in record.stages if not stage.is_known],
         "earlier_seconds": sum(facts.get("seconds", 0) for facts in earlier),
         "code_licence": LICENCE_OF_THE_CODE,
-        "citations": list(dict.fromkeys(facts["citation"] for facts in sources.values() if "citation" in facts)),
+        "commands": fenced("bash", "\n".join(filter(None, map(command, [*earlier, record.own.facts])))),
+        "version": record.own.facts["environment"]["versions"].get("dls-sounds"),
+        "citations": fenced("bibtex", "\n\n".join(citations)) if citations else "",
     }
     text = "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in (task.template, "provenance.md"))
-    words = {"stage_in_words": stage_in_words, "table": markdown_table}
-    card = ModelCard.from_template(data, template_str=text, **words, **fields, **claimed)
-    (folder / "README.md").write_text(str(card), encoding="utf-8")
+    card = rendered(text, card_data=Markdown(data.to_yaml()), stage_in_words=stage_in_words, **fields, **claimed)
+    (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def draw_pictures(folder: Path, task: Task, results: dict) -> None:
@@ -79,30 +86,22 @@ def draw_pictures(folder: Path, task: Task, results: dict) -> None:
         draw_confusion_matrix(folder / CONFUSION, results["confusion_matrix"], list(results["per_class_accuracy"]))
 
 
-def stage_in_words(stage: dict) -> str:
+def command(stage: dict) -> str | None:
+    """What a stage was made with, to be pasted: a stranger's record cannot make more than one command of it."""
+    if not stage.get("command"):
+        return None
+    try:
+        return shlex.join(["python", *shlex.split(stage["command"])])
+    except ValueError:  # an open quote
+        return shlex.join(["python", stage["command"]])
+
+
+def stage_in_words(stage: dict) -> Markdown:
     """What an earlier stage did to the weights, in a sentence; see `Stage.facts`."""
+    name = code(stage["name"])
     if stage["task"] is None:
-        return f"Started from `{stage['name']}`, of which it is not known what it has heard."
-    clips = ", ".join(f"{count} of {name}" for name, count in stage["clips"].items())
+        return Markdown(f"Started from {name}, of which it is not known what it has heard.")
+    clips = ", ".join(f"{count} of {corpus}" for corpus, count in stage["clips"].items())
     left_out = f"; left out: {stage['excluded_folds']}" if stage["excluded_folds"] else ""
     training = TASKS[stage["task"]].training if stage["task"] in TASKS else f"Trained ({stage['task']})"
-    return f"{training} (`{stage['name']}`; clips: {clips}{left_out})."
-
-
-def markdown_table(rows: list[dict]) -> str:
-    """Rows with the same keys -> a Markdown table, accuracies with three digits; None is empty; no rows, no table.
-
-    Whatever a text holds, such as the name of a class from a stranger's folder, it stays in its cell, and is no HTML.
-    """
-
-    def cell(value) -> str:
-        if value is None:
-            return ""
-        text = f"{value:.3f}" if isinstance(value, float) else str(value)
-        return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split())
-
-    if not rows:
-        return ""
-    lines = [map(cell, rows[0]), ["---"] * len(rows[0])]
-    lines += [[cell(value) for value in row.values()] for row in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    return Markdown(f"{escaped(training)} ({name}; clips: {escaped(clips + left_out)}).")

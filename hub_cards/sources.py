@@ -1,5 +1,6 @@
 """The sounds that a model was made from, and what their licences ask of it."""
 
+from datasets_scripts.markdown import linked
 from dls_training.record import Record
 
 LICENCE_OF_THE_CODE = "apache-2.0"
@@ -21,7 +22,7 @@ def source_rows(sources: dict[str, dict]) -> list[dict]:
     """A line per corpus, for the card's table."""
     return [
         {
-            "corpus": f"[{facts.get('title', name)}]({facts['homepage']})" if "homepage" in facts else name,
+            "corpus": linked(facts.get("title", name) if "homepage" in facts else name, facts.get("homepage")),
             "used for": ", ".join(dict.fromkeys(facts["used"])),
             "licence of the sound": facts.get("licence", "unknown"),
         }

@@ -3,7 +3,9 @@
 A new task is a class here, with its name in `TASKS`, and a card's template.
 """
 
+import math
 from collections import Counter
+from operator import itemgetter
 from pathlib import Path
 from typing import Protocol
 
@@ -17,7 +19,7 @@ class Task(Protocol):
 
     name: str  # in results and records
     training: str  # what it did to the weights, in words
-    pipeline_tag: str  # of the card's metadata
+    pipeline_tag: str | None  # of the card's metadata; None: there is no pipeline for it
     tags: tuple[str, ...]  # likewise
     template: str  # of the card
     measured: str  # by its accuracies, in words
@@ -67,7 +69,7 @@ class Pretraining(Task):
 
     name = "npid"
     training = "Pre-trained on unlabelled audio by instance discrimination"
-    pipeline_tag = "feature-extraction"
+    pipeline_tag = None
     tags = ("instance-discrimination", "self-supervised")
     template = "pretraining.md"
     measured = "k-NN accuracy of the embedding"
@@ -135,7 +137,7 @@ class Classification(Task):
         return {results["corpus"]: {"epochs": epochs(results), "folds": results["folds"], **curves}}
 
     def metadata(self, results):
-        return {"model_name": f"esresnet-{results['corpus']}", "eval_results": evaluations(results) or None}
+        return {"model_name": f"esresnet-{results['corpus']}", **measured_metadata(results)}
 
     def card_fields(self, results):
         if not results["folds"]:
@@ -144,15 +146,18 @@ class Classification(Task):
         for fold in results["folds"].values():
             heard.append(fold["test_clips_heard_in_pretraining"])
             leaks.update(fold["test_labels_seen_before"])
+        recognised = [
+            {"class": name, "recognised": share}
+            for name, share in results.get("per_class_accuracy", {}).items()
+            if share is not None
+        ]
         return {
             "heard": None if None in heard else sum(heard),
             "leaks": leaks,
             "final": {what: with_start(results, f"{what}_")[-1] for what in ("mean", "std")},
-            "recognised": [
-                {"class": name, "recognised": share}
-                for name, share in results.get("per_class_accuracy", {}).items()
-                if share is not None
-            ],
+            "interval": interval(results),
+            "recognised": recognised,
+            "confused": sorted((row for row in recognised if row["recognised"] < 1), key=itemgetter("recognised"))[:3],
             "answered": [
                 {"class": name, "F1": f1, "average precision": results["average_precision"][name]}
                 for name, f1 in results.get("f1", {}).items()
@@ -207,6 +212,32 @@ def final_accuracy(fold_results: dict) -> float:
     return with_start(fold_results)[-1]
 
 
+def interval(results: dict) -> str | None:
+    """Wilson's interval of 95 % for the accuracy, with the clips of all folds taken together, in words.
+
+    None for yes-or-no answers, whose accuracy is one of clips with several answers each.
+    """
+    folds = results["folds"].values()
+    clips = sum(fold["test_clips"] for fold in folds)
+    if not clips or "per_class_accuracy" not in results:
+        return None
+    share = sum(final_accuracy(fold) * fold["test_clips"] for fold in folds) / clips
+    square = 1.96**2
+    middle = share + square / (2 * clips)
+    reach = 1.96 * math.sqrt(share * (1 - share) / clips + square / (4 * clips**2))
+    low, high = ((middle + sign * reach) / (1 + square / clips) for sign in (-1, 1))
+    return f"{100 * low:.0f} % to {100 * high:.0f} %"
+
+
+def measured_metadata(results: dict) -> dict:
+    """What a card's metadata say was measured; nothing where nothing was."""
+    found = evaluations(results)
+    if not found:
+        return {"eval_results": None}
+    metrics = dict.fromkeys(each.metric_type for each in found if each.metric_type in ("accuracy", "f1"))
+    return {"eval_results": found, "metrics": list(metrics)}
+
+
 def evaluations(results: dict) -> list[EvalResult]:
     """Each fold's accuracy and, of several, their mean and standard deviation.
 
@@ -229,9 +260,9 @@ def evaluations(results: dict) -> list[EvalResult]:
             dataset_type=corpus,
             dataset_name=f"{title}, {name}",
             dataset_config=config,
-            dataset_split="train",  # of the dataset, all of whose clips are there; the fold says which were held out
+            dataset_split="test",  # of the config with this fold held out, as `datasets_scripts export` names them
             metric_type=metric,
-            metric_value=value,
+            metric_value=round(value, 4),
         )
         for config, name, metric, value in found
     ]

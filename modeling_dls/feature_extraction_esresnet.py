@@ -346,7 +346,7 @@ class ESResNetFeatureExtractor(FeatureExtractionMixin):
 
         Raises:
             ValueError: for NaN or infinite samples, an unknown integer type, or an extractor without `max_length`.
-            ImportError: if torchaudio is needed and not installed.
+            ImportError: if torchaudio is needed and cannot be loaded.
         """
         if self.max_length is None:
             raise ValueError("windows need a length: set max_length")
@@ -355,8 +355,10 @@ class ESResNetFeatureExtractor(FeatureExtractionMixin):
             # In a try block, where transformers does not look for what a checkpoint's code needs.
             try:
                 from torchaudio.functional import resample
-            except ImportError as error:
-                raise ImportError(f"to resample {sampling_rate} Hz: pip install torchaudio ({error})") from error
+            except (ImportError, OSError) as error:  # also of libraries that it is linked with
+                raise ImportError(
+                    f"to resample {sampling_rate} Hz: pip install torchaudio, of torch's own release ({error})"
+                ) from error
             waveform = resample(waveform, sampling_rate, self.sampling_rate)
         return BatchFeature({"input_values": self.spectrogram(evaluation_windows(waveform, self.max_length))})
 

@@ -318,7 +318,7 @@ def test_a_new_corpus_is_one_file(tmp_path):
         capture_output=True,
         text=True,
     )
-    names = "esc10 esc50 urbansound8k dcase2013 synthetic audiofolder farm"  # and nothing heavy was imported
+    names = "esc10 esc50 urbansound8k dcase2013 synthetic audiofolder hub farm"  # and nothing heavy was imported
     assert ended.stdout == f"{names}\n['cow', 'hen'] ['cow', 'hen'] True\n", ended.stderr
 
 

@@ -61,7 +61,10 @@ import soundfile
 from datasets import load_dataset
 loaded = load_dataset(sys.argv[1])
 dataset = loaded["train"]
-row = dataset[150]
+row = dataset[dataset["clip_id"].index("evaluation/quietstreet01")]
+held_out = load_dataset(sys.argv[1], "fold-2")
+print({split: (len(rows), sorted(set(rows["fold"]))) for split, rows in held_out.items()})
+print(len(set(held_out["train"]["label"][:20])) > 5)
 samples, rate = soundfile.read(io.BytesIO(row["audio"]["bytes"]))
 print(list(loaded), len(dataset), row["clip_id"], row["fold"], samples.shape, rate)
 print(dataset.features["label"].int2str(row["label"]))
@@ -70,7 +73,8 @@ print(dataset.features["label"].int2str(row["label"]))
     environment |= {"HF_DATASETS_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", program, str(exported / "out")]
     result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
-    expected = ["['train'] 200 evaluation/quietstreet01 2 (3000, 2) 100", "quietstreet"]
+    expected = ["{'train': (100, [1]), 'test': (100, [2])}", "True"]
+    expected += ["['train'] 200 evaluation/quietstreet01 2 (3000, 2) 100", "quietstreet"]
     assert result.stdout.splitlines() == expected, result.stderr
 
 
@@ -82,6 +86,9 @@ def test_export_is_accepted_as_the_corpus(exported, tmp_path):
     assert corpus_report(dataset) == corpus_report(original)
     assert [len(part) for part in train_test_folds(dataset, 1)] == [100, 100]
     assert (decode_audio(dataset[7]["audio"])[0] == decode_audio(original[7]["audio"])[0]).all()
+    again = load_corpus("dcase2013", exported / "tree", cache_dir=tmp_path)
+    assert exporting.is_export_of(exported / "out", again)
+    assert not exporting.is_export_of(exported / "out", again.select(range(199)))
     with pytest.raises(CorpusError, match="an export of dcase2013, expected one of esc10"):
         load_corpus("esc10", exported / "out", cache_dir=tmp_path)
 
@@ -90,13 +97,19 @@ def test_card(exported):
     text = (exported / "out" / "README.md").read_text()
     header = yaml.safe_load(text.split("---")[1])
     assert header["license"] == "other"
-    assert header["configs"][0]["data_files"] == [{"split": "train", "path": "data/train-*.parquet"}]
+    fold = {number: f"data/fold-{number}.*.parquet" for number in (1, 2)}
+    assert {config["config_name"]: config["data_files"] for config in header["configs"]} == {
+        "default": [{"split": "train", "path": [fold[1], fold[2]]}],
+        "fold-1": [{"split": "train", "path": [fold[2]]}, {"split": "test", "path": [fold[1]]}],
+        "fold-2": [{"split": "train", "path": [fold[1]]}, {"split": "test", "path": [fold[2]]}],
+    }
     for part in (
         "| bus | 10 | 10 | 20 |",
         "| all | 100 | 100 | 200 |",
         "giannoulis2013",
         "30.000 to 30.000",
         "100 (200",
+        "Columns: `audio`, `label`, `fold`, ",
     ):
         assert part in text
     assert str(exported) not in text, "the card gives away a path of this machine"

@@ -19,12 +19,12 @@ from scripts import ROOT, SMALL, start, succeed
 import demo
 from datasets_scripts import corpus_facts, load_corpus
 from datasets_scripts.errors import UserError
+from datasets_scripts.markdown import table
 from dls_comparison import paper
 from dls_sounds.settings import LabelSettings
 from dls_training.record import Record, Stage
 from hub_cards import write_card
 from hub_cards.__main__ import main as publish_or_serve
-from hub_cards.card import markdown_table
 from hub_cards.sources import licence
 from modeling_dls import ESResNetFeatureExtractor, ESResNetForAudioClassification
 
@@ -168,6 +168,11 @@ def test_card_of_a_classifier(fine_tuned):
         cells = [results["folds"][fold]["accuracy_per_epoch"][epoch] for fold in ("1", "2")]
         cells += [results["mean_accuracy_per_epoch"][epoch], results["std_accuracy_per_epoch"][epoch]]
         assert f"| {epoch + 1} | {' | '.join(f'{cell:.3f}' for cell in cells)} |" in card.text
+    assert card.data.metrics == ["accuracy"] and "base_model" not in card.data.to_dict()
+    assert {(r.dataset_config, r.dataset_split) for r in card.data.eval_results} == {
+        ("fold-1", "test"), ("fold-2", "test"), ("all-folds", "test")
+    }  # fmt: skip
+    assert "of 40 clips: if these were independent of one another, " in card.text
     assert results["command"] in card.text and "left out: {'audiofolder': [2]}" in card.text
     assert [results["folds"][fold]["test_clips_heard_in_pretraining"] for fold in ("1", "2")] == [20, 0]
     assert "Transductive: 20 of the 40 held-out clips were in the pre-training" in card.text
@@ -288,9 +293,40 @@ def test_the_checkouts_network_brings_its_code(tmp_path):
 
 def test_no_text_breaks_a_table_or_is_html():
     rows = [{"class": "a|b\nc", "<i>": "<script>alert(1)</script>"}, {"class": None, "<i>": 0.5}]
-    assert markdown_table(rows).splitlines() == [
+    assert table(rows).splitlines() == [
         "| class | &lt;i> |", "| --- | --- |", "| a\\|b c | &lt;script>alert(1)&lt;/script> |", "|  | 0.500 |",
     ]  # fmt: skip
+
+
+def test_card_with_a_strangers_texts(fine_tuned, tmp_path):
+    """Classes, titles, addresses, licences and commands of somebody else's folder are texts in one's own card."""
+    for name in FILES_OF_A_CARD:
+        shutil.copy(fine_tuned / name, tmp_path)
+    html, link = "<script>alert(1)</script>", "[click](javascript:alert(2))"
+    facts = {
+        "title": f"a\n\n# {html}", "homepage": "javascript:alert(3)", "licence": f"{html}|{link}",
+        "citation": f"```\n{html}\n```",
+        "dataset": "you/sounds",
+    }  # fmt: skip
+    record = Record.read(tmp_path)
+    hostile = Stage(
+        record.stages[0].facts | {"name": f"`x` {html}", "corpora": {"mine": facts}, "command": "a.py; rm -rf *\n```"},
+        record.stages[0].heard,
+    )
+    Record((hostile, record.own)).with_facts(base_model="you/npid").save(tmp_path)
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    names = [f"a|b\n{html}", link, "c", "d"]
+    results["per_class_accuracy"] = dict(zip(names, results["per_class_accuracy"].values(), strict=True))
+    (tmp_path / "all_results.json").write_text(json.dumps(results))
+    write_card(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    text = card.text
+    assert card.data.base_model == "you/npid" and card.data.datasets == ["you/sounds"]
+    assert "python 'a.py;' rm -rf '*'" in text and "````bibtex" in text
+    inert = re.sub(r"^(`{3,})\w*\n.*?^\1$|`[^`\n]*`", "", text, flags=re.DOTALL | re.MULTILINE)  # outside code
+    assert "alert(1)" in inert and "<script" not in inert
+    assert "alert(2)" in inert and "](javascript" not in inert and "alert(3)" not in inert
+    assert "| a\\|b &lt;script>alert(1)&lt;/script> |" in inert
 
 
 def test_example_card_is_what_its_files_say(tmp_path):
@@ -308,7 +344,7 @@ def test_example_card_is_what_its_files_say(tmp_path):
         collect(json.loads(path.read_text(encoding="utf-8")), numbers, words)
     results = json.loads((tmp_path / "all_results.json").read_text())
     assert results["corpus"] == "esc10" and len(results["folds"]) == 5
-    found = re.findall(r"(?<![\w.-])\d+\.\d+(?![\w.]*\d)", text)
+    found = re.findall(r"(?<![\w.-])\d+\.\d+(?![\w.]*\d)", re.sub(r"\]\(https?://.*?\)", "]", text))
     assert len(found) > 40
     for number in found:
         said = any(number in word for word in words)

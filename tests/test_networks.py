@@ -1,13 +1,16 @@
-"""Networks that cannot be had: of another preset than the checkpoint, without timm, damaged, or not there."""
+"""Networks that a command asks for, what cannot be had or is damaged, and what the launcher asks for."""
 
 import contextlib
 import json
+import logging
 import sys
 from argparse import Namespace
 
 import pytest
 import torch
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from safetensors.torch import load_file
+from scripts import fail
 from sound_networks import save
 
 from datasets_scripts.errors import UserError
@@ -15,8 +18,14 @@ from dls_sounds.network import Classifier
 from dls_sounds.page.analysis import Network
 from dls_training import networks
 from dls_training.networks import check_source, make_config, make_extractor, make_model
-from dls_training.settings import ClassificationSettings, PretrainingSettings
-from modeling_dls import ESResNetConfig, ESResNetForAudioClassification, ESResNetModel
+from dls_training.runtime import choose_device_and_precision
+from dls_training.settings import TRACKERS, ClassificationSettings, PretrainingSettings
+from modeling_dls import (
+    ESResNetConfig,
+    ESResNetForAudioClassification,
+    ESResNetForInstanceDiscrimination,
+    ESResNetModel,
+)
 
 CLASSIFIER = ESResNetForAudioClassification.__name__
 
@@ -125,3 +134,50 @@ def test_a_checkpoint_keeps_its_rate(tmp_path):
     assert make_extractor(PretrainingSettings(**own)).sampling_rate == 16000
     with pytest.raises(UserError, match=r"--sampling_rate 44100: .* has 16000"):
         make_extractor(PretrainingSettings(**own, sampling_rate=44100))
+
+
+def test_what_a_checkpoint_lacks_is_said_in_one_line(tmp_path, caplog):
+    """And not by transformers, in red."""
+    ESResNetForInstanceDiscrimination(ESResNetConfig.from_preset("tiny")).save_pretrained(tmp_path)
+    config = ESResNetConfig.from_pretrained(tmp_path, num_labels=3)
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        model = make_model(ESResNetForAudioClassification, tmp_path, config, seed=0)
+    assert caplog.messages == [f"{tmp_path}: classifier starts anew; its projection is not used"]
+    model.save_pretrained(tmp_path / "whole")
+    caplog.clear()
+    with caplog.at_level(logging.INFO):
+        make_model(ESResNetForAudioClassification, tmp_path / "whole", config, seed=0)
+    assert not caplog.messages
+
+
+def test_trackers_are_accelerates(tmp_path, monkeypatch):
+    assert set(TRACKERS) == set(LOGGER_TYPE_TO_CLASS)
+    monkeypatch.setattr("dls_training.runtime.get_available_trackers", lambda: ["tensorboard"])
+    message = fail("train_npid.py", "--report_to", "comet_ml", "--output_dir", tmp_path)
+    assert message == "error: --report_to comet_ml: it is not installed (pip install comet-ml)"
+
+
+@pytest.mark.parametrize("what", ["FSDP", "DEEPSPEED", "MEGATRON_LM"])
+def test_what_splits_a_network_is_refused(what, tmp_path, monkeypatch):
+    monkeypatch.setenv(f"ACCELERATE_USE_{what}", "true")
+    assert f"accelerate is configured for {what}" in fail("train_npid.py", "--output_dir", tmp_path)
+
+
+def test_configured_precision_counts(tmp_path, monkeypatch):
+    """Where nothing is configured the launcher says "no", which nobody has chosen."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr("dls_training.runtime.best_precision", lambda device: "the best")
+    monkeypatch.setattr("dls_training.runtime.default_config_file", tmp_path / "config.yaml")
+    monkeypatch.setattr("dls_training.runtime.PRECISIONS", ("the best", "no", "bf16", "fp16"))
+
+    def chosen(environment: str, asked: str = "auto") -> str:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", environment)
+        return choose_device_and_precision(asked)[1]
+
+    assert chosen("no") == "the best" and chosen("bf16") == "bf16" and chosen("bf16", "no") == "no"
+    (tmp_path / "config.yaml").touch()
+    assert chosen("no") == "no"
+    for precision, message in (("fp16", "needs a GPU"), ("fp8", "fp8 .accelerate config. is not for these")):
+        with pytest.raises(UserError, match=message):
+            chosen(precision)

@@ -427,10 +427,9 @@ def test_an_export_is_published_and_loaded(sound_folder, hub, tmp_path):
     code, output = run(hub, tmp_path, *push)
     assert code == 0 and "sounds holds this export already" in output and "published: " in output, output
     repository = hub.repositories["datasets/you/tones"]
-    shard = "data/train-00000-of-00001.parquet"
-    assert len(repository.revisions) == 2 and set(hub.files("datasets/you/tones")) == {
-        ".gitattributes", "README.md", shard
-    }  # fmt: skip
+    shards = {f"data/fold-{fold}.00000.parquet" for fold in (1, 2)}
+    assert len(repository.revisions) == 2
+    assert set(hub.files("datasets/you/tones")) == {".gitattributes", "README.md", *shards}
     answer = stranger(hub, tmp_path, LOAD_DATASET, name="you/tones")
     sounds = {hashlib.md5(path.read_bytes()).hexdigest() for path in sound_folder.glob("*.wav")}
     assert len(answer["rows"]) == 40 and {row[-1] for row in answer["rows"]} == sounds

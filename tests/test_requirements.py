@@ -1,11 +1,13 @@
 """The floors in pyproject.toml exclude releases with which something was seen to fail."""
 
+import sys
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from scripts import SMALL, fail, succeed
 
 NEWEST_THAT_FAILS = {
     "accelerate": "1.14.0",
@@ -24,3 +26,17 @@ def test_floors(name):
     (allowed,) = (line.specifier for line in map(Requirement, lines) if line.name == name)
     assert NEWEST_THAT_FAILS[name] not in allowed
     assert version(name) in allowed
+
+
+@pytest.mark.parametrize(("torch", "pair"), [("2.9.1", "'torchaudio==2.9.*'"), ("2.13.0+cpu", "'torch==2.11.*' 'to")])
+def test_torchaudio_that_cannot_be_loaded(torch, pair, sound_folder, tmp_path, monkeypatch):
+    """One message names the pair to install; where nothing is resampled, nothing is missing."""
+    (tmp_path / "torchaudio.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("torch.__version__", torch)
+    corpus = ["--corpus", f"audiofolder={sound_folder}", "--max_train_steps", "1"]
+    message = fail("train_npid.py", *SMALL, *corpus, "--sampling_rate", "7000", "--output_dir", tmp_path / "a")
+    assert f"beside torch {torch} (libcudart.so.13" in message and f"pip install {pair}" in message
+    succeed("train_npid.py", *SMALL, *corpus, "--sampling_rate", "8000", "--output_dir", tmp_path / "b")

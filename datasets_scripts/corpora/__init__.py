@@ -13,5 +13,5 @@ for _module in iter_modules(__path__):
 
 # In the order of every list; a new one follows by itself.
 CORPUS_NAMES = list(
-    dict.fromkeys(["esc10", "esc50", "urbansound8k", "dcase2013", "synthetic", "audiofolder", *CORPORA])
+    dict.fromkeys(["esc10", "esc50", "urbansound8k", "dcase2013", "synthetic", "audiofolder", "hub", *CORPORA])
 )

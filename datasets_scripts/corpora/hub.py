@@ -1,0 +1,19 @@
+"""Any audio dataset of the Hub's, or of a folder that `datasets` can load, as a corpus."""
+
+from pathlib import Path
+
+from ..corpus import Listing
+from .audiofolder import AudioFolder
+
+
+class HubDataset(AudioFolder):
+    name = "hub"
+    title = "A dataset of the Hub's"
+    licence = "that of the dataset, see its card"
+    layout = "a dataset's Hub id, or a folder that load_dataset can load"
+    # Named as in transformers' example scripts.
+    options = ("audio_column_name", "label_column_name", "fold_column_name", "dataset_config_name")
+
+    def read(self, root: Path) -> Listing:
+        """Of the folder of sound files that `unpacked_dataset` makes."""
+        return super().read(root, folder_labels=False)
