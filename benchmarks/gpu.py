@@ -7,6 +7,8 @@ written and compiled. `make gpu` runs it after the tests that a GPU changes and 
 `--device cpu --preset tiny --clips 8 --matrix 256` tries it in miniature where there is no accelerator.
 """
 
+import sys
+
 from measuring import REPOSITORY, Arm, paired, ratio_line, run, summarise, take_turns
 from training_step import BANK, SAMPLES, gigaflops_per_clip
 
@@ -68,11 +70,15 @@ def steps(name: str, device: str, preset: str, clips: int, precision: str, compi
 def measure(args) -> list[dict]:
     flops = gigaflops_per_clip(args.preset)
     lines = []
-    for precision in PRECISIONS:
-        for compiled in (False, True) if args.compile else (False,):
+    for compiled in (False, True) if args.compile else (False,):
+        for precision in PRECISIONS:
             name = f"step in {precision}{', compiled' if compiled else ''}"
             maker = steps, (name, args.device, args.preset, args.clips, precision, compiled)
-            arms, seconds = take_turns([maker, (products, (args.device, args.matrix))], args.rounds)
+            try:
+                arms, seconds = take_turns([maker, (products, (args.device, args.matrix))], args.rounds)
+            except EOFError:  # a compiler has many ways to fail, and a GPU's hour is not to be spent in vain
+                print(f"{name}: failed, see above", file=sys.stderr)
+                continue
             product = f"{precision} matrix product"
             relative = args.clips * flops / arms[product].amount
             lines += [line for line in summarise(arms, seconds) if line["what"] in (name, product)]

@@ -1,6 +1,7 @@
 """What the benchmarks share: their shell, fair turns, the machine's ceilings, tables that say where they come from."""
 
 import argparse
+import contextlib
 import csv
 import multiprocessing
 import os
@@ -107,6 +108,9 @@ def take_turns(
 
     Returns:
         The arms, and the seconds of each in each round.
+
+    Raises:
+        EOFError: if a maker or an arm fails; its process has printed why.
     """
     arms, owner, processes = {}, {}, []
     try:
@@ -127,7 +131,8 @@ def take_turns(
             print(f"round {number} of {rounds}" if number else "warmed up", file=sys.stderr, flush=True)
     finally:
         for process, connection in processes:
-            connection.send(None)
+            with contextlib.suppress(BrokenPipeError):  # one that has failed is gone already
+                connection.send(None)
             process.join()
     return arms, {name: values[1:] for name, values in seconds.items()}
 

@@ -201,12 +201,14 @@ def make_loader(batches: ClipBatches, sampler: Sampler | list[Key], settings: Tr
     batches.total_dataset_length = len(
         sampler
     )  # accelerate's name for what it fills up ragged batches to, and cuts off
+    # Reading cached spectrograms is one copy out of mapped memory: decoding processes would only add another.
+    workers = 0 if batches.store.caches_spectrograms else settings.dataloader_num_workers
     return DataLoader(
         batches,
         settings.per_device_train_batch_size,
         sampler=sampler,
-        # Reading cached spectrograms is one copy out of mapped memory: decoding processes would only add another.
-        num_workers=0 if batches.store.caches_spectrograms else settings.dataloader_num_workers,
+        num_workers=workers,
+        persistent_workers=workers > 0,  # what they are asked for is in the keys; starting them costs a second
         collate_fn=as_it_is,
         pin_memory=torch.cuda.is_available(),
     )

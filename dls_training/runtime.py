@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
@@ -98,6 +99,15 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
+def be_deterministic() -> None:
+    """Has a GPU add in the same order each time, as resuming exactly needs, as far as torch's operators can."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS asks for; read when it starts
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # for those who read what they never wrote
+    # Which operators cannot is in docs/scaling.md, and no user can change it.
+    warnings.filterwarnings("ignore", message=".*does not have a deterministic implementation")
+
+
 def choose_device_and_precision(mixed_precision: str) -> tuple[torch.device, str]:
     """The device that torch will compute on, prepared for it, and "no", "bf16" or "fp16".
 
@@ -113,6 +123,8 @@ def choose_device_and_precision(mixed_precision: str) -> tuple[torch.device, str
     if device.type == "cpu":
         use_cores(available_cores())
         keep_freed_memory()
+    else:
+        be_deterministic()
     precision = configured_precision() or best_precision(device) if mixed_precision == "auto" else mixed_precision
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU: on this CPU choose bf16 or no")

@@ -62,7 +62,7 @@ def max_pool_to(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
 
 def _adaptive_maximum(x: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     """Adaptive max-pooling along one dimension, as maxima of picked places."""
-    places = torch.arange(size)
+    places = torch.arange(size, device=x.device)
     first, last = places * x.shape[dim] // size, -(-(places + 1) * x.shape[dim] // size) - 1
     picked = [x.index_select(dim, torch.minimum(first + offset, last)) for offset in range(x.shape[dim] // size + 2)]
     return torch.stack(picked).amax(dim=0)
