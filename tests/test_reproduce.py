@@ -308,7 +308,8 @@ def test_weights_that_are_gone_are_made_again(finished, tmp_path):
     code, output = copy.run("--only", "search.*", "--delete_weights")
     assert code == 0 and "[1/" not in output
     assert (copy.work / "pretrain.dls.seed0").is_dir()
-    assert not list(copy.work.glob("search.*/")) and not list(copy.work.glob("pretrain.dls-train.*/"))
+    left = [path.name for path in copy.work.iterdir() if path.is_dir()]  # a pattern's last / says it from 3.11 on
+    assert not [name for name in left if name.startswith(("search.", "pretrain.dls-train."))]
     imagenet = copy.folder / "weights" / "imagenet"
     shutil.copytree(copy.work / "pretrain.dls.seed0", imagenet)
     (copy.work / "pretrain.dls.seed0" / "model.safetensors").unlink()

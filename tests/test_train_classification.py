@@ -471,7 +471,7 @@ def test_answers_that_are_reported_are_those_of_the_saved_model(yes_no, nights):
     (number, fold), *_ = results_of(folder)["folds"].items()
     # Before 5.23 transformers' pipeline takes every network for one of classes that exclude one another.
     told = {} if version.parse(transformers.__version__) >= version.parse("5.23") else {"function_to_apply": "sigmoid"}
-    classify = pipeline("audio-classification", model=str(folder / f"fold-{number}"), **told)
+    classify = pipeline("audio-classification", model=str(folder / f"fold-{number}"))
     thresholds = classify.model.config.thresholds
     alarms, known, right = 0, 0, 0
     held_out = held_out_recordings(folder / f"fold-{number}", nights)
@@ -479,7 +479,8 @@ def test_answers_that_are_reported_are_those_of_the_saved_model(yes_no, nights):
         if row["source_id"] not in held_out or not (row["labels"] or row["absent_labels"]):
             continue
         samples, rate = decode_audio(row["audio"], row["clip_start"], row["clip_end"])
-        scores = {each["label"]: each["score"] for each in classify({"array": samples[0], "sampling_rate": rate})}
+        found = classify({"array": samples[0], "sampling_rate": rate}, **told)
+        scores = {each["label"]: each["score"] for each in found}
         yes = {label for label, score in scores.items() if score >= thresholds[label]}
         wrong = yes & set(row["absent_labels"]) if not row["labels"] else yes ^ set(row["labels"])
         known, right = known + 1, right + (not wrong)
