@@ -18,10 +18,10 @@ from torch import nn
 from datasets_scripts import load_corpus
 from datasets_scripts.errors import UserError
 from datasets_scripts.files import files_moved_into_place
+from dls_training.licences import licence, training_data
 from dls_training.record import Record
 from dls_training.runtime import start_logging
 from dls_training.waveforms import sound_blocks, stream_windows
-from hub_cards.sources import licence, training_data
 
 from . import run_onnx
 from .network import Classifier

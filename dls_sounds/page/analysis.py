@@ -18,8 +18,8 @@ from dls_training.input_pipeline import label_numbers
 from dls_training.memory_bank import BANK_FILE
 from dls_training.nearest_neighbours import KNN_SIGMA
 from dls_training.networks import loading
+from dls_training.tasks import Pretraining, task_of
 from dls_training.waveforms import sound_blocks
-from hub_cards.tasks import Pretraining, task_of
 from modeling_dls.feature_extraction_esresnet import evaluation_windows, window_starts
 
 from .memory import Memory, Neighbour

@@ -1,7 +1,6 @@
 """The sounds that a model was made from, and what their licences ask of it."""
 
-from datasets_scripts.markdown import linked
-from dls_training.record import Record
+from .record import Record
 
 LICENCE_OF_THE_CODE = "apache-2.0"
 # What asks nothing of those who use it.
@@ -16,18 +15,6 @@ def training_data(record: Record) -> dict[str, dict]:
         for name, facts in stage.facts["corpora"].items():
             found.setdefault(name, facts | {"used": []})["used"].append(USES[stage.facts["with_labels"]])
     return found
-
-
-def source_rows(sources: dict[str, dict]) -> list[dict]:
-    """A line per corpus, for the card's table."""
-    return [
-        {
-            "corpus": linked(facts.get("title", name) if "homepage" in facts else name, facts.get("homepage")),
-            "used for": ", ".join(dict.fromkeys(facts["used"])),
-            "licence of the sound": facts.get("licence", "unknown"),
-        }
-        for name, facts in sources.items()
-    ]
 
 
 def licence(identifiers: list[str | None], everything_known: bool) -> dict[str, str]:
