@@ -17,6 +17,13 @@ def training_data(record: Record) -> dict[str, dict]:
     return found
 
 
+def licence_of(record: Record) -> dict[str, str]:
+    """Of a model's weights; see `licence`."""
+    identifiers = [facts.get("licence_id") for facts in training_data(record).values()]
+    # Not so with ImageNet's weights, or those of a folder that does not say what it was trained on.
+    return licence(identifiers, record.is_complete)
+
+
 def licence(identifiers: list[str | None], everything_known: bool) -> dict[str, str]:
     """The card's licence, from those of the sounds that the weights were made from.
 

@@ -9,7 +9,7 @@ from huggingface_hub import ModelCardData
 from datasets_scripts.errors import UserError
 from datasets_scripts.exporting import is_hub_id
 from datasets_scripts.markdown import Markdown, code, escaped, fenced, linked, rendered
-from dls_training.licences import LICENCE_OF_THE_CODE, licence, training_data
+from dls_training.licences import LICENCE_OF_THE_CODE, licence_of, training_data
 from dls_training.record import RECORD_FILE, Record
 from dls_training.tasks import ACCURACY, CONFUSION, PICTURES, TASKS, Task
 
@@ -39,8 +39,7 @@ def write_card(folder: Path) -> None:
     task, earlier = TASKS[results["task"]], [stage.facts for stage in record.stages[:-1]]
     draw_pictures(folder, task, results)
     sources = training_data(record)
-    # Not so with ImageNet's weights, or those of a folder that does not say what it was trained on.
-    claimed = licence([facts.get("licence_id") for facts in sources.values()], record.is_complete)
+    claimed = licence_of(record)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=task.pipeline_tag,
