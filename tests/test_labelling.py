@@ -249,11 +249,26 @@ def test_commands_that_cannot_run(tmp_path, windows):
         session.training_command()
     with pytest.raises(UserError, match="train on these first"):
         session.prediction_command()
+    session.answer(0, "background")
+    with pytest.raises(UserError, match="says of nothing what it is"):
+        session.training_command()
     session.answer(0, "owl")
-    script, *words = session.training_command()
+    with pytest.raises(UserError, match="says yes to owl and nothing else: answer no to some sounds too"):
+        session.training_command()
+    for label, present in (("owl", False), ("Noise", True), ("wren", True)):
+        session.answer(1, label, present)
+        script, *words = session.training_command()
+        session.undo()
+    session.answer(1, "owl", False)
     settings = ClassificationSettings.parsed(words)
     assert script == "train_classification" and settings.output_dir == tmp_path / "index_model-1"
     settings.output_dir.mkdir()
+    assert session.training_command()[-1] == str(tmp_path / "index_model-1"), "an empty folder is that of a failure"
+    (settings.output_dir / "checkpoint-1").mkdir()
+    assert session.training_command()[-1] == str(tmp_path / "index_model-2")
+    with pytest.raises(UserError, match="train on these first"):
+        session.prediction_command()
+    (settings.output_dir / "all_results.json").write_text("{}")
     assert session.training_command()[-1] == str(tmp_path / "index_model-2")
     package, command, *words = session.prediction_command()
     settings = PredictSettings.parsed(words)
@@ -261,6 +276,7 @@ def test_commands_that_cannot_run(tmp_path, windows):
     assert settings.model == str(tmp_path / "index_model-1")
     elsewhere = Session(session.index, tmp_path / "labels.csv")
     elsewhere.answer(0, "owl")
+    elsewhere.answer(1, "wren")
     with pytest.raises(UserError, match=r"move .*labels.csv to .*sounds/labels.csv"):
         elsewhere.training_command()
 
