@@ -48,8 +48,7 @@ def write_space(run_folder: Path, output_dir: Path) -> None:
             f"{run_folder} has no classes of its own: a Space shows a run of train_classification.py; without "
             "--output_dir this page opens here"
         )
-    template = (TEMPLATES / APP).read_text(encoding="utf-8")
-    if output_dir.exists() and not is_replaceable(output_dir, template):
+    if output_dir.exists() and not is_replaceable(output_dir):
         raise UserError(f"--output_dir {output_dir} holds something else: name a new folder, or an empty one")
     with folder_moved_into_place(output_dir) as folder:
         (folder / MODEL).mkdir()
@@ -60,16 +59,18 @@ def write_space(run_folder: Path, output_dir: Path) -> None:
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         (licence,) = (file for file in installed_files(DISTRIBUTION) if file.name == LICENCE)
         shutil.copyfile(licence.locate(), folder / LICENCE)
-        (folder / APP).write_text(template, encoding="utf-8")
+        shutil.copyfile(TEMPLATES / APP, folder / APP)
         (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in requirements()), encoding="utf-8")
         (folder / "README.md").write_text(card(run_folder, results, app), encoding="utf-8")
     logger.info(f"{output_dir}: `python {output_dir / APP}` serves it here; docs/space.md tells how to upload it")
 
 
-def is_replaceable(folder: Path, template: str) -> bool:
-    """Whether a folder is empty, or a Space that `write_space` wrote."""
+def is_replaceable(folder: Path) -> bool:
+    """Whether a folder is empty, or a Space that `write_space` wrote, perhaps of an earlier version."""
+    if not folder.is_dir() or not any(folder.iterdir()):
+        return folder.is_dir()
     app = folder / APP
-    return folder.is_dir() and (not any(folder.iterdir()) or (app.is_file() and app.read_text("utf-8") == template))
+    return app.is_file() and "from dls_sounds.page" in app.read_text(encoding="utf-8", errors="replace")
 
 
 def requirements() -> list[str]:
@@ -84,7 +85,8 @@ def card(run_folder: Path, results: dict, app) -> str:
     claimed = licence_of(record) if record else {}
     config = read_object(run_folder / "config.json")
     labels = list(config["id2label"].values())
-    title = f"What is this sound? {len(labels)} classes of {results['corpus']}"
+    classes = f"{len(labels)} class{'es' if len(labels) > 1 else ''}"
+    title = f"What is this sound? {classes} of {results['corpus']}"
     related = [record and record.own.facts.get("base_model"), results["options"].get("hub_model_id")]
     data = SpaceCardData(
         title=title,
@@ -100,6 +102,7 @@ def card(run_folder: Path, results: dict, app) -> str:
         card_data=Markdown(data.to_yaml()),
         title=title,
         labels=labels,
+        classes=classes,
         corpus=results["corpus"],
         packages=PACKAGES,
         version=version(DISTRIBUTION),
