@@ -62,6 +62,7 @@ docs/label.png: $(BIN)/.installed-browser
 quality: $(BIN)/.installed
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
 
 style: $(BIN)/.installed
 	$(BIN)/ruff check --fix $(CODE)
@@ -79,4 +80,4 @@ gpu: $(BIN)/.installed
 	$(BIN)/python reproduce.py results/gpu.yaml --max_minutes 6 $(if $(ESC10),--corpus esc10=$(ESC10))
 
 clean:
-	rm -rf $(VENV) demo_output runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo_output runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -123,7 +123,7 @@ def stretches(dataset: "datasets.Dataset") -> np.ndarray:
 
 def _united(clips: ClipIdentities) -> dict[bytes, tuple[list[float], list[float]]]:
     """Of each content the starts and ends of the stretches that the clips cover together, in order."""
-    covered = {}
+    covered: dict[bytes, tuple[list[float], list[float]]] = {}
     for content, (start, end) in sorted(zip(map(bytes, clips.content), clips.stretch.tolist(), strict=True)):
         starts, ends = covered.setdefault(content, ([], []))
         if ends and start <= ends[-1]:
@@ -143,7 +143,7 @@ def _published(plain: "datasets.Dataset", columns: set[str]) -> Iterator[str | N
     ways = {corpus.published_identity for corpus in CORPORA.values()} - {Corpus.published_identity}
     ids = plain["clip_id"][:] if "clip_id" in columns else repeat(None, len(paths))
     for owner, clip_id, path in zip(owners, ids, paths, strict=True):
-        known = owner in CORPORA and CORPORA[owner].published_identity(path or "", clip_id)
+        known = CORPORA[owner].published_identity(path or "", clip_id) if owner in CORPORA else None
         yield known or next(filter(None, (identity(path or "") for identity in ways)), None)
 
 

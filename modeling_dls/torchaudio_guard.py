@@ -16,5 +16,5 @@ if "torchaudio" not in sys.modules and find_spec("torchaudio"):
         import torchaudio  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:  # also of libraries that it is linked with
         PROBLEM = error
-        sys.modules["torchaudio"] = None  # to Python: there is none
+        sys.modules["torchaudio"] = None  # type: ignore[assignment]  # to Python: there is none
         is_torchaudio_available.cache_clear()
