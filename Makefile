@@ -10,7 +10,7 @@ OTHERWISE := not browser and not benchmark and not soak and not hosts
 ESC10 ?= $(wildcard ../shared/data/ESC-10)
 CODE := modeling_dls datasets_scripts dls_training dls_sounds dls_comparison hub_cards benchmarks tests *.py
 
-.PHONY: demo test test-fast test-benchmarks test-soak test-hostile test-hosts test-browser docs/space.png docs/label.png quality style benchmark gpu clean
+.PHONY: demo test test-fast test-benchmarks test-soak test-hostile test-hosts test-browser docs/space.png docs/label.png floors quality style benchmark gpu clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -59,6 +59,13 @@ docs/space.png: $(BIN)/.installed-browser
 docs/label.png: $(BIN)/.installed-browser
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser -k test_pictures --label_index $(INDEX) --label_pictures docs
 
+# The fast tests with the oldest releases that pyproject.toml allows: `make floors PYTHON=python3.10` for the oldest Python.
+floors:
+	$(PYTHON) -m venv --clear .venv-floors
+	.venv-floors/bin/pip install --quiet --disable-pip-version-check uv
+	.venv-floors/bin/uv pip install --quiet --python .venv-floors/bin/python --resolution lowest-direct -e '.[dev]'
+	HF_HUB_OFFLINE=1 .venv-floors/bin/python -m pytest -m "not slow and not alone and $(OTHERWISE)" $(PARALLEL)
+
 quality: $(BIN)/.installed
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
@@ -80,4 +87,4 @@ gpu: $(BIN)/.installed
 	$(BIN)/python reproduce.py results/gpu.yaml --max_minutes 6 $(if $(ESC10),--corpus esc10=$(ESC10))
 
 clean:
-	rm -rf $(VENV) demo_output runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	rm -rf $(VENV) .venv-floors demo_output runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

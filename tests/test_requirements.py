@@ -12,8 +12,11 @@ from scripts import ROOT, SMALL, start
 NEWEST_THAT_FAILS = {
     "accelerate": "1.14.0",
     "datasets": "4.2.0",
+    "onnxruntime": "1.19.0",
+    "onnxscript": "0.6.0",
     "pytest": "9.1.1",
     "tensorboard": "2.16.1",
+    "torch": "2.7.0",
     "transformers": "5.3.0",
 }
 
