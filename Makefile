@@ -5,12 +5,12 @@ BIN := $(VENV)/bin
 # Two processes: scripts in tests spend much of their time starting up. A file's tests stay together, for its fixtures.
 PARALLEL := -n 2 --dist loadfile
 # What has a target of its own.
-OTHERWISE := not browser and not benchmark and not soak
+OTHERWISE := not browser and not benchmark and not soak and not hosts
 # Where ESC-10 is, for what measures on real sounds.
 ESC10 ?= $(wildcard ../shared/data/ESC-10)
 CODE := modeling_dls datasets_scripts dls_training dls_sounds dls_comparison hub_cards benchmarks tests *.py
 
-.PHONY: demo test test-fast test-benchmarks test-soak test-hostile test-browser docs/space.png docs/label.png quality style benchmark gpu clean
+.PHONY: demo test test-fast test-benchmarks test-soak test-hostile test-hosts test-browser docs/space.png docs/label.png quality style benchmark gpu clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -39,6 +39,10 @@ test-soak: $(BIN)/.installed
 test-hostile: $(BIN)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m soak tests/test_hostile_input.py --hostile_results results/hostile_input.csv
 
+# Two hosts as two network namespaces; needs root and ip: on Debian, apt-get install iproute2.
+test-hosts: $(BIN)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m hosts
+
 # Needs a browser: on Debian, apt-get install chromium chromium-driver.
 test-browser: $(BIN)/.installed-browser
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m browser
@@ -58,6 +62,7 @@ docs/label.png: $(BIN)/.installed-browser
 quality: $(BIN)/.installed
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/mypy
 
 style: $(BIN)/.installed
 	$(BIN)/ruff check --fix $(CODE)
@@ -75,4 +80,4 @@ gpu: $(BIN)/.installed
 	$(BIN)/python reproduce.py results/gpu.yaml --max_minutes 6 $(if $(ESC10),--corpus esc10=$(ESC10))
 
 clean:
-	rm -rf $(VENV) demo_output runs build *.egg-info .pytest_cache .ruff_cache
+	rm -rf $(VENV) demo_output runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -231,6 +231,12 @@ def write_table(path: Path, lines: list[dict], provenance: dict) -> None:
     unfinished.replace(path)
 
 
+def read_table(path: Path) -> list[dict[str, str]]:
+    """The lines of a CSV, each with the values that it has."""
+    with path.open(newline="", encoding="utf-8") as file:
+        return [{name: text for name, text in line.items() if text} for line in csv.DictReader(file)]
+
+
 def markdown(path: Path, module: ModuleType) -> str:
     """A CSV as a table, and where its numbers come from.
 
@@ -239,8 +245,7 @@ def markdown(path: Path, module: ModuleType) -> str:
         module: The benchmark. It may have a function `rows` of its own, which makes of the CSV's lines those of the
             table, the first of which names the columns.
     """
-    with path.open(newline="", encoding="utf-8") as file:
-        lines = [{name: text for name, text in line.items() if text} for line in csv.DictReader(file)]
+    lines = read_table(path)
     names, *rows = getattr(module, "rows", measured_rows)(lines)
     text = "\n".join(f"| {' | '.join(row)} |" for row in (names, [":---"] * len(names), *rows))
     origin = lines[0]
@@ -279,7 +284,8 @@ def draw(path: Path, panels: dict[str, tuple[list[tuple], dict]], xlabel: str, m
 
     Args:
         path: A .png file.
-        panels: Title -> curves (label, x, y), those of one label in one colour; and settings of the axes.
+        panels: Title -> curves (label, x, y), those of one label in one colour, with a band where (smallest, largest)
+            follow; and settings of the axes.
         xlabel: Of all.
         marker: On every point.
     """
@@ -288,13 +294,16 @@ def draw(path: Path, panels: dict[str, tuple[list[tuple], dict]], xlabel: str, m
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams["font.size"] = 13
     figure, axes = plt.subplots(1, len(panels), figsize=(13, 4), layout="constrained")
     colours = {}
     for axis, (title, (curves, settings)) in zip(axes, panels.items(), strict=True):
-        for label, x, y in curves:
+        for label, x, y, *bands in curves:
             known = label in axis.get_legend_handles_labels()[1]
             colour = colours.setdefault(label, f"C{len(colours)}")
             axis.plot(x, y, color=colour, marker=marker, label=None if known else label)
+            for smallest, largest in bands:
+                axis.fill_between(x, smallest, largest, color=colour, alpha=0.2)
         axis.set(title=title, xlabel=xlabel, **settings)
         axis.grid(alpha=0.3)
     axes[0].legend()

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 from measuring import draw, finish, run, spread, start, with_spread
 
@@ -62,12 +63,24 @@ def measure(args) -> list[dict]:
             for precision in PRECISIONS:
                 folder = Path(temporary) / f"{precision}-{seed}"
                 lines += curves(args.corpus, precision, seed, args.epochs, folder)
-    panels = {title: ([], {}) for title in WHAT.values()}
-    for what, precision, seed in dict.fromkeys((x["what"], x["precision"], x["seed"]) for x in lines):
-        own = [x for x in lines if (x["what"], x["precision"], x["seed"]) == (what, precision, seed)]
-        panels[WHAT[what]][0].append((precision, [x["epoch"] for x in own], [x["value"] for x in own]))
-    draw(args.output.with_suffix(".png"), panels, "epoch")
+    picture(lines, args.output.with_suffix(".png"))
     return lines
+
+
+def picture(lines: list[dict], path: Path) -> None:
+    """Curves: the median of the seeds, in a band from the smallest to the largest."""
+    panels = {}
+    for what, title in WHAT.items():
+        curves: list[tuple] = []
+        panels[title] = (curves, {})
+        for precision in PRECISIONS:
+            of_epoch: dict[int, list[float]] = {}
+            for line in lines:
+                if (line["what"], line["precision"]) == (what, precision):
+                    of_epoch.setdefault(int(line["epoch"]), []).append(float(line["value"]))
+            low, middle, high = zip(*((min(v), median(v), max(v)) for v in of_epoch.values()), strict=True)
+            curves.append((precision, list(of_epoch), middle, (low, high)))
+    draw(path, panels, "epoch")
 
 
 def rows(lines: list[dict]) -> list[list[str]]:

@@ -5,7 +5,7 @@
 
 Without ESC-10 the generated corpus is used. The tables of those that take longer, or measure something else (memory,
 long_recordings, precision, memory_bank, load_corpora, planted_events, device), are written from the CSVs that are
-there.
+there; so is precision.png.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 import time
 from importlib import import_module
 
-from measuring import REPOSITORY, markdown
+from measuring import REPOSITORY, markdown, read_table
 
 BENCHMARKS = (
     "start_up",
@@ -55,6 +55,8 @@ def main() -> None:
         command = [sys.executable, REPOSITORY / "benchmarks" / f"{name}.py", *options.get(name, [])]
         subprocess.run([str(word) for word in command], check=True)
         print(f"({time.perf_counter() - started:.0f} s)", flush=True)
+    precision = REPOSITORY / "benchmarks" / "precision.csv"
+    import_module("precision").picture(read_table(precision), precision.with_suffix(".png"))
     for document in DOCUMENTS:
         document.write_text(filled(document.read_text(encoding="utf-8")), encoding="utf-8")
 

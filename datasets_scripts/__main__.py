@@ -16,10 +16,10 @@ HUB_OPTIONS = CORPORA["hub"].options
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; see `run_parsed`."""
-    return run_parsed(_parser(), argv)
+    return run_parsed(make_parser(), argv)
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m datasets_scripts", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="export|describe")
     export = commands.add_parser("export", help="write Parquet shards and a dataset card, ready to upload")

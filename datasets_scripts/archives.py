@@ -19,7 +19,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import datasets
 from datasets.utils import tqdm
@@ -257,7 +257,7 @@ def unpack(file: Path, place: Path) -> None:
     except CorpusError:
         raise
     except (OSError, *_DAMAGE) as error:
-        if getattr(error, "errno", None) is None:
+        if not isinstance(error, OSError) or error.errno is None:
             said = printable(str(error) or type(error).__name__)
             raise CorpusError(f"{file}: the archive is damaged or incomplete ({said}). Get it again") from None
         raise CorpusError(f"{file}: cannot be unpacked into {place.parent} ({error.strerror})") from None
@@ -297,18 +297,19 @@ def _write(member: _Member, target: Path) -> None:
 def _members(file: Path, stack: contextlib.ExitStack) -> Iterator[_Member]:
     if zipfile.is_zipfile(file):
         archive = stack.enter_context(zipfile.ZipFile(file))
-        for info in archive.infolist():
-            yield _Member(info.filename, info.file_size, _zip_kind(info), partial(archive.open, info))
+        for entry in archive.infolist():
+            yield _Member(entry.filename, entry.file_size, _zip_kind(entry), partial(archive.open, entry))
     elif tarfile.is_tarfile(file):
-        archive = stack.enter_context(contextlib.closing(tarfile.open(file, tarinfo=_TarMember)))  # noqa: SIM115
-        for info in iter(archive.next, None):
-            archive.members.clear()  # all would stay in memory
+        # Of any type: what it has beyond what is documented has none.
+        tar: Any = stack.enter_context(contextlib.closing(tarfile.open(file, tarinfo=_TarMember)))  # noqa: SIM115
+        for info in iter(tar.next, None):
+            tar.members.clear()  # all would stay in memory
             is_link = info.issym() or info.islnk()
             kind = "file" if info.isreg() else "folder" if info.isdir() else "link" if is_link else "device"
-            yield _Member(info.name, info.size, kind, partial(archive.extractfile, info))
-        while archive.fileobj.read(_BLOCK):  # behind the last member is the checksum of all that was compressed
+            yield _Member(info.name, info.size, kind, partial(tar.extractfile, info))
+        while tar.fileobj.read(_BLOCK):  # behind the last member is the checksum of all that was compressed
             pass
-            archive.members = []  # which it would all hold
+            tar.members = []  # which it would all hold
     else:
         raise CorpusError(f"{file}: neither a zip nor a tar archive, or one whose end is missing")
 
@@ -317,10 +318,10 @@ class _TarMember(tarfile.TarInfo):
     """As tarfile reads it, which takes a damaged member for the archive's end, and one of any size into memory."""
 
     @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_TarMember":
         try:
             return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # the end
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # the end; not documented
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from None
@@ -331,7 +332,7 @@ class _TarMember(tarfile.TarInfo):
             raise tarfile.ReadError("a file with holes")
         if self.type in _TAR_METADATA and self.size > _MOST_METADATA:
             raise tarfile.ReadError(f"a name or attributes of {self.size} bytes")
-        return super()._proc_member(archive)
+        return super()._proc_member(archive)  # type: ignore[misc]  # not documented
 
 
 def _zip_kind(info: zipfile.ZipInfo) -> str:

@@ -200,7 +200,7 @@ class Sound:
             target = max(0, first - _PREROLL)
         elif self._file.subtype == "VORBIS":
             # libsndfile misplaces what it seeks in the last page, which may be shortened; and an empty one may follow.
-            ends = [page.frames for page in self._last_pages if (page.frames or -1) >= 0]
+            ends = [frames for page in self._last_pages if (frames := page.frames or -1) >= 0]
             target = max(0, min(first, self.num_frames - (ends[-1] - ends[-3]))) if len(ends) > 2 else 0
         # Vorbis and some others are not exact in a file that was read before; opening MP3 anew would lose its index.
         if not self._is_fresh and not (is_mpeg and target):

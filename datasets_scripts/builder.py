@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import datasets
 import pyarrow as pa
@@ -104,14 +104,14 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
         if not listing.clips and not listing.missing:
             others = f"; {_summary('in other formats', unsupported)}: {CONVERT}" if unsupported else ""
             raise CorpusError(f"{self.root}: holds no clip of {corpus.name}; expected {corpus.layout}{others}")
-        found = listing.findings | {
+        found: dict[str, Any] = listing.findings | {
             "missing": listing.missing,
             "unlisted": listing.unlisted,
             "shortfalls": shortfalls(folds, labels, corpus),
         }
         if not self.allow_partial:
-            words = {"listed but absent": "missing", "present but not listed": "unlisted", "": "shortfalls"}
-            self._refuse({kind: found[key] for kind, key in words.items()}, _COMPLETE)
+            kinds = {"listed but absent": "missing", "present but not listed": "unlisted", "": "shortfalls"}
+            self._refuse({kind: found[key] for kind, key in kinds.items()}, _COMPLETE)
         read, found["skipped"] = _read(listing.clips, self.root, corpus.whole_files)
         if not self.skip_unreadable:
             self._refuse({"unreadable": found["skipped"]}, _REPAIR)
@@ -130,8 +130,7 @@ class FolderBuilder(datasets.ArrowBasedBuilder):
         found["crossings"] = _crossings(read)
         found["unexpected_crossings"] = _unexpected(found["crossings"], corpus.known_crossings)
         present = {label for each in read for label, is_present in each.labels.items() if is_present}
-        used = {clip.label for clip, *_ in read} | present - {BACKGROUND}
-        used.discard(None)
+        used = {clip.label for clip, *_ in read if clip.label is not None} | present - {BACKGROUND}
         if no_class := sum(BACKGROUND in each.labels for each in read):
             words = f"{no_class} clips are of none of the classes ({', '.join(NO_CLASS)})"
             found["inferred"] = [*found.get("inferred", []), words]
@@ -260,7 +259,10 @@ def shortfalls(clip_folds: list[int], clip_labels: list[str | None], corpus: Cor
         found += [
             f"fold {fold}: {n} clips, official is none" for fold, n in folds.items() if fold not in corpus.fold_sizes
         ]
-    for kind, counts, sizes in (("fold", folds, corpus.fold_sizes), ("class", classes, corpus.class_sizes)):
+    kinds: list[tuple[str, Mapping, Mapping]] = [
+        ("fold", folds, corpus.fold_sizes), ("class", classes, corpus.class_sizes)
+    ]  # fmt: skip
+    for kind, counts, sizes in kinds:
         found += [f"{kind} {key}: {counts[key]} clips instead of {n}" for key, n in sizes.items() if counts[key] != n]
     return found
 
@@ -289,7 +291,9 @@ def _each_stretch_once(read: list[CheckedClip]) -> tuple[list[CheckedClip], list
     Returns:
         The clips; files with the content of another; and those of them that should have another label.
     """
-    first, merged, repeats, conflicts = {}, {}, {}, []
+    first: dict[str, CheckedClip] = {}
+    merged: dict[tuple, CheckedClip] = {}
+    repeats, conflicts = {}, []
     of_files: dict[str, set[str]] = {}
     for clip, _, facts, _ in read:
         if clip.label and not clip.where:

@@ -60,7 +60,9 @@ def combine_corpora(
     identities = [ClipIdentities.of(dataset) for _, dataset in corpora]
     held_out = [np.isin(_folds(data), list(excluded_folds.get(name, ()))) for name, data in corpora]
     owner_of: dict[bytes, str] = {}
-    parts, kept_counts, removed = [], Counter(), Counter()
+    kept_counts: Counter[str] = Counter()
+    removed: Counter[tuple[str, str]] = Counter()
+    parts = []
     for (name, dataset), clips, own_held_out in zip(corpora, identities, held_out, strict=True):
         kept = []
         unheld = np.flatnonzero(~own_held_out)

@@ -89,7 +89,7 @@ def ogg_pages(data: bytes) -> list[OggPage]:
 
 def _ogg_with_complete_page(tail: bytes) -> Patch | None:
     """For a file that ends within a page: that page with the packets that are whole, as the last."""
-    *_, page = ogg_pages(tail) or [None]
+    page = next(reversed(ogg_pages(tail)), None)
     if page is None or page.is_whole or page.frames is None or page.frames < 0:
         return None
     body = tail[page.start + 27 + len(page.segments) :]
@@ -102,7 +102,7 @@ def _ogg_with_complete_page(tail: bytes) -> Patch | None:
     header = bytearray(tail[page.start : page.start + 27] + page.segments[:count])
     header[5] |= last
     header[22:26], header[26] = bytes(4), count
-    header[22:26] = _ogg_checksum(header + body[:whole]).to_bytes(4, "little")
+    header[22:26] = _ogg_checksum(bytes(header) + body[:whole]).to_bytes(4, "little")
     return Patch(tail=bytes(header) + body[:whole], cut=len(tail) - page.start)
 
 

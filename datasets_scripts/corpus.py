@@ -224,7 +224,7 @@ def listed_clips(
     Raises:
         CorpusError: a file is listed twice.
     """
-    listed = {}
+    listed: dict[str, Clip] = {}
     for clip in clips:
         if listed.setdefault(relative_name(clip.path, root), clip) is not clip:
             raise CorpusError(f"{table}: {relative_name(clip.path, root)} is listed twice")

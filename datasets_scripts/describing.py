@@ -43,7 +43,7 @@ def class_table(dataset: datasets.Dataset, text: Callable[[object], str] = escap
     plain = dataset.with_format(None)
     labels, folds = plain["label"][:], plain["fold"][:]
     cells, sizes = Counter(zip(labels, folds, strict=True)), dict(sorted(Counter(folds).items()))
-    rows = [["class", *(f"fold {fold}" if fold else "no fold" for fold in sizes), "all"]]
+    rows: list[list] = [["class", *(f"fold {fold}" if fold else "no fold" for fold in sizes), "all"]]
     rows.append(["---"] + ["---:"] * (len(sizes) + 1))
     for label, name in [*enumerate(dataset.features["label"].names), (None, "(no label)")]:
         counts = [cells[label, fold] for fold in sizes]

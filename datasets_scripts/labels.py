@@ -86,7 +86,8 @@ class Files:
         Raises:
             CorpusError: naming the table that is wrong, and its line.
         """
-        listed, stretches = {}, []
+        listed: dict[str, Said] = {}
+        stretches = []
         for reader in READERS.values():
             for table in (table for table in self.tables if reader_of(table) is reader):
                 for said in reader(self.root / table, table, self):
@@ -301,12 +302,13 @@ def _leave_folder_around(parts: dict[str, list[str]]) -> None:
 
 def _folds_of(folders: set[str]) -> dict[str, int] | None:
     """Folds by the names of folders; None if one of these is neither a split nor a fold."""
-    numbers = {}
+    numbers: dict[str, int] = {}
     for folder in sorted(folders):
         numbered = _FOLD.fullmatch(folder.lower())
-        numbers[folder] = int(numbered[1]) if numbered else SPLITS.get(folder.lower())
-    if None in numbers.values():
-        return None
+        number = int(numbered[1]) if numbered else SPLITS.get(folder.lower())
+        if number is None:
+            return None
+        numbers[folder] = number
     from_zero = any(number == 0 and folder.lower() not in SPLITS for folder, number in numbers.items())
     return {folder: number + (from_zero and folder.lower() not in SPLITS) for folder, number in numbers.items()}
 

@@ -12,6 +12,7 @@ from datasets.exceptions import DatasetGenerationError
 from .archives import unpacked, unpacked_official
 from .builder import STATES, FolderBuilder, corpus_report
 from .corpora import CORPORA, CORPUS_NAMES
+from .corpora.hub import HubDataset
 from .corpus import FolderCorpus
 from .errors import CorpusError
 from .exporting import is_export, is_hub_id, load_export
@@ -112,7 +113,7 @@ def _load(
     name: str, data_dir: str | Path | None, allow_partial: bool, skip_unreadable: bool, cache: Path, options: dict
 ) -> datasets.Dataset:
     corpus = CORPORA[name]
-    if name == "hub":
+    if isinstance(corpus, HubDataset):
         if data_dir is None:
             raise CorpusError(f"hub needs {corpus.layout}: hub=ID")
         root = unpacked_dataset(os.path.expanduser(data_dir), cache, **options).resolve()

@@ -141,16 +141,16 @@ def flag(value) -> bool:
     return value
 
 
-def one_of(*choices: str) -> Callable[[Any], str]:
+class one_of:
     """Reads one of some words."""
 
-    def read(value) -> str:
-        if value not in choices:
-            raise ValueError(f"invalid choice: {value!r} (choose from {', '.join(choices)})")
-        return value
+    def __init__(self, *choices: str) -> None:
+        self.choices = choices
 
-    read.choices = choices
-    return read
+    def __call__(self, value) -> str:
+        if value not in self.choices:
+            raise ValueError(f"invalid choice: {value!r} (choose from {', '.join(self.choices)})")
+        return value
 
 
 def named_source(value) -> tuple[str, str | None]:
@@ -195,7 +195,7 @@ class Options:
 
     def default(self, own: Field):
         """Of an option that was not given."""
-        recipe = self.RECIPES.get(getattr(self, "recipe", None), {})  # of which the first is not known yet
+        recipe = self.RECIPES.get(getattr(self, "recipe", ""), {})  # of which the first is not known yet
         for values in (recipe, next(iter(self.RECIPES.values()))):
             if own.name in values:
                 return values[own.name]
@@ -239,7 +239,7 @@ class Options:
         """Of all options, in groups named after the classes that declare them."""
         parser = Parser(
             prog=cls.SCRIPT,
-            description=cls.__doc__.splitlines()[0],
+            description=_first_line(cls),
             epilog=cls.epilog(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
             argument_default=argparse.SUPPRESS,
@@ -247,7 +247,7 @@ class Options:
         for declaring in reversed(cls.__mro__):
             names = getattr(declaring, "__annotations__", {})
             if own := [option for option in _options(cls) if option.name in names]:
-                title = cls.SCRIPT if declaring is cls else declaring.__doc__.splitlines()[0].rstrip(".")
+                title = cls.SCRIPT if declaring is cls else _first_line(declaring).rstrip(".")
                 group = parser.add_argument_group(title)
                 for each in own:
                     _add(group, each, cls)
@@ -262,6 +262,10 @@ class Options:
             lines = textwrap.wrap(typed, 110, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False)
             shown += [f"--recipe {name} stands for", *lines]
         return "\n".join(shown)
+
+
+def _first_line(cls: type) -> str:
+    return (cls.__doc__ or cls.__name__).splitlines()[0]
 
 
 def _options(cls: type) -> list[Field]:

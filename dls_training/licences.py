@@ -10,7 +10,7 @@ USES = {True: "training with labels", False: "pre-training without labels"}
 
 def training_data(record: Record) -> dict[str, dict]:
     """{corpus: what is known of it, and `used`: for what}, of every stage of the weights."""
-    found = {}
+    found: dict[str, dict] = {}
     for stage in (stage for stage in record.stages if stage.is_known):
         for name, facts in stage.facts["corpora"].items():
             found.setdefault(name, facts | {"used": []})["used"].append(USES[stage.facts["with_labels"]])
@@ -42,9 +42,10 @@ def licence(identifiers: list[str | None], everything_known: bool) -> dict[str, 
         return {"license": "other", "license_name": "-and-".join(non_commercial)}
     if non_commercial:
         return {"license": non_commercial[0]}
-    if not everything_known or any(name in (None, "other") for name in identifiers):
+    known = [name for name in identifiers if name is not None and name != "other"]
+    if not everything_known or len(known) < len(identifiers):
         return {}
-    binding = sorted({name for name in identifiers if name not in FREE})
+    binding = sorted({name for name in known if name not in FREE})
     if len(binding) > 1:
         return {"license": "other", "license_name": "-and-".join(binding)}
     return {"license": binding[0] if binding else LICENCE_OF_THE_CODE}

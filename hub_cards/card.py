@@ -70,7 +70,7 @@ def write_card(folder: Path) -> None:
         "citations": fenced("bibtex", "\n\n".join(citations)) if citations else "",
     }
     text = "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in (task.template, "provenance.md"))
-    card = rendered(text, card_data=Markdown(data.to_yaml()), stage_in_words=stage_in_words, **fields, **claimed)
+    card = rendered(text, card_data=Markdown(data.to_yaml()), stage_in_words=stage_in_words, **(fields | claimed))
     (folder / "README.md").write_text(card, encoding="utf-8")
 
 

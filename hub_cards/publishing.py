@@ -8,7 +8,7 @@ from pathlib import Path
 from datasets_scripts.errors import HubUnreachable, UserError
 from datasets_scripts.files import read_object
 from datasets_scripts.hub import HubRepository, Publication
-from dls_training.tasks import PICTURES, task_of
+from dls_training.tasks import PICTURES, TASKS, task_of
 
 # What a run's folder publishes, and what it is. Not so checkpoints, logs, and the folds' folders.
 PARTS = {
@@ -72,7 +72,7 @@ def publish(folder: Path, repo_id: str, private: bool = False) -> str:
     options = ["--hub_model_id", repo_id, *(["--hub_private_repo"] if private else [])]
     again = f"`{shlex.join(['python', '-m', 'hub_cards', 'publish', str(folder), *options])}`"
     repository = HubRepository(publication, repo_id, private, again).create_if_absent()
-    return repository.publish(files, task_of(results).title(results))
+    return repository.publish(files, TASKS[results["task"]].title(results))
 
 
 def print_plan(folder: Path, repo_id: str, private: bool = False) -> None:
@@ -103,7 +103,7 @@ def finished_run(folder: Path) -> tuple[dict, Publication, dict[str, Path]]:
     Raises:
         UserError: if the run is not finished, or a file of it is missing or damaged.
     """
-    results = read_object(folder / "all_results.json")
+    results = read_object(folder / "all_results.json") or {}
     task = task_of(results)
     if task is None:
         raise UserError(

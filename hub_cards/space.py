@@ -55,9 +55,9 @@ def write_space(run_folder: Path, output_dir: Path) -> None:
         for name, file in files.items():
             shutil.copyfile(file, folder / MODEL / name)
         for name in PACKAGES:
-            source = Path(import_module(name).__file__).parent
+            source = Path(import_module(name).__path__[0])
             shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-        (licence,) = (file for file in installed_files(DISTRIBUTION) if file.name == LICENCE)
+        (licence,) = (file for file in installed_files(DISTRIBUTION) or () if file.name == LICENCE)
         shutil.copyfile(licence.locate(), folder / LICENCE)
         shutil.copyfile(TEMPLATES / APP, folder / APP)
         (folder / "requirements.txt").write_text("".join(f"{line}\n" for line in requirements()), encoding="utf-8")
@@ -75,7 +75,7 @@ def is_replaceable(folder: Path) -> bool:
 
 def requirements() -> list[str]:
     """What this project declares for itself and its page."""
-    needed = [line.partition(";") for line in requires(DISTRIBUTION)]
+    needed = [line.partition(";") for line in requires(DISTRIBUTION) or ()]
     return [own.strip() for own, _, marker in needed if "extra ==" not in marker or 'extra == "space"' in marker]
 
 
@@ -83,7 +83,7 @@ def card(run_folder: Path, results: dict, app) -> str:
     """README.md, whose front matter configures the Space."""
     record = Record.read(run_folder, needs_weights=False)
     claimed = licence_of(record) if record else {}
-    config = read_object(run_folder / "config.json")
+    config = read_object(run_folder / "config.json") or {}  # `finished_run` has seen to it that there is one
     labels = list(config["id2label"].values())
     classes = f"{len(labels)} class{'es' if len(labels) > 1 else ''}"
     title = f"What is this sound? {classes} of {results['corpus']}"

@@ -148,8 +148,8 @@ def convert_state_dict(
     own = {name: tensor.shape for name, tensor in model.state_dict().items() if not re.search(new, name)}
     theirs = {name: renamed(name, names) for name in own}
     expected = {theirs[name]: shape for name, shape in own.items()}
-    problems = {"missing": expected.keys() - state.keys(), "unexpected": state.keys() - expected.keys()}
-    problems = {kind: sorted(n for n in found if not re.match(optional, n)) for kind, found in problems.items()}
+    differing = {"missing": expected.keys() - state.keys(), "unexpected": state.keys() - expected.keys()}
+    problems = {kind: sorted(n for n in found if not re.match(optional, n)) for kind, found in differing.items()}
     problems["of another shape"] = [
         f"{name} {tuple(state[name].shape)} instead of {tuple(shape)}"
         for name, shape in expected.items()
@@ -186,17 +186,17 @@ def network_settings(layout: ImageNetLayout, state: dict) -> dict:
     Raises:
         ConversionError: if the stem or every layer is missing.
     """
-    stages = {}  # number -> {layer's number: [its convolutions' widths]}
+    numbered: dict[int, dict[int, list[int]]] = {}  # stage -> {layer: its convolutions' widths}
     for name, tensor in state.items():
         match = re.match(layout.layer, name)
         if match and tensor.ndim == 4:
             stage, layer = map(int, match.groups())
-            stages.setdefault(stage, {}).setdefault(layer, []).append(len(tensor))
-    if layout.stem not in state or state[layout.stem].ndim != 4 or not stages:
+            numbered.setdefault(stage, {}).setdefault(layer, []).append(len(tensor))
+    if layout.stem not in state or state[layout.stem].ndim != 4 or not numbered:
         raise ConversionError(
             f"not a complete checkpoint of {layout.network}: {layout.stem} or all layers are missing"
         )
-    stages = [list(layers.values()) for _, layers in sorted(stages.items())]
+    stages = [list(layers.values()) for _, layers in sorted(numbered.items())]
     settings = {"embedding_size": len(state[layout.stem]), "depths": [len(layers) for layers in stages]}
     # A bottleneck's last convolution is its widest.
     widths = [max(max(layer) for layer in layers) for layers in stages]
@@ -255,7 +255,7 @@ def read_state_dict(source: Path) -> dict:
     try:
         # Checkpoints come from strangers: nothing but tensors and plain containers is unpickled.
         if source.suffix == ".safetensors":
-            state = load_file(source)
+            state: dict = load_file(source)
         else:
             state = torch.load(source, map_location="cpu", weights_only=True)
     except OSError as error:

@@ -319,7 +319,8 @@ class ESResNetFeatureExtractor(FeatureExtractionMixin):
         if truncation and max_length:
             clips = [fit_length(clip, max_length) if clip.shape[-1] > max_length else clip for clip in clips]
         if padding != "do_not_pad":
-            length = max_length if padding == "max_length" else max(clip.shape[-1] for clip in clips)
+            longest = max(clip.shape[-1] for clip in clips)
+            length = longest if padding == "longest" or max_length is None else max_length
             clips = [fit_length(clip, length) if clip.shape[-1] < length else clip for clip in clips]
         shapes = {tuple(clip.shape) for clip in clips}
         if len(shapes) > 1:

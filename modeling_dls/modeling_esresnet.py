@@ -43,9 +43,9 @@ class InstanceDiscriminationOutput(ModelOutput):
         hidden_states: See [`ESResNetModel`].
     """
 
-    embeddings: torch.FloatTensor | None = None
-    pooler_output: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    embeddings: torch.Tensor | None = None
+    pooler_output: torch.Tensor | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
 
 
 def max_pool_to(x: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

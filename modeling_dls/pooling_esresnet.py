@@ -103,4 +103,5 @@ class StatisticsPooling(nn.Module):
                 picture = averaged_rows(picture if picture.dtype == torch.float64 else picture.float(), rows)
             statistics.append(RowStatistics.apply(picture).flatten(1))
         pooled = torch.cat(statistics, dim=1).unflatten(0, pictures[0].shape[:2]).sum(dim=1)
-        return self.norm(pooled.to(self.norm.running_mean.dtype))  # of a model that was cast as a whole, its own
+        mean = self.norm.running_mean  # of a model that was cast as a whole, of its type
+        return self.norm(pooled if mean is None else pooled.to(mean.dtype))

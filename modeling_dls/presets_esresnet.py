@@ -10,7 +10,7 @@ _EARLY = _SMALL | {"embedding_size": 64, "hidden_sizes": (64, 96, 128, 192), "po
 _MEL_PICTURES = _SMALL_PICTURES | {"spec_height": 32, "spec_width": 256, "frequency_scale": "mel"}
 
 # Name -> arguments of `ESResNetConfig` (network) and of `ESResNetFeatureExtractor` (signal) that are not the defaults.
-PRESETS = {
+PRESETS: dict[str, dict[str, dict]] = {
     # The network of the paper.
     "esresnet50": {"network": {}, "signal": {}},
     # Small enough to pre-train on a CPU within minutes.
@@ -22,7 +22,7 @@ PRESETS = {
     "small_mel": {"network": _EARLY, "signal": _MEL_PICTURES},
     # A quarter of it, for small devices.
     "tiny_mel": {
-        "network": _EARLY | {"embedding_size": 32, "hidden_sizes": (32, 48, 64, 64)},
+        "network": _EARLY | {"embedding_size": 24, "hidden_sizes": (24, 40, 56, 56)},
         "signal": _MEL_PICTURES,
     },
     # For tests.

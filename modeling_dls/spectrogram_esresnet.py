@@ -125,7 +125,7 @@ def three_band_power(
     window = _analysis_window(win_length, n_fft, waveform.dtype, waveform.device)
     spectrum = torch.stft(waveform, n_fft, hop_length, win_length, window, return_complex=True)
     bins = spectrum.shape[-2]
-    band_height = spec_height if mel_rate else bins // NUM_BANDS
+    band_height = (spec_height if mel_rate else None) or bins // NUM_BANDS
     # In the order in which the transform leaves them in memory, frame by frame: (batch, frames, bins, 2).
     squares = torch.view_as_real(
         spectrum.transpose(1, 2)[..., : bins if mel_rate else NUM_BANDS * band_height]

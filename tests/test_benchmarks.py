@@ -136,6 +136,19 @@ def test_the_bank_in_two_processes(tmp_path):
     assert header[0] == "rows" and rows[0][:3] == ["2,000", "1", "whole"]
 
 
+def test_precisions_picture_ends_where_its_table_does(tmp_path, monkeypatch):
+    import precision
+
+    drawn = {}
+    monkeypatch.setattr(precision, "draw", lambda path, panels, xlabel: drawn.update(panels))
+    lines = measuring.read_table(ROOT / "benchmarks" / "precision.csv")
+    precision.picture(lines, tmp_path / "picture.png")
+    for title, *cells in precision.rows(lines)[1:]:
+        curves, _ = drawn[title.rpartition(",")[0]]
+        ends = [(middle[-1], low[-1], high[-1]) for _, _, middle, (low, high) in curves]
+        assert cells == [f"{middle:.3f} ({low:.3f}–{high:.3f})" for middle, low, high in ends]
+
+
 def test_every_augmentation_has_its_picture(tmp_path):
     import augmentation_picture
 

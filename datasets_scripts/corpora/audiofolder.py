@@ -39,12 +39,13 @@ class AudioFolder(FolderCorpus):
             if name in clips
         ]
         unlisted = [name for name in files.sounds if name not in whole]
-        classes = {clip.label for clip in [*whole.values(), *parts]} - {None, BACKGROUND}
+        labels = {clip.label for clip in [*whole.values(), *parts]}
+        classes = {label for label in labels if label is not None and label != BACKGROUND}
         findings = {
             "inferred": [*([f"labels from {', '.join(files.tables)}"] if in_tables else []), *by_name.inferred],
             "unsupported": [name for name in files.unreadable if name in whole],
-            "strays": by_name.strays,
-            "unmatched": by_name.unmatched,
+            "strays": list(by_name.strays),
+            "unmatched": list(by_name.unmatched),
         }
         return Listing([*clips.values(), *parts], missing, unlisted, classes=classes, findings=findings)
 
@@ -56,7 +57,8 @@ def _from_names(names: list[str], pattern: str | None, folders: bool, in_tables:
         ignored = ["the folders' names are no labels"] if len(set(found.labels.values())) > 1 else []
         found = found._replace(labels={}, strays=[], inferred=[*found.inferred, *ignored])
     elif found.labels:
-        found.inferred.append("labels from the folders' names (--no_folder_labels: there are none)")
+        words = "labels from the folders' names (--no_folder_labels: there are none)"
+        found = found._replace(inferred=[*found.inferred, words])
     if pattern is None:
         return found
     said = from_file_names(names, pattern)

@@ -3,6 +3,7 @@
 import os
 import re
 from pathlib import Path
+from typing import ClassVar
 
 from ..corpus import (
     Archive,
@@ -79,7 +80,7 @@ class ESC50(FolderCorpus):
     # The archive is made anew by its host from time to time: neither its size nor its digest can be relied on.
     archives = (Archive("https://github.com/karoldvl/ESC-50/archive/master.zip", "ESC-50-master.zip"),)
     layout = "meta/esc50.csv and audio/{fold}-{clip}-{take}-{target}.wav"
-    marks = (_TABLE,)
+    marks: ClassVar[tuple[str, ...]] = (_TABLE,)
 
     def read(self, root: Path) -> Listing:
         clips = [self._clip(row, root) for row in read_table(root / _TABLE, _TABLE_COLUMNS)]
