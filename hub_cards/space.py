@@ -26,7 +26,7 @@ from .publishing import finished_run
 logger = logging.getLogger("dls")
 
 DISTRIBUTION = "dls-sounds"
-# Beside app.py, where Python finds them: it is not on PyPI, and a Space installs its requirements before it has files.
+# Beside app.py, where Python finds them: it is not on PyPI, and a wheel may come after a Space's requirements.
 PACKAGES = ("modeling_dls", "datasets_scripts", "dls_training", "dls_sounds")
 APP, LICENCE, MODEL = "app.py", "LICENSE", "model"
 
