@@ -6,6 +6,7 @@ A `Session` is an index, a labels.csv and a `Learner`. The page of `dls label` a
 
 import csv
 import math
+import shutil
 import unicodedata
 from itertools import pairwise
 from pathlib import Path
@@ -416,11 +417,15 @@ class Session:
         The file is whole at any time, and nobody's lines are lost, though several write.
         """
         path = self.path.resolve()
+        lock, own = (path.with_name(f".{path.name}.{what}") for what in ("lock", "unfinished"))
+        lock = FileLock(lock)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path.with_name(f".{path.name}.lock"))
             lock.acquire()
+            shutil.rmtree(own, ignore_errors=True)  # of whom a kill has stopped
+            own.mkdir()
         except OSError as error:
+            lock.release()
             raise UserError(
                 f"{path} cannot be written ({error.strerror}): choose another place with --labels"
             ) from error
@@ -431,7 +436,7 @@ class Session:
             gone = [line for line in found if goes(line)]
             lines = [line for line in found if not goes(line)] + new
             with (
-                files_moved_into_place(path.parent) as unfinished,
+                files_moved_into_place(path.parent, by_way_of=own) as unfinished,
                 (unfinished / path.name).open("w", newline="", encoding="utf-8") as file,
             ):
                 writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
@@ -439,6 +444,7 @@ class Session:
                 writer.writerows(lines)
             self.refresh()
         finally:
+            shutil.rmtree(own, ignore_errors=True)
             lock.release()
         return gone
 
