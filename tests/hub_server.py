@@ -267,7 +267,8 @@ class Handler(BaseHTTPRequestHandler):
             raise Answer(403, f'You don\'t have the rights to create a {kind[:-1]} under the namespace "{owner}"')
         if f"{kind}/{name}" in self.server.repositories:
             raise Answer(409, "You already created this repo")
-        repository = Repository(private=asked.get("visibility") == "private")
+        is_private = asked.get("visibility") == "private" or bool(asked.get("private"))  # as older clients ask
+        repository = Repository(private=is_private)
         repository.add_revision({".gitattributes": ATTRIBUTES}, "initial commit")
         self.server.repositories[f"{kind}/{name}"] = repository
         raise Answer(200, {"url": f"{self.server.url}/{'' if kind == 'models' else kind + '/'}{name}"})

@@ -12,6 +12,7 @@ from scripts import ROOT, SMALL, start
 NEWEST_THAT_FAILS = {
     "accelerate": "1.14.0",
     "datasets": "4.2.0",
+    "filelock": "3.28.0",
     "onnxruntime": "1.19.0",
     "onnxscript": "0.6.0",
     "pytest": "9.1.1",
