@@ -5,12 +5,12 @@ BIN := $(VENV)/bin
 # Two processes: scripts in tests spend much of their time starting up. A file's tests stay together, for its fixtures.
 PARALLEL := -n 2 --dist loadfile
 # What has a target of its own.
-OTHERWISE := not browser and not benchmark and not soak
+OTHERWISE := not browser and not benchmark and not soak and not hosts
 # Where ESC-10 is, for what measures on real sounds.
 ESC10 ?= $(wildcard ../shared/data/ESC-10)
 CODE := modeling_dls datasets_scripts dls_training dls_sounds dls_comparison hub_cards benchmarks tests *.py
 
-.PHONY: demo test test-fast test-benchmarks test-soak test-hostile test-browser docs/space.png docs/label.png floors quality style benchmark gpu clean
+.PHONY: demo test test-fast test-benchmarks test-soak test-hostile test-hosts test-browser docs/space.png docs/label.png floors quality style benchmark gpu clean
 
 $(BIN)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -38,6 +38,10 @@ test-soak: $(BIN)/.installed
 # Thousands of files and command lines, changed at random.
 test-hostile: $(BIN)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m soak tests/test_hostile_input.py --hostile_results results/hostile_input.csv
+
+# Two hosts as two network namespaces; needs root and ip: on Debian, apt-get install iproute2.
+test-hosts: $(BIN)/.installed
+	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m hosts
 
 # Needs a browser: on Debian, apt-get install chromium chromium-driver.
 test-browser: $(BIN)/.installed-browser

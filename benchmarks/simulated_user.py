@@ -1,6 +1,6 @@
 """Average precision of a class's ranking after one example and some answers of a user who is simulated on ESC-50.
 
-    dls embed ESC-50/audio --model runs/npid --layer projection --output esc50.parquet
+    dls embed ESC-50/audio --model checkpoints/small_mel --layer projection --output esc50.parquet
     python benchmarks/simulated_user.py --esc50 ESC-50 --index esc50.parquet
 
 Each seed draws ten classes, and for each an example from folds 3 to 5. The user answers about clips of these folds,
@@ -18,6 +18,7 @@ from measuring import REPOSITORY, markdown, run
 
 ASKED_FOLDS, CHOICE_FOLD, REPORT_FOLD = (3, 4, 5), 1, 2
 SHRINKAGES, PENALTIES = (0.03, 0.1, 0.3), (1.0, 3.0, 10.0, 30.0)
+GRID = len(SHRINKAGES) * len(PENALTIES)  # lines, which come first
 RANDOM = "random"
 BATCHES = 8  # of 64 clips, of which batch norm's statistics are taken
 CLASS = "class"
@@ -163,6 +164,18 @@ def rows(lines: list[dict]) -> list[list[str]]:
     return found
 
 
+def choice(table: Path) -> str:
+    """What fold 1 says of the strengths, beside what `dls label` takes, in a sentence."""
+    with table.open(newline="", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    strengths = {(line["shrinkage"], line["penalty"]): float(line["after_answers"]) for line in lines[:GRID]}
+    default, best = (lines[-1]["shrinkage"], lines[-1]["penalty"]), max(strengths, key=strengths.get)
+    taken = f"`dls label` takes {' and '.join(default)}, to which fold 1 gives {strengths[default]:.3f}"
+    if best == default:
+        return f"{taken}, the most."
+    return f"{taken}; the most it gives is {strengths[best]:.3f}, to {' and '.join(best)}, with this network."
+
+
 def write_report(table: Path) -> None:
     """README.md beside the table: the figure and the numbers."""
     text = f"""# What twenty answers are worth
@@ -170,9 +183,12 @@ def write_report(table: Path) -> None:
 A user is simulated on ESC-50: one example of a class, then twenty answers, yes or no, about clips of folds 3 to 5,
 asked one by one as `dls label` asks. What counts is the average precision with which another fold's 400 clips, eight
 of them of the class, are ranked: mean over ten classes of fifty and three seeds, in brackets the smallest and the
-largest of a seed. Strengths of whitening and penalty, and what is asked about, are chosen on fold 1; fold 2 is the
-report. The network was pre-trained without labels on all clips, also those that are ranked; the untrained one is of
-the same kind, with random weights, and batch norm's statistics of some of the clips. ESC-50 was lossily re-encoded.
+largest of a seed. The network, [checkpoints/small_mel](../../checkpoints/small_mel), was pre-trained without labels on
+all clips, also those that are ranked; the untrained one is of the same kind, with random weights, and batch norm's
+statistics of some of the clips. ESC-50 was lossily re-encoded.
+
+Shrinkage (of whitening) and penalty, and what is asked about, are chosen on fold 1; fold 2 is the report.
+{choice(table)}
 
 ![average precision over answers](answers.png)
 

@@ -5,14 +5,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
 from hashlib import blake2b
 from itertools import repeat, starmap
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 import pyarrow.compute as pc
 import xxhash
 
 from .corpora import CORPORA
 from .corpus import Corpus
+
+if TYPE_CHECKING:  # of 45 MB, which those who embed and predict do without
+    import datasets
 
 DIGEST_BYTES = 16
 WHOLE = (0.0, float("inf"))
@@ -45,7 +48,7 @@ class ClipIdentities:
             raise ValueError(f"these are no identities of clips: {shapes}")
 
     @classmethod
-    def of(cls, dataset: datasets.Dataset) -> "ClipIdentities":
+    def of(cls, dataset: "datasets.Dataset") -> "ClipIdentities":
         """Those of a dataset from `load_corpus` or `combine_corpora`, or selected from one."""
         plain, columns = dataset.with_format(None), set(dataset.column_names)
         content = np.frombuffer(bytes.fromhex("".join(plain["digest"][:])), np.uint8).reshape(-1, DIGEST_BYTES)
@@ -108,7 +111,7 @@ class ClipIdentities:
         return digest.hexdigest()
 
 
-def stretches(dataset: datasets.Dataset) -> np.ndarray:
+def stretches(dataset: "datasets.Dataset") -> np.ndarray:
     """(clips, 2) float64: start and end of each clip's stretch in s; (0, inf) is the whole file."""
     arrow = dataset.with_format("arrow")
     columns = [
@@ -131,7 +134,7 @@ def _united(clips: ClipIdentities) -> dict[bytes, tuple[list[float], list[float]
     return covered
 
 
-def _published(plain: datasets.Dataset, columns: set[str]) -> Iterator[str | None]:
+def _published(plain: "datasets.Dataset", columns: set[str]) -> Iterator[str | None]:
     """Each clip's published identity: as its corpus knows it, or as any does by its file, wherever that lies."""
     # Flattened, so that the bytes of embedded clips are not read.
     paths = plain.select_columns("audio").flatten().select_columns("audio.path")["audio.path"][:]

@@ -141,9 +141,10 @@ def headline(report: Report) -> str:
     all_of_them = report.arms("closed-form", "dls", "scratch")
     _, low, high, seeds, folds = paired_difference(*all_of_them)
     included = ", the held-out clips' included," if (all_of_them[0].heard == all_of_them[0].clips).all() else ""
-    sure = f", with a 95 % interval from {low:+.3f} to {high:+.3f}" if np.isfinite(low) else ""
+    sure = f" (the difference's 95 % interval: {low:+.3f} to {high:+.3f})" if np.isfinite(low) else ""
+    runs = f"{folds} folds and {seeds} seed{'s' if seeds > 1 else ''}"
     return textwrap.fill(
-        f"ESC-50, a classifier in closed form on a frozen network, mean of {folds} folds and {seeds} seed(s): with 5 "
+        f"ESC-50, a classifier in closed form on a frozen network, mean of {runs}: with 5 "
         f"labels a class {dls[1]:.3f} after pre-training on unlabelled sound{included} against {scratch[1]:.3f} of "
         f"the same network untrained, with all 32 {dls[-1]:.3f} against {scratch[-1]:.3f}{sure} "
         "([results/esc50](results/esc50/README.md), `python reproduce.py results/esc50.yaml`).",

@@ -4,10 +4,12 @@ import json
 import math
 import statistics
 from collections import Counter
+from dataclasses import fields
 
 import numpy as np
 
 from datasets_scripts.markdown import Markdown, code
+from dls_training.settings import ClassificationSettings
 
 from .outcomes import FIRST_EPOCHS, Runs, epoch_that_reaches, paired_difference, seconds_before
 from .plan import SCRATCH, Plan
@@ -204,8 +206,12 @@ def differences_in_circumstances(results: list[dict]) -> list[str]:
     by_setting = grouped(results, "finetune", "setting")
     networks = [result["network"] for runs in by_setting.values() for result in runs]
     problems = [f"network or spectrogram: {difference}" for difference in differing(networks)]
+    # A run from before there was an option had its default.
+    usual = {field.name: field.metadata["default"] for field in fields(ClassificationSettings) if field.metadata}
     for setting, runs in by_setting.items():
-        problems += [f"{setting}: --{difference}" for difference in differing([run["options"] for run in runs])]
+        options = [run["options"] for run in runs]
+        known = {name: usual.get(name) for own in options for name in own}
+        problems += [f"{setting}: --{difference}" for difference in differing([known | own for own in options])]
     return problems
 
 

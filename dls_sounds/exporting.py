@@ -18,10 +18,10 @@ from torch import nn
 from datasets_scripts import load_corpus
 from datasets_scripts.errors import UserError
 from datasets_scripts.files import files_moved_into_place
+from dls_training.licences import licence_of
 from dls_training.record import Record
 from dls_training.runtime import start_logging
 from dls_training.waveforms import sound_blocks, stream_windows
-from hub_cards.sources import licence, training_data
 
 from . import run_onnx
 from .network import Classifier
@@ -136,7 +136,7 @@ def store_sparse(model) -> None:
 def facts(trained: Classifier) -> dict:
     """What whoever runs the file has to know, as JSON takes it; see `run_onnx`."""
     record = Record.read(trained.source) or Record.of(trained.source)
-    claimed = licence([own.get("licence_id") for own in training_data(record).values()], record.is_complete)
+    claimed = licence_of(record)
     stages = [
         {name: stage.facts.get(name) for name in ("name", "task", "clips", "excluded_folds", "seed", "command")}
         for stage in record.stages

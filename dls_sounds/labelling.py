@@ -6,6 +6,7 @@ A `Session` is an index, a labels.csv and a `Learner`. The page of `dls label` a
 
 import csv
 import math
+import shutil
 import unicodedata
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ from threadpoolctl import threadpool_limits
 from datasets_scripts.corpus import read_rows
 from datasets_scripts.errors import UserError
 from datasets_scripts.files import files_moved_into_place
-from datasets_scripts.labels import Said, read_labels
+from datasets_scripts.labels import BACKGROUND, Said, normal, read_labels, with_answer
 
 from .index import Index
 
@@ -291,10 +292,22 @@ class Session:
         """Words after `python -m` that make a classifier of what was answered, in closed form.
 
         Raises:
-            UserError: if labels.csv is not where train_classification.py looks for it.
+            UserError: if there is nothing to tell apart, or labels.csv is not where train_classification.py looks
+                for it.
         """
-        if not any(said.present for said in self.said):
+        answers: dict[tuple, dict[str, bool]] = {}
+        for said in self.said:
+            stretch = said.name, said.start, said.end
+            answers[stretch] = with_answer(answers.get(stretch, {}), normal(said.label), said.present)
+        answered = {answer for own in answers.values() for answer in own.items()}
+        classes = {label for label, present in answered if present} - {BACKGROUND}
+        if not classes:
             raise UserError(f"{self.path} says of nothing what it is: answer yes to some sounds first")
+        if len(answered) == 1:
+            raise UserError(
+                f"{self.path} says yes to {min(classes)} and nothing else: answer no to some sounds too, or yes to a "
+                "second class"
+            )
         if self.path != (self.index.root / "labels.csv").absolute():
             raise UserError(
                 f"training reads the labels among the recordings: move {self.path} to {self.index.root}/labels.csv, "
@@ -309,11 +322,11 @@ class Session:
     def models(self) -> tuple[Path | None, Path]:
         """The newest classifier that was trained on the answers, if there is one, and where the next is to go.
 
-        They lie beside the index: a folder each, for none is overwritten.
+        They lie beside the index: a folder each, for none is overwritten. A training that failed left an empty one.
         """
         newest, number = None, 1
-        while (found := self.index.path.with_name(f"{self.index.path.stem}_model-{number}")).exists():
-            newest, number = found, number + 1
+        while any((found := self.index.path.with_name(f"{self.index.path.stem}_model-{number}")).glob("*")):
+            newest, number = found if (found / "all_results.json").is_file() else newest, number + 1
         return newest, found
 
     def prediction_command(self) -> list[str]:
@@ -404,11 +417,15 @@ class Session:
         The file is whole at any time, and nobody's lines are lost, though several write.
         """
         path = self.path.resolve()
+        lock, own = (path.with_name(f".{path.name}.{what}") for what in ("lock", "unfinished"))
+        lock = FileLock(lock)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(path.with_name(f".{path.name}.lock"))
             lock.acquire()
+            shutil.rmtree(own, ignore_errors=True)  # of whom a kill has stopped
+            own.mkdir()
         except OSError as error:
+            lock.release()
             raise UserError(
                 f"{path} cannot be written ({error.strerror}): choose another place with --labels"
             ) from error
@@ -419,7 +436,7 @@ class Session:
             gone = [line for line in found if goes(line)]
             lines = [line for line in found if not goes(line)] + new
             with (
-                files_moved_into_place(path.parent) as unfinished,
+                files_moved_into_place(path.parent, by_way_of=own) as unfinished,
                 (unfinished / path.name).open("w", newline="", encoding="utf-8") as file,
             ):
                 writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
@@ -427,6 +444,7 @@ class Session:
                 writer.writerows(lines)
             self.refresh()
         finally:
+            shutil.rmtree(own, ignore_errors=True)
             lock.release()
         return gone
 

@@ -17,6 +17,7 @@ import torch
 from datasets_scripts.audio import Sound, opened_sound
 from datasets_scripts.errors import AudioError, UserError
 from datasets_scripts.identity import WHOLE
+from modeling_dls import torchaudio_guard
 from modeling_dls.feature_extraction_esresnet import (
     ESResNetFeatureExtractor,
     beyond_first,
@@ -37,8 +38,8 @@ WINDOWS_AT_A_TIME = 4  # of a recording that is read from its beginning to its e
 def _resampler(source_rate: int, target_rate: int) -> torch.nn.Module:
     try:
         from torchaudio.transforms import Resample
-    except (ImportError, OSError, RuntimeError) as error:  # also of libraries that it is linked with
-        raise UserError(torchaudio_advice(error)) from error
+    except ImportError as error:
+        raise UserError(torchaudio_advice(torchaudio_guard.PROBLEM or error)) from error
     return Resample(workable_rate(source_rate, target_rate), target_rate)
 
 

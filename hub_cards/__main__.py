@@ -4,6 +4,7 @@ import argparse
 import sys
 
 from datasets_scripts.command_line import Parser, run_parsed
+from datasets_scripts.errors import UserError
 from datasets_scripts.options import argument, named_source, path, text, whole
 
 NAME, PORT = argument(text), argument(whole(1, 65535))
@@ -30,12 +31,17 @@ def make_parser() -> argparse.ArgumentParser:
     publish.add_argument("--hub_private_repo", action="store_true", help="only for you and those whom you let in")
     publish.add_argument("--dry_run", action="store_true", help="print what would be sent, and change nothing")
     publish.set_defaults(run=publish_run)
-    space = commands.add_parser("space", help="serve a page on this machine, to try a finished run")
+    space = commands.add_parser("space", help="a page to try a finished run: served on this machine, or as a folder")
     space.add_argument(
         "--corpus", action="append", default=[], type=argument(named_source), metavar="NAME=DIR",
         help="where a corpus of the run is now (default: where it was)",
     )  # fmt: skip
-    space.add_argument("--port", type=PORT, default=7860, help="of 127.0.0.1 (default: %(default)s)")
+    where = space.add_mutually_exclusive_group()
+    where.add_argument("--port", type=PORT, default=7860, help="of 127.0.0.1 (default: %(default)s)")
+    where.add_argument(
+        "--output_dir", type=argument(path), metavar="FOLDER",
+        help="write a Space of the Hub there (app.py, requirements.txt, README.md, the model, no clips) instead",
+    )  # fmt: skip
     space.set_defaults(run=run_space)
     for command in (publish, space):
         command.add_argument(
@@ -53,9 +59,15 @@ def publish_run(arguments: argparse.Namespace) -> None:
 
 
 def run_space(arguments: argparse.Namespace) -> None:
-    """Serves the page until it is interrupted."""
+    """Serves the page until it is interrupted; or writes it as a folder."""
     from dls_sounds.page import load_app
 
+    if arguments.output_dir:
+        from .space import write_space
+
+        if arguments.corpus:
+            raise UserError("--corpus: no clips go into the folder that --output_dir names: leave it out")
+        return write_space(arguments.run_folder, arguments.output_dir)
     load_app().serve(arguments.run_folder, arguments.corpus, arguments.port)
 
 

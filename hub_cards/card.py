@@ -8,11 +8,10 @@ from huggingface_hub import ModelCardData
 
 from datasets_scripts.errors import UserError
 from datasets_scripts.exporting import is_hub_id
-from datasets_scripts.markdown import Markdown, code, escaped, fenced, rendered
+from datasets_scripts.markdown import Markdown, code, escaped, fenced, linked, rendered
+from dls_training.licences import LICENCE_OF_THE_CODE, licence_of, training_data
 from dls_training.record import RECORD_FILE, Record
-
-from .sources import LICENCE_OF_THE_CODE, licence, source_rows, training_data
-from .tasks import ACCURACY, CONFUSION, PICTURES, TASKS, Task
+from dls_training.tasks import ACCURACY, CONFUSION, PICTURES, TASKS, Task
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -40,8 +39,7 @@ def write_card(folder: Path) -> None:
     task, earlier = TASKS[results["task"]], [stage.facts for stage in record.stages[:-1]]
     draw_pictures(folder, task, results)
     sources = training_data(record)
-    # Not so with ImageNet's weights, or those of a folder that does not say what it was trained on.
-    claimed = licence([facts.get("licence_id") for facts in sources.values()], record.is_complete)
+    claimed = licence_of(record)
     data = ModelCardData(
         library_name="transformers",
         pipeline_tag=task.pipeline_tag,
@@ -84,6 +82,18 @@ def draw_pictures(folder: Path, task: Task, results: dict) -> None:
         draw_accuracy(folder / ACCURACY, task.accuracy_curves(results), task.measured)
     if "confusion_matrix" in results:
         draw_confusion_matrix(folder / CONFUSION, results["confusion_matrix"], list(results["per_class_accuracy"]))
+
+
+def source_rows(sources: dict[str, dict]) -> list[dict]:
+    """A line per corpus, for the card's table."""
+    return [
+        {
+            "corpus": linked(facts.get("title", name) if "homepage" in facts else name, facts.get("homepage")),
+            "used for": ", ".join(dict.fromkeys(facts["used"])),
+            "licence of the sound": facts.get("licence", "unknown"),
+        }
+        for name, facts in sources.items()
+    ]
 
 
 def command(stage: dict) -> str | None:

@@ -8,8 +8,7 @@ from pathlib import Path
 from datasets_scripts.errors import HubUnreachable, UserError
 from datasets_scripts.files import read_object
 from datasets_scripts.hub import HubRepository, Publication
-
-from .tasks import PICTURES, TASKS, task_of
+from dls_training.tasks import PICTURES, TASKS, task_of
 
 # What a run's folder publishes, and what it is. Not so checkpoints, logs, and the folds' folders.
 PARTS = {

@@ -6,6 +6,8 @@ Example:
     >>> model = AutoModelForAudioClassification.from_pretrained("runs/esc10")  # doctest: +SKIP
 """
 
+from . import torchaudio_guard  # noqa: F401  # isort: skip  # before transformers imports it
+
 import re
 import sys
 from importlib import import_module

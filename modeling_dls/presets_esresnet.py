@@ -22,7 +22,7 @@ PRESETS: dict[str, dict[str, dict]] = {
     "small_mel": {"network": _EARLY, "signal": _MEL_PICTURES},
     # A quarter of it, for small devices.
     "tiny_mel": {
-        "network": _EARLY | {"embedding_size": 32, "hidden_sizes": (32, 48, 64, 64)},
+        "network": _EARLY | {"embedding_size": 24, "hidden_sizes": (24, 40, 56, 56)},
         "signal": _MEL_PICTURES,
     },
     # For tests.

@@ -57,7 +57,7 @@ def served(*command, end: int = signal.SIGTERM) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}/"
     finally:
         process.send_signal(end)
-        process.wait(timeout=30)
+        process.wait(timeout=PATIENCE)
     assert "Traceback" not in "".join(printed), "".join(printed)
 
 

@@ -22,10 +22,10 @@ from datasets_scripts.errors import UserError
 from datasets_scripts.markdown import table
 from dls_comparison import paper
 from dls_sounds.settings import LabelSettings
+from dls_training.licences import licence
 from dls_training.record import Record, Stage
 from hub_cards import write_card
 from hub_cards.__main__ import main as publish_or_serve
-from hub_cards.sources import licence
 from modeling_dls import ESResNetFeatureExtractor, ESResNetForAudioClassification
 
 CARDS = (ROOT / "docs" / "cards.md").read_text(encoding="utf-8")

@@ -1,10 +1,14 @@
 """A session of labelling, without its page: what is asked next, what labels.csv holds, what is learned from it."""
 
+import csv
 import multiprocessing
+import shutil
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from scripts import succeed
+from sound_networks import save
 
 from datasets_scripts.errors import CorpusError, UserError
 from datasets_scripts.labels import read_labels
@@ -14,6 +18,7 @@ from dls_sounds.labelling import ORDERS, UNCERTAIN, Learner, Session
 from dls_sounds.settings import PredictSettings
 from dls_sounds.tables import write_parquet
 from dls_training.settings import ClassificationSettings
+from modeling_dls import ESResNetForInstanceDiscrimination
 
 DIM, KINDS = 16, 4
 HEADER = "file_name,start,end,label,present\n"
@@ -249,11 +254,26 @@ def test_commands_that_cannot_run(tmp_path, windows):
         session.training_command()
     with pytest.raises(UserError, match="train on these first"):
         session.prediction_command()
+    session.answer(0, "background")
+    with pytest.raises(UserError, match="says of nothing what it is"):
+        session.training_command()
     session.answer(0, "owl")
-    script, *words = session.training_command()
+    with pytest.raises(UserError, match="says yes to owl and nothing else: answer no to some sounds too"):
+        session.training_command()
+    for label, present in (("owl", False), ("Noise", True), ("wren", True)):
+        session.answer(1, label, present)
+        script, *words = session.training_command()
+        session.undo()
+    session.answer(1, "owl", False)
     settings = ClassificationSettings.parsed(words)
     assert script == "train_classification" and settings.output_dir == tmp_path / "index_model-1"
     settings.output_dir.mkdir()
+    assert session.training_command()[-1] == str(tmp_path / "index_model-1"), "an empty folder is that of a failure"
+    (settings.output_dir / "checkpoint-1").mkdir()
+    assert session.training_command()[-1] == str(tmp_path / "index_model-2")
+    with pytest.raises(UserError, match="train on these first"):
+        session.prediction_command()
+    (settings.output_dir / "all_results.json").write_text("{}")
     assert session.training_command()[-1] == str(tmp_path / "index_model-2")
     package, command, *words = session.prediction_command()
     settings = PredictSettings.parsed(words)
@@ -261,8 +281,33 @@ def test_commands_that_cannot_run(tmp_path, windows):
     assert settings.model == str(tmp_path / "index_model-1")
     elsewhere = Session(session.index, tmp_path / "labels.csv")
     elsewhere.answer(0, "owl")
+    elsewhere.answer(1, "wren")
     with pytest.raises(UserError, match=r"move .*labels.csv to .*sounds/labels.csv"):
         elsewhere.training_command()
+
+
+@pytest.mark.parametrize("other", ["a no", "background"])
+def test_one_class_is_trained_and_found(sound_folder, tmp_path, other):
+    """By the commands that the page runs."""
+    sounds = tmp_path / "sounds"
+    shutil.copytree(sound_folder, sounds, ignore=shutil.ignore_patterns("metadata.csv"))
+    network = save(ESResNetForInstanceDiscrimination, tmp_path / "npid")
+    embedding = ["embed", str(sounds), "--model", str(network), "--output", str(tmp_path / "index.parquet")]
+    assert main(embedding) == 0
+    session = Session(Index(tmp_path / "index.parquet"))
+    for row in range(0, 40, 2):
+        if row % 4 == 0:
+            session.answer(row, "low tone")
+        else:
+            session.answer(row, *(("low tone", False) if other == "a no" else ("background", True)))
+    script, *words = session.training_command()
+    succeed(f"{script}.py", *words)
+    package, *words = session.prediction_command()
+    assert package == "dls_sounds" and main(words) == 0
+    with (tmp_path / "index_detections.csv").open(newline="") as file:
+        found = {line["file"] for line in csv.DictReader(file) if line["label"] == "low tone"}
+    expected = {f"{clip:02d}.wav" for clip in range(0, 40, 4)}
+    assert len(expected & found) >= 8 and len(found) < 30
 
 
 def test_command_line(tmp_path, capsys):

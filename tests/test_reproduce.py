@@ -726,10 +726,13 @@ def test_other_tables(reported):
 
 
 def test_what_else_differs_is_said(reported, tmp_path):
-    """Another network, or options that changed under the same words (a recipe, between two commits)."""
+    """Another network, or options that changed under the same words (a recipe, between two commits); not one that
+    other cells are too old to have, and that has its default.
+    """
     folder = shutil.copytree(reported[0], tmp_path / "all")
     shutil.copy(reported[0].with_suffix(".yaml"), tmp_path)
-    for name, change in {"dls": {"network": {"depths": [2]}}, "scratch": {"options": {"learning_rate": 1}}}.items():
+    options = {"learning_rate": 1, "reinit_stages": 0}
+    for name, change in {"dls": {"network": {"depths": [2]}}, "scratch": {"options": options}}.items():
         result = read_results(folder / "cells.csv")[f"finetune.default.{name}.seed0"]
         add_result(folder / "cells.csv", result | change, [])
     assert call(tmp_path, tmp_path / "all.yaml", "--report")[0] == 0

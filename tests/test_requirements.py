@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
-from scripts import SMALL, fail, succeed
+from scripts import ROOT, SMALL, start
 
 NEWEST_THAT_FAILS = {
     "accelerate": "1.14.0",
@@ -33,14 +33,23 @@ def test_floors(name):
 
 
 @pytest.mark.parametrize(("torch", "pair"), [("2.9.1", "'torchaudio==2.9.*'"), ("2.13.0+cpu", "'torch==2.11.*' 'to")])
-def test_torchaudio_that_cannot_be_loaded(torch, pair, sound_folder, tmp_path, monkeypatch):
+def test_torchaudio_that_cannot_be_loaded(torch, pair, sound_folder, tmp_path):
     """One message names the pair to install; where nothing is resampled, nothing is missing."""
     (tmp_path / "torchaudio.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
-    for name in [name for name in sys.modules if name.partition(".")[0] == "torchaudio"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("torch.__version__", torch)
-    corpus = ["--corpus", f"audiofolder={sound_folder}", "--max_train_steps", "1"]
-    message = fail("train_npid.py", *SMALL, *corpus, "--sampling_rate", "7000", "--output_dir", tmp_path / "a")
-    assert f"beside torch {torch} (libcudart.so.13" in message and f"pip install {pair}" in message
-    succeed("train_npid.py", *SMALL, *corpus, "--sampling_rate", "8000", "--output_dir", tmp_path / "b")
+    code = f"import runpy, torch; torch.__version__ = {torch!r}; runpy.run_path('train_npid.py', run_name='__main__')"
+    common = [*SMALL, "--corpus", f"audiofolder={sound_folder}", "--max_train_steps", "1"]
+    said = []
+    for rate, exit_code in (("7000", 2), ("8000", 0)):
+        words = [sys.executable, "-c", code, *common, "--sampling_rate", rate, "--output_dir", tmp_path / rate]
+        process = start(words, cwd=ROOT, env={"PYTHONPATH": f"{tmp_path}:{ROOT}"})
+        said.append(process.communicate(timeout=300)[0])
+        assert process.returncode == exit_code, said[-1]
+    assert f"beside torch {torch} (libcudart.so.13" in said[0] and f"pip install {pair}" in said[0]
+    assert "Traceback" not in said[0]
+
+
+@pytest.mark.parametrize("command", ["embedding", "predicting"])
+def test_embedding_and_predicting_do_without_datasets(command):
+    """It takes 45 MB, and a second to import."""
+    code = f"import sys, dls_sounds.{command}; sys.exit('datasets' in sys.modules)"
+    assert start([sys.executable, "-c", code], cwd=ROOT).wait(timeout=120) == 0

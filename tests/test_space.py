@@ -1,8 +1,11 @@
 """What the Space says of sounds, for folders of real small runs; its page, where Gradio is installed."""
 
 import json
+import os
 import re
 import shutil
+import socket
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +13,8 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import yaml
+from packaging.requirements import Requirement
 from scripts import SMALL, succeed
 from transformers import pipeline
 
@@ -22,6 +27,7 @@ from dls_training.memory_bank import BANK_FILE, MemoryBank
 from dls_training.nearest_neighbours import weighted_knn
 from dls_training.report import draw_map
 from hub_cards.__main__ import main
+from hub_cards.publishing import finished_run
 from modeling_dls.feature_extraction_esresnet import evaluation_windows
 
 RATE = 8000  # of `sound_folder`
@@ -304,3 +310,106 @@ def test_page(classifier, tmp_path):
     assert "cannot be read as a sound" in problem["value"] and "&lt;b&gt;text.wav" in problem["value"]
     assert not any(update["visible"] for update in rest[:-1])
     assert not any(update["visible"] for update in page.analysed(None)[:-1])
+
+
+@pytest.fixture(scope="module")
+def space(runs, tmp_path_factory) -> Path:
+    """The folder that `space --output_dir` writes of the classifier."""
+    pytest.importorskip("gradio")
+    folder = tmp_path_factory.mktemp("written") / "space"
+    assert main(["space", str(runs / "classifier"), "--output_dir", str(folder)]) == 0
+    return folder
+
+
+def test_what_a_space_holds(space, runs, sound_folder):
+    """The model as it is published, what configures a Space, and nothing of the clips."""
+    from gradio import __version__ as gradio_version
+
+    _, front_matter, text = (space / "README.md").read_text().split("---\n", 2)
+    settings = yaml.safe_load(front_matter)
+    assert settings["sdk"] == "gradio" and settings["sdk_version"] == gradio_version
+    assert settings["app_file"] == "app.py" and "4 classes of audiofolder" in settings["title"]
+    assert "license" not in settings and "none is claimed" in text and "class-3" in text
+    published = finished_run(runs / "classifier")[2]
+    assert {path.name: path.read_bytes() for path in (space / "model").iterdir()} == {
+        name: file.read_bytes() for name, file in published.items()
+    }
+    requirements = (space / "requirements.txt").read_text().splitlines()
+    assert {Requirement(line).name for line in requirements} >= {"gradio", "torch", "transformers"}
+    assert not {"pytest", "selenium"} & {Requirement(line).name for line in requirements}
+    clips = {path.read_bytes() for path in sound_folder.glob("*.wav")}
+    assert not clips & {path.read_bytes() for path in space.rglob("*") if path.is_file()}
+    assert (space / "LICENSE").is_file() and "__pycache__" not in {path.name for path in space.rglob("*")}
+
+
+def test_a_space_answers(space, runs, tmp_path):
+    """Moved, with nothing of the checkout or the run at hand: asked over HTTP, as the page in a browser does."""
+    there = tmp_path / "moved"
+    shutil.copytree(space, there)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    process = subprocess.Popen(
+        [sys.executable, "app.py"], cwd=there, env=environment | {"GRADIO_SERVER_PORT": str(port)},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        printed = []
+        while not (printed and "open http" in printed[-1]):
+            printed.append(process.stdout.readline())
+            assert printed[-1], "".join(printed)
+        assert f"open http://0.0.0.0:{port} " in printed[-1]
+        assert not [line for line in printed if "--corpus" in line or "pre-training" in line], "for its author alone"
+        clip = sound(tmp_path / "clip.wav", 0.5)
+        (update,) = [each for each in asked(f"http://127.0.0.1:{port}", clip) if is_label(each)]
+    finally:
+        process.terminate()
+        process.wait(timeout=60)
+    found = {answer["label"]: answer["confidence"] for answer in update["value"]["confidences"]}
+    assert found == pytest.approx(TrainedFolder(runs / "classifier", []).analyse(clip).scores, abs=1e-5)
+
+
+def is_label(update) -> bool:
+    """Whether an output's update is that of the label's probabilities."""
+    return isinstance(update, dict) and isinstance(update.get("value"), dict) and "confidences" in update["value"]
+
+
+def asked(address: str, path: str) -> list:
+    """The updates of a page's outputs for a sound that a visitor uploads."""
+    import httpx
+
+    with httpx.Client(base_url=address, timeout=120, trust_env=False) as client:
+        with open(path, "rb") as file:
+            (uploaded,) = client.post("/gradio_api/upload", files={"files": file}).json()
+        (event,) = [each for each in client.get("/config").json()["dependencies"] if len(each["outputs"]) == 8]
+        session = {"session_hash": "visitor"}
+        data = {"path": uploaded, "orig_name": "clip.wav", "meta": {"_type": "gradio.FileData"}}
+        question = {"data": [data], "fn_index": event["id"], **session}
+        client.post("/gradio_api/queue/join", json=question).raise_for_status()
+        with client.stream("GET", "/gradio_api/queue/data", params=session) as stream:
+            for line in stream.iter_lines():
+                message = json.loads(line.removeprefix("data: ") or "{}")
+                if message.get("msg") == "process_completed":
+                    assert message["success"], message
+                    return message["output"]["data"]
+    raise AssertionError("no answer came")
+
+
+def test_no_space_where_there_is_none(space, runs, tmp_path, capsys):
+    """Of a pre-training, in a folder of something else, with clips; a Space is replaced as a whole."""
+
+    def refused(*words) -> str:
+        assert main(["space", *map(str, words)]) == 2
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "has no classes of its own" in refused(runs / "npid", "--output_dir", tmp_path / "new")
+    (tmp_path / "diary.txt").write_text("mine")
+    assert "holds something else" in refused(runs / "classifier", "--output_dir", tmp_path)
+    words = [runs / "classifier", "--output_dir", tmp_path / "new", "--corpus", f"audiofolder={runs}"]
+    assert "no clips go into the folder" in refused(*words)
+    assert (tmp_path / "diary.txt").is_file() and not (tmp_path / "new").exists()
+    old = shutil.copytree(space, tmp_path / "old")
+    (old / "model" / "stale.txt").write_text("of an earlier run")
+    assert main(["space", str(runs / "classifier"), "--output_dir", str(old)]) == 0
+    assert not (old / "model" / "stale.txt").exists() and (old / "app.py").is_file()

@@ -82,7 +82,7 @@ def test_wheel_has_the_packages_and_nothing_beside_them(wheel):
         (metadata,) = (archive.read(name).decode() for name in names if name.endswith("/METADATA"))
     (about,) = {name.partition("/")[0] for name in names if ".dist-info/" in name}
     assert {name.partition("/")[0] for name in names} == PACKAGES | SCRIPTS | {about}
-    assert {f"{package}/py.typed" for package in PACKAGES} <= set(names)
+    assert {*(f"{package}/py.typed" for package in PACKAGES), "hub_cards/templates/app.py"} <= set(names)
     for line in ("License-Expression: Apache-2.0", "Classifier: Operating System :: POSIX :: Linux", "Author: "):
         assert f"\n{line}" in metadata
 

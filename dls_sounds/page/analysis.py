@@ -18,8 +18,8 @@ from dls_training.input_pipeline import label_numbers
 from dls_training.memory_bank import BANK_FILE
 from dls_training.nearest_neighbours import KNN_SIGMA
 from dls_training.networks import loading
+from dls_training.tasks import Pretraining, task_of
 from dls_training.waveforms import sound_blocks
-from hub_cards.tasks import Pretraining, task_of
 from modeling_dls.feature_extraction_esresnet import evaluation_windows, window_starts
 
 from .memory import Memory, Neighbour
@@ -126,11 +126,12 @@ class TrainedFolder:
         examples_from: Where they come from, in words.
     """
 
-    def __init__(self, folder: Path, given: list[tuple[str, str | None]]):
+    def __init__(self, folder: Path, given: list[tuple[str, str | None]] | None):
         """
         Args:
             folder: Written by `train_npid.py` or `train_classification.py`.
-            given: Names and folders of corpora; they replace recorded ones of the same name.
+            given: Names and folders of corpora; they replace recorded ones of the same name. None, for a classifier:
+                clips and pre-training are not looked for, and not missed.
 
         Raises:
             UserError: if the folder is no such output.
@@ -141,9 +142,9 @@ class TrainedFolder:
         self.missing: list[str] = []
         self.network = Network(folder, self.task.architecture)
         self.memory, self.embedder = None, None
-        home = self._pretraining_folder(folder)
+        home = None if given is None else self._pretraining_folder(folder)
         runs = [read_results(run) for run in dict.fromkeys([folder, home]) if run]
-        corpora = self._corpora(runs, given)
+        corpora = [] if given is None else self._corpora(runs, given)
         if home:
             self.memory = self._open_memory(home, corpora)
             self.embedder = self.network if home == folder else Network(home, Pretraining.architecture)

@@ -1,4 +1,4 @@
-"""The page: an `Analysis` laid out for a reader. Serves 127.0.0.1 only, and asks nothing of other machines."""
+"""The page: an `Analysis` laid out for a reader. Asks nothing of other machines."""
 
 import html
 import logging
@@ -229,17 +229,18 @@ def lay_out_trial(page: Page) -> None:
 
 
 def serve(
-    folder: Path | None, corpora: list[tuple[str, str | None]], port: int, session: Session | None = None,
-    settings: LabelSettings | None = None,
+    folder: Path | None, corpora: list[tuple[str, str | None]] | None, port: int, session: Session | None = None,
+    settings: LabelSettings | None = None, host: str = HOST,
 ) -> None:  # fmt: skip
-    """Shows the page on 127.0.0.1 until it is interrupted.
+    """Shows the page until it is interrupted.
 
     Args:
         folder: A run's, to try sounds on; None: that part is left out.
         corpora: Names and folders of corpora, see `TrainedFolder`.
-        port: Of 127.0.0.1.
+        port: Of the host.
         session: What is taught; None: that part is left out.
         settings: Of `dls label`, with a session.
+        host: The interface; all but the default let others in.
 
     Raises:
         UserError: if the folder is not a run's output, or the port is taken.
@@ -255,17 +256,17 @@ def serve(
         blocks = build(page, teaching).queue(max_size=WAITING)
         try:
             blocks.launch(
-                server_name=HOST, server_port=port, share=False, ssr_mode=False, mcp_server=False, quiet=True,
+                server_name=host, server_port=port, share=False, ssr_mode=False, mcp_server=False, quiet=True,
                 prevent_thread_lock=True, allowed_paths=[sounds], max_file_size=LARGEST_UPLOAD, footer_links=[],
                 theme=gr.themes.Default(font=FONT, font_mono=["monospace"]), css=STYLE + TEACHING_STYLE,
                 head=KEYBOARD if teaching else None,
             )  # fmt: skip
         except OSError as error:
             raise UserError(
-                f"--port {port} cannot be used on {HOST}, another program may have it: choose another"
+                f"--port {port} cannot be used on {host}, another program may have it: choose another"
             ) from error
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # to leave no sounds behind then, either
         if session:
             logger.info(f"answers go into {session.path}")
-        logger.info(f"open http://{HOST}:{port} (Ctrl-C ends it)")
+        logger.info(f"open http://{host}:{port} (Ctrl-C ends it)")
         blocks.block_thread()

@@ -1,7 +1,6 @@
 """The sounds that a model was made from, and what their licences ask of it."""
 
-from datasets_scripts.markdown import linked
-from dls_training.record import Record
+from .record import Record
 
 LICENCE_OF_THE_CODE = "apache-2.0"
 # What asks nothing of those who use it.
@@ -18,16 +17,11 @@ def training_data(record: Record) -> dict[str, dict]:
     return found
 
 
-def source_rows(sources: dict[str, dict]) -> list[dict]:
-    """A line per corpus, for the card's table."""
-    return [
-        {
-            "corpus": linked(facts.get("title", name) if "homepage" in facts else name, facts.get("homepage")),
-            "used for": ", ".join(dict.fromkeys(facts["used"])),
-            "licence of the sound": facts.get("licence", "unknown"),
-        }
-        for name, facts in sources.items()
-    ]
+def licence_of(record: Record) -> dict[str, str]:
+    """Of a model's weights; see `licence`."""
+    identifiers = [facts.get("licence_id") for facts in training_data(record).values()]
+    # Not so with ImageNet's weights, or those of a folder that does not say what it was trained on.
+    return licence(identifiers, record.is_complete)
 
 
 def licence(identifiers: list[str | None], everything_known: bool) -> dict[str, str]:
