@@ -50,6 +50,7 @@ from dls_training.networks import loading, make_config, make_extractor, make_mod
 from dls_training.record import RECORD_FILE, Record
 from dls_training.runs import parent_of, to_go_on_from
 from dls_training.runtime import ends_with_the_others, environment, make_accelerator, start_tracking
+from dls_training.tasks import EMBEDDING
 from hub_cards import final_accuracy, write_card
 from hub_cards.publishing import claim_repository, publish
 from modeling_dls import ESResNetConfig, ESResNetForAudioClassification
@@ -256,9 +257,10 @@ def run_fold(settings: ClassificationSettings, accelerator: Accelerator, store: 
             with files_moved_into_place(fold.output_dir, last=RECORD_FILE) as folder:
                 run.save_model(folder)
                 record.with_facts(seconds=results["seconds"]).save(folder)
-                if run.held_out is not None:
-                    run.draw_features(folder / "embedding.png")
                 write_json(folder / RESULTS_FILE, results)
+            if run.held_out is not None:
+                with files_moved_into_place(fold.output_dir) as folder:
+                    run.draw_features(folder / EMBEDDING)
         accelerator.wait_for_everyone()
         accelerator.free_memory()  # it would keep every fold's network and optimizer
     return json.loads(fold.results_file.read_text(encoding="utf-8"))
@@ -317,7 +319,7 @@ def write_results(output_dir: Path, first_fold_dir: Path, results: dict) -> None
             if path.is_file() and path.name != RESULTS_FILE:
                 shutil.copy2(path, folder)
         write_json(folder / "all_results.json", results)
-        write_card(folder)
+    write_card(output_dir)
     logger.info(f"{output_dir} holds the model, all_results.json and a card")
 
 

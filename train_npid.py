@@ -35,6 +35,7 @@ from dls_training.networks import make_config, make_extractor, make_model
 from dls_training.record import RECORD_FILE
 from dls_training.runs import begun, parent_of, to_go_on_from
 from dls_training.runtime import ends_with_the_others, environment, make_accelerator, start_tracking
+from dls_training.tasks import EMBEDDING
 from dls_training.sharded_bank import ShardedMemoryBank
 from hub_cards import write_card
 from hub_cards.publishing import claim_repository, publish
@@ -169,7 +170,7 @@ class Pretraining:
         }
 
     def write(self) -> None:
-        """Puts model, bank, record, results and card into the output folder, all or nothing."""
+        """Puts model, bank, record and results into the output folder, all or nothing; then pictures and card."""
         if not self.accelerator.is_main_process:
             self.save_model(None)
             return
@@ -177,9 +178,10 @@ class Pretraining:
         with files_moved_into_place(output_dir, last=RECORD_FILE) as folder:
             self.save_model(folder)
             self.record.with_facts(seconds=self.loop.progress.seconds).save(folder)
-            self.nearest_neighbours.draw_first(folder / "embedding.png")
             write_json(folder / "all_results.json", self.results())
-            write_card(folder)
+        with files_moved_into_place(output_dir) as folder:
+            self.nearest_neighbours.draw_first(folder / EMBEDDING)
+        write_card(output_dir)
         logger.info(f"{output_dir} holds the model, its memory bank, all_results.json and a card")
 
 

@@ -8,16 +8,19 @@ from huggingface_hub import ModelCardData
 
 from datasets_scripts.errors import UserError
 from datasets_scripts.exporting import is_hub_id
+from datasets_scripts.files import files_moved_into_place
 from datasets_scripts.markdown import Markdown, code, escaped, fenced, linked, rendered
 from dls_training.licences import LICENCE_OF_THE_CODE, licence_of, training_data
 from dls_training.record import RECORD_FILE, Record
-from dls_training.tasks import ACCURACY, CONFUSION, PICTURES, TASKS, Task
+from dls_training.tasks import ACCURACY, CONFUSION, EMBEDDING, PICTURES, TASKS, Task
 
 TEMPLATES = Path(__file__).parent / "templates"
 
 
 def write_card(folder: Path) -> None:
-    """Writes README.md and its pictures beside a run's results, record, `config.json` and `preprocessor_config.json`.
+    """Puts README.md and its pictures beside a run's results, record, `config.json` and `preprocessor_config.json`.
+
+    Those are in place before, and nothing here touches them: no card and no picture costs a result.
 
     `accuracy.png` and `confusion_matrix.png` are drawn from the results, as far as there is something to draw;
     `embedding.png` is shown if it is there.
@@ -27,7 +30,7 @@ def write_card(folder: Path) -> None:
 
     Raises:
         OSError: if one of the files is absent.
-        UserError: if the record is absent or damaged.
+        UserError: if the record is absent or damaged, or the folder cannot be written.
     """
     results, config, signal = (
         json.loads((folder / name).read_text(encoding="utf-8"))
@@ -37,7 +40,6 @@ def write_card(folder: Path) -> None:
     if record is None:
         raise UserError(f"{folder} has no {RECORD_FILE}: an earlier version wrote it, and its own card stands")
     task, earlier = TASKS[results["task"]], [stage.facts for stage in record.stages[:-1]]
-    draw_pictures(folder, task, results)
     sources = training_data(record)
     claimed = licence_of(record)
     data = ModelCardData(
@@ -59,7 +61,6 @@ def write_card(folder: Path) -> None:
         "thresholds": [{"class": name, "threshold": t} for name, t in (config.get("thresholds") or {}).items()],
         "clip_seconds": signal["max_length"] / signal["sampling_rate"],
         "accuracy": task.accuracy_rows(results),
-        "pictures": [name for name in PICTURES if (folder / name).is_file()],
         "sources": source_rows(sources),
         "seconds": results.get("seconds") or sum(fold["seconds"] for fold in results.get("folds", {}).values()),
         "unknown": [stage.name for stage in record.stages if not stage.is_known],
@@ -70,8 +71,17 @@ def write_card(folder: Path) -> None:
         "citations": fenced("bibtex", "\n\n".join(citations)) if citations else "",
     }
     text = "\n".join((TEMPLATES / name).read_text(encoding="utf-8") for name in (task.template, "provenance.md"))
-    card = rendered(text, card_data=Markdown(data.to_yaml()), stage_in_words=stage_in_words, **(fields | claimed))
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    with files_moved_into_place(folder) as unfinished:
+        draw_pictures(unfinished, task, results)
+        pictures = [name for name in PICTURES if ((folder if name == EMBEDDING else unfinished) / name).is_file()]
+        card = rendered(
+            text,
+            card_data=Markdown(data.to_yaml()),
+            stage_in_words=stage_in_words,
+            pictures=pictures,
+            **(fields | claimed),
+        )
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
 
 
 def draw_pictures(folder: Path, task: Task, results: dict) -> None:

@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import os
 import re
 import shlex
 import shutil
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 from huggingface_hub import ModelCard
-from scripts import ROOT, SMALL, start, succeed
+from scripts import ROOT, SMALL, Forked, start, succeed, train
 
 import demo
 from datasets_scripts import corpus_facts, load_corpus
@@ -22,6 +23,8 @@ from datasets_scripts.errors import UserError
 from datasets_scripts.markdown import table
 from dls_comparison import paper
 from dls_sounds.settings import LabelSettings
+from dls_training import report
+from dls_training.folds import RESULTS_FILE
 from dls_training.licences import licence
 from dls_training.record import Record, Stage
 from hub_cards import write_card
@@ -422,3 +425,33 @@ def test_demo(tmp_path):
     assert "A clip of the held-out fold" in output
     # What it is there to show: labels go further after pre-training.
     assert np.mean(results["dls"]["mean_accuracy_per_epoch"]) > np.mean(results["scratch"]["mean_accuracy_per_epoch"])
+
+
+def train_until_a_picture(script: str, options: list, picture: int) -> int:
+    """Trains, and is gone as if for want of memory when that picture is begun."""
+    begun, figure = iter(range(picture)), report.Figure
+    report.Figure = lambda *args, **kwargs: os._exit(9) if next(begun, None) is None else figure(*args, **kwargs)
+    return train(script, options)
+
+
+@pytest.mark.parametrize(
+    "script, written_first",
+    [
+        ("train_npid.py", [".", "."]),  # embedding, accuracy
+        ("train_classification.py", ["fold-1", "fold-2", ".", "."]),  # each fold's embedding, accuracy, confusion
+    ],
+)
+def test_no_picture_costs_a_result(script, written_first, sound_folder, tmp_path):
+    options = [*SMALL, "--corpus", f"audiofolder={sound_folder}", "--num_train_epochs", "2"]
+    options += ["--resume_from_checkpoint", "latest", "--output_dir", tmp_path / "run"]
+    for picture, folder in enumerate(written_first):
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        with Forked(tmp_path / f"{picture}.log", train_until_a_picture, script, options, picture) as process:
+            assert process.end()[0] == 9, process.output()
+        done = tmp_path / "run" / folder
+        assert Record.read(done) is not None  # which reads the weights' digest, too
+        assert json.loads((done / ("all_results.json" if folder == "." else RESULTS_FILE)).read_text())
+        assert not (tmp_path / "run" / "README.md").exists()
+        with Forked(tmp_path / f"{picture}.log", train, script, options) as process:
+            assert process.end()[0] == 0, process.output()
+        assert ModelCard.load(tmp_path / "run" / "README.md").data.library_name == "transformers"
