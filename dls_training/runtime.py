@@ -245,9 +245,10 @@ def hardware(device: torch.device) -> str:
 
 
 def source_commit() -> str | None:
-    """This project's commit, with "+" where files differ from it; None outside a checkout of it.
+    """This project's commit, with "+" where its source differs from it; None outside a checkout of it.
 
-    An installed copy may lie in a repository that is somebody else's, such as a virtual environment's.
+    What is measured (tables, pictures, the documents that they go into) is no source: one measurement after another
+    can be of the same commit. An installed copy may lie in a repository that is somebody else's, such as a virtual environment's.
     """
     root = Path(__file__).resolve().parents[1]
 
@@ -258,6 +259,8 @@ def source_commit() -> str | None:
         tracked = git("ls-files", "--error-unmatch", "--", __file__) and Path(git("rev-parse", "--show-toplevel"))
         if tracked.resolve() != root:
             return None
-        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "-uno") else "")
+        measured = [f":(exclude){name}" for name in ("*.csv", "*.png", "docs", "README.md", "results/**/README.md")]
+        changed = git("status", "--porcelain", "-uno", "--", ".", *measured)
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.CalledProcessError):
         return None
