@@ -30,6 +30,7 @@ from datasets_scripts.corpora.esc import ESC10_FOLDERS, ESC50_CLASSES
 from datasets_scripts.exporting import export_corpus
 from datasets_scripts.files import file_digest, json_digest, write_json
 from datasets_scripts.loading import CORPORA
+from dls_training import runtime
 from dls_training.checkpoints import STATE_FILE
 from dls_training.record import HEARD_FILE, NOT_COMPARED, RECORD_FILE, Record, Stage
 from modeling_dls import ESResNetForAudioClassification
@@ -681,3 +682,34 @@ def test_damaged_results_of_a_fold_are_measured_again(content, options, tmp_path
     succeed("train_classification.py", *run, *RESUME)
     found = results_of(tmp_path / "run")["folds"]
     assert found["1"]["accuracy_per_epoch"] == expected["1"]["accuracy_per_epoch"] and found["2"] == expected["2"]
+
+
+def test_the_commit_says_whether_the_source_differs_from_it(tmp_path):
+    for name in ("dls_training/runtime.py", "docs/speed.md", "README.md", "benchmarks/step.csv", "hub_cards/card.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("" if name.endswith("md") else Path(runtime.__file__).read_text())
+
+    def git(*words):
+        author = ["-c", "user.name=you", "-c", "user.email=you@example.org"]
+        return subprocess.run(
+            ["git", *author, *words], cwd=tmp_path, check=True, capture_output=True, text=True
+        ).stdout
+
+    def source_commit():
+        spec = importlib.util.spec_from_file_location("copied", tmp_path / "dls_training" / "runtime.py")
+        copied = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(copied)
+        return copied.source_commit()
+
+    assert source_commit() is None  # no repository
+    git("init")
+    assert source_commit() is None  # not of it
+    git("add", ".")
+    git("commit", "--message", "all")
+    commit = git("rev-parse", "--short", "HEAD").strip()
+    assert source_commit() == commit
+    for measured in ("docs/speed.md", "README.md", "benchmarks/step.csv"):
+        (tmp_path / measured).write_text("measured")
+    assert source_commit() == commit
+    (tmp_path / "hub_cards" / "card.md").write_text("changed")
+    assert source_commit() == f"{commit}+"
