@@ -35,8 +35,8 @@ from dls_training.networks import make_config, make_extractor, make_model
 from dls_training.record import RECORD_FILE
 from dls_training.runs import begun, parent_of, to_go_on_from
 from dls_training.runtime import ends_with_the_others, environment, make_accelerator, start_tracking
-from dls_training.tasks import EMBEDDING
 from dls_training.sharded_bank import ShardedMemoryBank
+from dls_training.tasks import EMBEDDING
 from hub_cards import write_card
 from hub_cards.publishing import claim_repository, publish
 from modeling_dls import ESResNetForInstanceDiscrimination

@@ -248,7 +248,8 @@ def source_commit() -> str | None:
     """This project's commit, with "+" where its source differs from it; None outside a checkout of it.
 
     What is measured (tables, pictures, the documents that they go into) is no source: one measurement after another
-    can be of the same commit. An installed copy may lie in a repository that is somebody else's, such as a virtual environment's.
+    can be of the same commit. An installed copy may lie in a repository that is somebody else's, such as a virtual
+    environment's.
     """
     root = Path(__file__).resolve().parents[1]
 

@@ -696,7 +696,7 @@ def test_the_commit_says_whether_the_source_differs_from_it(tmp_path):
         ).stdout
 
     def source_commit():
-        spec = importlib.util.spec_from_file_location("copied", tmp_path / "dls_training" / "runtime.py")
+        spec = importlib.util.spec_from_file_location("dls_training.copied", tmp_path / "dls_training" / "runtime.py")
         copied = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(copied)
         return copied.source_commit()
