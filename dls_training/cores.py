@@ -17,6 +17,7 @@ import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
+from multiprocessing.util import Finalize
 
 import numpy as np
 import torch
@@ -323,6 +324,8 @@ class BackboneOnCores:
             self.connections.append(ours)
             process = context.Process(target=self.work, args=(rank, theirs), daemon=True)
             process.start()
+            # Where nobody leaves `at_work`: at exit, multiprocessing asks with SIGTERM, which they ignore, and waits.
+            Finalize(None, process.kill, exitpriority=0)
             self.processes.append(process)
             theirs.close()
 

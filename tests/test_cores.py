@@ -1,5 +1,6 @@
 """Several cores compute what one computes, and nothing is left over where a process is lost."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -246,6 +247,22 @@ def test_parts_end_with_the_first_process(tmp_path):
     while Path(f"/proc/{part}/cmdline").exists() and Path(f"/proc/{part}/cmdline").read_bytes():
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def compute_and_end() -> int:
+    model = network()
+    held.enter_context(BackboneOnCores(model.base_model, 2, 32).at_work())
+    model(pictures(32))
+    return 7
+
+
+held = contextlib.ExitStack()  # of a process that ends without leaving it
+
+
+def test_a_process_ends_though_nobody_ends_its_parts(tmp_path):
+    with Forked(tmp_path / "log", compute_and_end) as first:
+        first.process.join(timeout=60)
+        assert first.process.exitcode == 7, first.output()
 
 
 def test_a_run_goes_on_with_as_many_cores_as_it_had(sound_folder, tmp_path):
