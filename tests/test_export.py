@@ -398,3 +398,28 @@ def test_labels_that_cannot_be_learned_from(lines, words, exported, tmp_path, ca
     said = refused(exported, "--learn", tmp_path / "labels.csv", "--output", tmp_path / "y.onnx", capsys=capsys)
     assert words in said
     assert not (tmp_path / "y.onnx").exists()
+
+
+def test_another_rate_and_window_from_training_to_the_device(sound_folder, tmp_path):
+    """The half-second sounds of 8 kHz, heard at 4 kHz, a fifth of a second at a time."""
+    own = ["--corpus", f"audiofolder={sound_folder}", "--per_device_train_batch_size", "8", "--report_to", "none"]
+    of_a_board = ["--preset", "tiny_mel", "--sampling_rate", "4000", "--clip_seconds", "0.2"]
+    succeed("train_npid.py", *own, *of_a_board, "--num_train_epochs", "1", "--output_dir", tmp_path / "npid")
+    succeed(
+        "train_classification.py", *own, "--model_name_or_path", tmp_path / "npid", "--classifier_init", "ridge",
+        "--num_train_epochs", "0", "--fold", "1", "--output_dir", tmp_path / "classes",
+    )  # fmt: skip
+    exported = export(tmp_path / "classes", tmp_path / "x.onnx")
+    clip, table = sound_folder / "00.wav", tmp_path / "predicted.csv"
+    rows, _ = run(exported, clip, "--overlap", "0.5", "--threshold", "0")
+    options = ["--mixed_precision", "no", "--overlap", "0.5", "--threshold", "0"]
+    succeed("dls", "predict", clip, "--model", tmp_path / "classes", *options, "--output", table)
+    with table.open(newline="") as file:
+        expected = list(csv.DictReader(file))
+    network = run_onnx.Network(exported)
+    assert (network.rate, network.length) == (4000, 800)
+    assert len(rows) == len(expected) > 1
+    for row, other in zip(rows, expected, strict=True):
+        assert row["label"] == other["label"]
+        found = [row[name] for name in ("start", "end", "score")]
+        assert found == pytest.approx([float(other[name]) for name in ("start", "end", "score")], abs=1e-3)
