@@ -95,14 +95,11 @@ RESULTS = {
 
 def progress(folder: Path) -> dict[str, int]:
     """How far each command has come, in what a kill must not cost."""
-    checkpoints = {
-        name: [int(path.name.rpartition("-")[2]) for path in (folder / name).rglob("checkpoint-*")]
-        for name in ("npid", "classes")
-    }
+    checkpoints = [int(path.name.rpartition("-")[2]) for path in (folder / "npid").glob("checkpoint-*")]
     saved = folder / "label" / "saved"
     return {
-        "pretrain": max(checkpoints["npid"], default=0),
-        "finetune": len(list((folder / "classes").rglob("fold_results.json"))),
+        "pretrain": max(checkpoints, default=0),
+        "finetune": len(list((folder / "classes").glob("fold-*/fold_results.json"))),
         "embed": len(list(folder.glob(".index.parquet.parts/*.parquet"))),
         "predict": len(list(folder.glob(".detections.csv.parts/*.parquet"))),
         "label": int(saved.read_text() or 0) if saved.exists() else 0,
