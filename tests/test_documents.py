@@ -218,6 +218,33 @@ def test_snippets_of_cards_run(fine_tuned, tmp_path):
     )
 
 
+@pytest.mark.slow
+def test_stereo_from_pre_training_to_the_cards_snippet(sound_folder, tmp_path):
+    """Each recording has another sound in its right channel; both count."""
+    (tmp_path / "sounds").mkdir()
+    shutil.copy(sound_folder / "metadata.csv", tmp_path / "sounds")
+    for path in sorted(sound_folder.glob("*.wav")):
+        left, rate = soundfile.read(path)
+        soundfile.write(tmp_path / "sounds" / path.name, np.stack([left, 0.3 * left[::-1] ** 2], axis=1), rate)
+    common = [*SMALL, "--corpus", f"audiofolder={tmp_path / 'sounds'}", "--audio_channels", "2"]
+    succeed("train_npid.py", *common, "--num_train_epochs", "1", "--output_dir", tmp_path / "npid")
+    start_from = ["--model_name_or_path", tmp_path / "npid", "--classifier_init", "ridge", "--num_train_epochs", "0"]
+    succeed("train_classification.py", *common, *start_from, "--fold", "1", "--output_dir", tmp_path / "classifier")
+    (snippet,) = re.findall(r"```python\n(.*?)```", (tmp_path / "classifier/README.md").read_text(), flags=re.DOTALL)
+    clip = tmp_path / "sounds" / "05.wav"
+    (printed,) = answers((tmp_path / "classifier", snippet.replace('"clip.wav"', repr(str(clip)))))
+    found = list(ast.literal_eval(printed.splitlines()[-1]).values())
+    model = ESResNetForAudioClassification.from_pretrained(tmp_path / "classifier")
+    extractor = ESResNetFeatureExtractor.from_pretrained(tmp_path / "classifier")
+    samples, rate = soundfile.read(clip, dtype="float32")
+
+    def scores(channels: np.ndarray) -> list[float]:
+        return model(**extractor.windows(channels, rate)).logits.softmax(-1).mean(0).tolist()
+
+    assert found == pytest.approx(scores(samples.T), abs=1e-5)
+    assert found != pytest.approx(scores(samples.T.mean(axis=0, keepdims=True)), abs=1e-3)
+
+
 def test_accuracy_of_a_card_is_that_of_its_snippet(fine_tuned, sound_folder):
     model = ESResNetForAudioClassification.from_pretrained(fine_tuned)
     extractor = ESResNetFeatureExtractor.from_pretrained(fine_tuned)
