@@ -40,6 +40,7 @@ EXTENSIONS = frozenset((
 ))  # fmt: skip
 # Shares of the mean squared length of the features, and scales of logits, that learning chooses from.
 PENALTIES, LOGIT_SCALES = np.logspace(-4, 2, 25), np.logspace(-1, 3, 81)
+SMALLEST_SHARE = 0.01
 PENALTY_FOR_SINGLE_CLIPS = 0.1
 GROUP = 32  # weights of the last layer that share a scale, where it is stored in four bits
 
@@ -628,7 +629,8 @@ def ridge_classifier(features: np.ndarray, labels: np.ndarray, num_classes: int)
     """
     X, Y = features.astype(np.float64), np.eye(num_classes)[labels]
     mean, std = X.mean(axis=0), X.std(axis=0)
-    std = np.where(std > 1e-6 * std.max(), std, np.inf)
+    varies = np.sort(std[std > 1e-6 * std.max()])
+    std = np.where(std > (SMALLEST_SHARE * varies[(len(varies) - 1) // 2] if len(varies) else 0), std, np.inf)
     X, prior = (X - mean) / std, Y.mean(axis=0)
     if len(X) < X.shape[1]:
         values, vectors = np.linalg.eigh(X @ X.T)

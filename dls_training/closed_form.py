@@ -17,6 +17,7 @@ VIEWS = 4  # of each clip, whose features are averaged
 PENALTIES = torch.logspace(-4, 2, 25, dtype=torch.float64)
 PENALTY_FOR_SINGLE_CLIPS = 0.1
 LOGIT_SCALES = torch.logspace(-1, 3, 81, dtype=torch.float64)
+SMALLEST_SHARE = 0.01  # of the median standard deviation
 BISECTIONS = 50  # the last interval is 1e-12 of all logits
 NO_THRESHOLD = 0.5  # where there is nothing to choose one by
 
@@ -39,7 +40,7 @@ class Ridge:
         """
         X, self.Y = features.double(), targets
         self.mean, std = X.mean(dim=0), X.std(dim=0, correction=0)
-        self.std = torch.where(std > 1e-6 * std.max(), std, torch.inf)  # what never varies is left out
+        self.std = torch.where(std > least_variation(std), std, torch.inf)
         self.X, self.prior = (X - self.mean) / self.std, targets.mean(dim=0)
         # The clips' principal components: X X' = P P' with orthogonal columns; squared lengths are eigenvalues.
         if len(X) < X.shape[1]:
@@ -82,6 +83,16 @@ class Ridge:
         # Whichever side was decomposed: the features times what they leave unexplained, over the penalty.
         weight = scale * ((self.Y - self.fitted(penalty)).T @ self.X / penalty) / self.std
         return weight, scale * self.prior - weight @ self.mean
+
+
+def least_variation(std: torch.Tensor) -> torch.Tensor:
+    """Below which a feature's standard deviation is none: a hundredth of the median of those that vary at all.
+
+    What hardly varies is a picture of rounding, of bfloat16's eight bits in particular. Standardised, it would be as
+    large as all others, and of another size on the next clip whose batch is rounded another way.
+    """
+    varies = std[std > 1e-6 * std.max()]
+    return SMALLEST_SHARE * varies.median() if len(varies) else std.max()
 
 
 def ridge_classifier(
