@@ -40,7 +40,7 @@ EXTENSIONS = frozenset((
 ))  # fmt: skip
 # Shares of the mean squared length of the features, and scales of logits, that learning chooses from.
 PENALTIES, LOGIT_SCALES = np.logspace(-4, 2, 25), np.logspace(-1, 3, 81)
-SMALLEST_SHARE = 0.01
+SMALLEST_SHARE = 0.05
 PENALTY_FOR_SINGLE_CLIPS = 0.1
 GROUP = 32  # weights of the last layer that share a scale, where it is stored in four bits
 

@@ -17,7 +17,7 @@ VIEWS = 4  # of each clip, whose features are averaged
 PENALTIES = torch.logspace(-4, 2, 25, dtype=torch.float64)
 PENALTY_FOR_SINGLE_CLIPS = 0.1
 LOGIT_SCALES = torch.logspace(-1, 3, 81, dtype=torch.float64)
-SMALLEST_SHARE = 0.01  # of the median standard deviation
+SMALLEST_SHARE = 0.05  # of the median standard deviation
 BISECTIONS = 50  # the last interval is 1e-12 of all logits
 NO_THRESHOLD = 0.5  # where there is nothing to choose one by
 
@@ -86,7 +86,7 @@ class Ridge:
 
 
 def least_variation(std: torch.Tensor) -> torch.Tensor:
-    """Below which a feature's standard deviation is none: a hundredth of the median of those that vary at all.
+    """Below which a feature's standard deviation is none: a share of the median of those that vary at all.
 
     What hardly varies is a picture of rounding, of bfloat16's eight bits in particular. Standardised, it would be as
     large as all others, and of another size on the next clip whose batch is rounded another way.
