@@ -113,8 +113,8 @@ def folded_in(report: Report) -> str | None:
             return None
         without, joined, whole = (mean(runs, 0) for runs in found)
         parts.append(
-            f"{labels} labels a class: folds 2 to 5 not heard {without:.3f}, then 10 epochs with them {joined:.3f}, all "
-            f"heard from the start {whole:.3f}"
+            f"{labels} labels a class: folds 2 to 5 not heard {without:.3f}, then 10 epochs with them {joined:.3f}, "
+            f"all heard from the start {whole:.3f}"
         )
     return "; ".join(parts)
 
