@@ -241,8 +241,8 @@ def test_stereo_from_pre_training_to_the_cards_snippet(sound_folder, tmp_path):
     def scores(channels: np.ndarray) -> list[float]:
         return model(**extractor.windows(channels, rate)).logits.softmax(-1).mean(0).tolist()
 
-    assert found == pytest.approx(scores(samples.T), abs=1e-5)
-    assert found != pytest.approx(scores(samples.T.mean(axis=0, keepdims=True)), abs=1e-3)
+    assert found == pytest.approx(scores(samples.T), rel=1e-3, abs=0)  # however sure it is
+    assert found != pytest.approx(scores(samples.T.mean(axis=0, keepdims=True)), rel=0.1, abs=0)
 
 
 def test_accuracy_of_a_card_is_that_of_its_snippet(fine_tuned, sound_folder):
