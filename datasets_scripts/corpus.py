@@ -182,9 +182,9 @@ def walk_files(root: Path) -> Iterator[os.DirEntry]:
             own = (entry for entry in entries if not entry.name.startswith(".") and entry.name not in OF_SYSTEMS)
             found = sorted(own, key=lambda entry: entry.name)
         for entry in found:
-            if entry.is_dir():
+            if os.path.isdir(entry.path):  # which, unlike `entry.is_dir`, says no of a link to itself
                 yield from walk(entry.path)
-            elif entry.is_file() or entry.is_symlink():  # a link to nothing is reported as unreadable, not passed over
+            elif entry.is_symlink() or entry.is_file():  # a link to nothing is reported as unreadable, not passed over
                 yield entry
 
     try:

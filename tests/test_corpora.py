@@ -393,6 +393,10 @@ def test_audiofolder_table_that_points_outside_and_link_to_nothing(tmp_path, cac
     (root / "b.wav").symlink_to(tmp_path / "gone.wav")
     with pytest.raises(CorpusError, match=r"1 unreadable: b\.wav: the file does not exist"):
         load_corpus("audiofolder", root, cache_dir=cache)
+    (root / "b.wav").unlink()
+    (root / "b.wav").symlink_to("b.wav")
+    with pytest.raises(CorpusError, match=r"1 unreadable: b\.wav: cannot be read \(Too many levels"):
+        load_corpus("audiofolder", root, cache_dir=cache)
 
 
 def test_audiofolder_follows_links_but_not_in_circles(tmp_path, cache):
