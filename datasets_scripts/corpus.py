@@ -182,7 +182,8 @@ def walk_files(root: Path) -> Iterator[os.DirEntry]:
             own = (entry for entry in entries if not entry.name.startswith(".") and entry.name not in OF_SYSTEMS)
             found = sorted(own, key=lambda entry: entry.name)
         for entry in found:
-            if os.path.isdir(entry.path):  # which, unlike `entry.is_dir`, says no of a link to itself
+            # Of a link to itself `entry.is_dir` is an error; of all else it need not ask the disk.
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
                 yield from walk(entry.path)
             elif entry.is_symlink() or entry.is_file():  # a link to nothing is reported as unreadable, not passed over
                 yield entry
