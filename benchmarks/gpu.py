@@ -64,27 +64,40 @@ def steps(name: str, device: str, preset: str, clips: int, precision: str, compi
         optimizer.step()
         optimizer.zero_grad()
 
+    finished(device, step)  # what is compiled is compiled now, beside the others
     return {name: Arm(lambda: finished(device, step), clips, "clips")}
 
 
 def measure(args) -> list[dict]:
-    flops = gigaflops_per_clip(args.preset)
+    named = {
+        (f"step in {precision}{', compiled' if compiled else ''}", precision): compiled
+        for compiled in ((False, True) if args.compile else (False,))
+        for precision in PRECISIONS
+    }
+    try:
+        return measured(named, args)
+    except EOFError:  # a compiler has many ways to fail, and a GPU's hour is not to be spent in vain
+        if not args.compile:
+            raise
+        print("a step failed, see above: only steps as written are measured", file=sys.stderr)
+        return measured({each: compiled for each, compiled in named.items() if not compiled}, args)
+
+
+def measured(named: dict[tuple[str, str], bool], args) -> list[dict]:
+    """Of steps (name, precision) -> whether compiled: their lines, each beside its matrix product."""
+    makers = [
+        (steps, (name, args.device, args.preset, args.clips, precision, compiled))
+        for (name, precision), compiled in named.items()
+    ]
+    arms, seconds = take_turns([*makers, (products, (args.device, args.matrix))], args.rounds)
+    summary = {line["what"]: line for line in summarise(arms, seconds)}
+    flops = args.clips * gigaflops_per_clip(args.preset)
     lines = []
-    for compiled in (False, True) if args.compile else (False,):
-        for precision in PRECISIONS:
-            name = f"step in {precision}{', compiled' if compiled else ''}"
-            maker = steps, (name, args.device, args.preset, args.clips, precision, compiled)
-            try:
-                arms, seconds = take_turns([maker, (products, (args.device, args.matrix))], args.rounds)
-            except EOFError:  # a compiler has many ways to fail, and a GPU's hour is not to be spent in vain
-                print(f"{name}: failed, see above", file=sys.stderr)
-                continue
-            product = f"{precision} matrix product"
-            relative = args.clips * flops / arms[product].amount
-            lines += [line for line in summarise(arms, seconds) if line["what"] in (name, product)]
-            shares = (relative * best / own for own, best in paired(seconds, name, product))
-            lines.append(ratio_line(f"{name}, share of the {product}", shares))
-    return lines
+    for name, precision in named:
+        product = f"{precision} matrix product"
+        shares = (flops / arms[product].amount * best / own for own, best in paired(seconds, name, product))
+        lines += [summary[name], ratio_line(f"{name}, share of the {product}", shares)]
+    return [*lines, *(summary[f"{precision} matrix product"] for precision in PRECISIONS)]
 
 
 if __name__ == "__main__":

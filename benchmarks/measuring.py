@@ -120,6 +120,7 @@ def take_turns(
             process.start()
             processes.append((process, connection))
             other_end.close()
+        for _, connection in processes:  # which make their arms beside one another
             made = connection.recv()
             arms |= made
             owner |= dict.fromkeys(made, connection)
