@@ -36,7 +36,7 @@ def finished(device: str, function, *arguments) -> None:
 
 
 def steps(name: str, device: str, preset: str, clips: int, precision: str, compiled: bool) -> dict[str, Arm]:
-    """Whole training steps, as `train_npid.py` takes them."""
+    """Whole training steps, as `train_npid.py` takes them, but for its wish that operators add in the same order."""
     import torch
 
     from dls_training.instance_discrimination import InstanceDiscrimination

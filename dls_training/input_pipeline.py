@@ -210,7 +210,8 @@ def make_loader(batches: ClipBatches, sampler: Sampler | list[Key], settings: Tr
         num_workers=workers,
         persistent_workers=workers > 0,  # what they are asked for is in the keys; starting them costs a second
         collate_fn=as_it_is,
-        pin_memory=torch.cuda.is_available(),
+        # Where both are wanted, torch 2.11 waits at its exit for one such process after the other, five seconds each.
+        pin_memory=torch.cuda.is_available() and not workers,
     )
 
 

@@ -155,9 +155,13 @@ def check_tracker(name: str) -> None:
         raise UserError(f"--report_to {name}: it is not installed (pip install {name.replace('_', '-')})")
 
 
-def decoding_processes(device: torch.device) -> int:
-    """None on a CPU, where they would take cores from the network, whose threads then wait for one another."""
-    return 0 if device.type == "cpu" else min(8, os.cpu_count())
+def decoding_processes(device: torch.device, settings: TrainingSettings) -> int:
+    """None on a CPU, where they would take cores from the network, whose threads then wait for one another.
+
+    And none where nothing is to be decoded: to copy a batch out of a cache takes less than to hand it over.
+    """
+    cached = settings.keep_waveforms or settings.keep_spectrograms
+    return 0 if cached or device.type == "cpu" else min(8, os.cpu_count())
 
 
 def start_logging(level: int = logging.INFO) -> None:
@@ -183,7 +187,7 @@ def make_accelerator(settings: TrainingSettings) -> Accelerator:
     )
     start_logging(logging.INFO if accelerator.is_main_process else logging.ERROR)
     if settings.dataloader_num_workers is None:
-        settings.dataloader_num_workers = decoding_processes(device)
+        settings.dataloader_num_workers = decoding_processes(device, settings)
     if settings.num_threads is None:  # resuming is exact with as many as before
         before = recorded_options(settings).get("num_threads")
         settings.num_threads = before if isinstance(before, int) and before > 0 else available_cores()

@@ -120,7 +120,7 @@ class DataOptions(Options):
     dataloader_num_workers: int | None = option(
         None, whole(0, 1024),
         help="decoding processes; 0 decodes between steps, on all cores (default: 0 on a CPU, where processes take "
-        "cores from the network; otherwise one per core, at most 8)",
+        "cores from the network, and with --keep_*; otherwise one per core, at most 8)",
     )  # fmt: skip
 
     def check(self) -> None:

@@ -21,6 +21,7 @@ from dls_training import input_pipeline
 from dls_training.augmentation import NUM_DRAWS, WaveformAugmentation
 from dls_training.clips import MAX_VIEWS_PER_CLIP, ClipStore
 from dls_training.input_pipeline import ClipBatches, Key, ShuffledClips, ViewMaker, load_corpora, mean_over_windows
+from dls_training.runtime import decoding_processes
 from dls_training.waveforms import read_waveform
 from modeling_dls import ESResNetFeatureExtractor
 from modeling_dls.feature_extraction_esresnet import evaluation_windows, fit_length
@@ -146,6 +147,28 @@ def test_a_file_that_cannot_be_used_is_named(tmp_path, make_loader, what, num_wo
     loader = make_loader(rows, make_extractor(audio_channels=2), options(dataloader_num_workers=num_workers))
     with pytest.raises(AudioError, match=r"broken\.wav"):
         list(loader)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_of_decoding_processes_are_not_pinned(monkeypatch, num_workers):
+    """With both, torch 2.11 waits for minutes at the end of a process on a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    loader = training_loader(make_rows((500, 600)), make_extractor(), options(dataloader_num_workers=num_workers))
+    assert (loader.num_workers, loader.pin_memory) == (num_workers, not num_workers)
+
+
+@pytest.mark.parametrize(
+    ("device", "kept", "decodes"),
+    [
+        ("cuda", None, True),
+        ("cuda", "keep_waveforms", False),
+        ("cuda", "keep_spectrograms", False),
+        ("cpu", None, False),
+    ],
+)
+def test_processes_decode_on_a_gpu_what_is_not_kept(device, kept, decodes):
+    settings = options(**({kept: True} if kept else {}))
+    assert (decoding_processes(torch.device(device), settings) > 0) == decodes
 
 
 def test_a_resampler_made_while_torch_traces_is_not_kept():
