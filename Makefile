@@ -79,8 +79,8 @@ style: $(BIN)/.installed
 benchmark: $(BIN)/.installed
 	$(BIN)/python benchmarks/run_all.py $(if $(ESC10),--esc10 $(ESC10))
 
-# On a machine with a GPU, within ten minutes: the tests that it changes, training steps of the paper's network, and the
-# paper's recipe on ESC-10. Writes results/gpu.
+# On a machine with a GPU, in about ten minutes: the tests that it changes, training steps of the paper's network, and the
+# paper's recipe on ESC-10. Writes benchmarks/gpu.csv and results/gpu.
 gpu: $(BIN)/.installed
 	HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -m gpu -n 8
 	$(BIN)/python benchmarks/gpu.py --compile

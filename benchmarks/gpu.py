@@ -9,7 +9,7 @@ written and compiled. `make gpu` runs it after the tests that a GPU changes and 
 
 import sys
 
-from measuring import REPOSITORY, Arm, paired, ratio_line, run, summarise, take_turns
+from measuring import Arm, paired, ratio_line, run, summarise, take_turns
 from training_step import BANK, SAMPLES, gigaflops_per_clip
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}
@@ -104,5 +104,5 @@ if __name__ == "__main__":
     run(
         measure, rounds=10, device=("cuda", "of torch"), preset=("esresnet50", "network and its spectrograms"),
         clips=(64, "of five seconds in a batch"), matrix=(8192, "rows of the products"),
-        compile=(False, "torch.compile too"), output=REPOSITORY / "results" / "gpu" / "step.csv",
+        compile=(False, "torch.compile too"),
     )  # fmt: skip

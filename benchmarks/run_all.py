@@ -4,7 +4,7 @@
     python benchmarks/run_all.py --report       # only the documents, from the CSVs
 
 Without ESC-10 the generated corpus is used. The tables of those that take longer, or measure something else (memory,
-long_recordings, precision, memory_bank, load_corpora, planted_events, device), are written from the CSVs that are
+long_recordings, precision, memory_bank, load_corpora, planted_events, device, gpu), are written from the CSVs that are
 there; so is precision.png.
 """
 

@@ -408,7 +408,6 @@ def test_help_explains_defaults(capsys):
     assert "--recipe recommended stands for\n  --preset small_mel" in text
 
 
-@pytest.mark.gpu
 def test_recipes(sound_folder, tmp_path):
     """Both scripts, one after the other; an option that is given prevails, and a checkpoint brings its network."""
     quick = ["--recipe", "recommended", "--corpus", f"audiofolder={sound_folder}", "--clip_seconds", "0.5"]
