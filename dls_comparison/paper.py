@@ -86,7 +86,7 @@ def scratch_curve(report: Report) -> str:
     re_estimated, running = (mean(found[0], 3, each) for each in (False, True))
     return textwrap.fill(
         "Of the paper's own curve of training from scratch, under 40 % after three epochs of ESC-10, it explains "
-        f"little: the paper's network, trained by its recipe, then has {re_estimated:.3f} with statistics estimated anew and "
+        f"little: the paper's network and recipe then have {re_estimated:.3f} with statistics estimated anew and "
         f"{running:.3f} with the running ones ([gpu](../results/gpu/README.md)).",
         width=120, break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
