@@ -24,6 +24,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from datasets import Dataset
+from torch.utils.data import DataLoader
 
 from datasets_scripts import corpus_report
 from datasets_scripts.command_line import run_command
@@ -102,11 +104,14 @@ class FoldRun:
             fold.output_dir, checkpoint, record, "" if fold.test is None else f"{fold.name}/",
         )  # fmt: skip
         self.loop.share_views(self.make_views)
-        self.test_loader = (
-            None if fold.test is None else accelerator.prepare(evaluation_loader(store, fold.test, settings))
-        )
+        self.store = store
+        self.test_loader = None if fold.test is None else self.unaugmented(fold.test)
         self.held_out: dict | None = None  # of the newest evaluation
         self.precise_statistics: dict[str, torch.Tensor] = {}  # batch norm's, which go with the newest evaluation
+
+    def unaugmented(self, clips: Dataset) -> DataLoader:
+        """Every window of some clips, in order."""
+        return self.accelerator.prepare(evaluation_loader(self.store, clips, self.settings))
 
     def save_model(self, folder: Path | None) -> None:
         if folder is None:  # the main process has everything
@@ -194,9 +199,12 @@ class FoldRun:
         """Trains and returns the fold's results."""
         history = self.loop.progress.history
         if self.settings.classifier_init == "ridge" and not history:
-            from_scratch = self.settings.init == "scratch"
-            start_from_ridge(self.model, self.loop.loader, self.make_views, self.accelerator, from_scratch,
-                             self.fold.train["source_id"][:])  # fmt: skip
+            if self.settings.init == "scratch":  # statistics of random weights describe nothing
+                estimate_batch_norm_statistics(self.model, self.passes(), self.accelerator)
+            start_from_ridge(
+                self.model, self.unaugmented(self.fold.train), self.make_views.unchanged, self.accelerator,
+                self.fold.train["source_id"][:],
+            )  # fmt: skip
             history.append({"epoch": 0, "step": 0, **self.evaluate(0), "seconds": self.loop.seconds})
             logger.info(f"{self.loop.log_prefix}before training: {describe(history[0])}")
         self.loop.train(self.step, self.evaluate)

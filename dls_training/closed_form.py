@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from modeling_dls import ESResNetForAudioClassification
 
-VIEWS = 4  # of each clip, whose features are averaged
+from .input_pipeline import mean_over_windows
 
 # Shares of the mean squared length of the features, between hardly any penalty and hardly anything but it.
 PENALTIES = torch.logspace(-4, 2, 25, dtype=torch.float64)
@@ -222,49 +222,37 @@ def best_thresholds(scores: torch.Tensor, answers: torch.Tensor) -> torch.Tensor
 def start_from_ridge(
     model: ESResNetForAudioClassification,
     loader: DataLoader,
-    make_views: Callable[[dict], torch.Tensor],
+    make_pictures: Callable[[dict], torch.Tensor],
     accelerator: Accelerator,
-    estimate_statistics: bool,
     recordings: Sequence[str],
 ) -> None:
-    """Sets a classifier to ridge regression on the features of augmented views of the training clips.
+    """Sets a classifier to ridge regression on the features of the training clips, as they are: unaugmented.
 
-    Where each class is answered with yes or no, its configuration gets `thresholds`, {class: of its probability}.
+    What it will be asked about is not augmented, either; features of clips that are played backwards, say, lead it
+    astray. Where each class is answered with yes or no, its configuration gets `thresholds`, {class: of its
+    probability}.
 
     Args:
         model: Not wrapped for several processes. It is left in training mode.
-        loader: Of the training clips, prepared.
-        make_views: A batch -> `input_values`.
+        loader: From `evaluation_loader`, of the training clips, prepared. A clip's features are the mean over its
+            windows.
+        make_pictures: A batch -> `input_values`.
         accelerator: Of the run.
-        estimate_statistics: Whether batch norm's are taken of the same clips first: a random network's describe none.
         recordings: What each clip is from.
     """
 
     def pooled(batch):
         with accelerator.autocast():
-            return model.esresnet(make_views(batch)).pooler_output.float()
+            return model.esresnet(make_pictures(batch)).pooler_output
 
-    if estimate_statistics:
-        estimate_batch_norm_statistics(model, map(pooled, loader), accelerator)
-    clips, labels = len(loader.dataset), loader.dataset.labels
-    features = torch.zeros(clips, model.config.hidden_size, device=accelerator.device)
-    views = torch.zeros(clips, device=accelerator.device)
     model.eval()
-    for epoch in range(VIEWS):
-        loader.set_epoch(epoch)
-        for batch in loader:
-            index, vectors = accelerator.gather_for_metrics((batch["index"], pooled(batch)))
-            features.index_add_(0, index, vectors)
-            views.index_add_(0, index, torch.ones_like(index, dtype=views.dtype))
+    features, labels = mean_over_windows(accelerator, loader, pooled), loader.dataset.labels
     model.train()
-    features, views = features.cpu(), views.cpu()
-    seen = views > 0  # the sampler may leave a clip out of an epoch
-    mean = features[seen] / views[seen, None]
     if labels.ndim == 1:
-        weight, bias = ridge_classifier(mean, labels[seen], model.config.num_labels)
+        weight, bias = ridge_classifier(features, labels, model.config.num_labels)
     else:
         numbers = torch.from_numpy(np.unique(recordings, return_inverse=True)[1])
-        weight, bias, thresholds = yes_no_classifier(mean, labels[seen], numbers[seen])
+        weight, bias, thresholds = yes_no_classifier(features, labels, numbers)
         model.config.thresholds = dict(zip(model.config.id2label.values(), thresholds.tolist(), strict=True))
     model.classifier.weight.copy_(weight)
     model.classifier.bias.copy_(bias)

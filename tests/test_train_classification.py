@@ -17,6 +17,7 @@ from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, 
 
 from datasets_scripts import ClipIdentities, decode_audio, load_corpus, train_test_folds
 from dls_sounds.page.analysis import TrainedFolder
+from dls_training.closed_form import ridge_classifier
 from dls_training.folds import make_folds
 from dls_training.record import Record, Stage
 from hub_cards.publishing import finished_run
@@ -76,17 +77,23 @@ def test_reported_accuracy_is_that_of_the_saved_model(all_folds, sound_folder):
         assert accuracy == results_of(all_folds)["folds"][str(fold)]["accuracy_per_epoch"][-1]
 
 
-def accuracy_clip_by_clip(folder, test):
+def clip_by_clip(folder, clips):
+    """A saved model, and what its backbone makes of each clip as its feature extractor gives it: (clips, size)."""
     model = AutoModelForAudioClassification.from_pretrained(folder).eval()
     extractor = AutoFeatureExtractor.from_pretrained(folder)
-    correct = []
-    for clip in test:
+    features = []
+    for clip in clips:
         samples, rate = decode_audio(clip["audio"])
         samples = np.repeat(samples[0], 44100 // rate) if rate == 44100 else resample(samples, rate)
         with torch.no_grad():
-            logits = model(**extractor(samples, sampling_rate=44100, return_tensors="pt")).logits
-        correct.append(logits.argmax().item() == clip["label"])
-    return np.mean(correct)
+            found = model.esresnet(**extractor(samples, sampling_rate=44100, return_tensors="pt"))
+        features.append(found.pooler_output[0])
+    return model, torch.stack(features)
+
+
+def accuracy_clip_by_clip(folder, test):
+    model, features = clip_by_clip(folder, test)
+    return (model.classifier(features).argmax(dim=1).numpy() == test["label"][:]).mean()
 
 
 def resample(samples, rate):
@@ -575,7 +582,7 @@ def test_folds_of_clips_of_several_classes(seed):
 
 @pytest.mark.parametrize("init", ["pretrained", "scratch"])
 def test_closed_form_classifier_alone(init, options, pretrained, sound_folder, tmp_path):
-    """Its accuracy is the saved model's, and its weights are ridge regression on the features of augmented views."""
+    """Its accuracy is the saved model's, and its weights are ridge regression on the clips' features as they are."""
     succeed(
         "train_classification.py", *options, "--model_name_or_path", pretrained, "--init", init, "--fold", "2",
         "--classifier_init", "ridge", "--num_train_epochs", "0", "--output_dir", tmp_path / "run",
@@ -585,8 +592,12 @@ def test_closed_form_classifier_alone(init, options, pretrained, sound_folder, t
     assert fold["accuracy_per_epoch"] == results["mean_accuracy_per_epoch"] == []
     assert results["mean_accuracy_at_start"] == fold["accuracy_at_start"] > 0.25
     assert 0 < fold["seconds_at_start"] <= fold["seconds"]
-    test = train_test_folds(load_corpus("audiofolder", sound_folder), 2)[1]
+    clips, test = train_test_folds(load_corpus("audiofolder", sound_folder), 2)
     assert fold["accuracy_at_start"] == accuracy_clip_by_clip(tmp_path / "run", test)
+    model, features = clip_by_clip(tmp_path / "run", clips)
+    weight, bias = ridge_classifier(features, torch.tensor(clips["label"][:]), model.config.num_labels)
+    logits = F.linear(features, weight, bias)
+    assert torch.allclose(model.classifier(features), logits, atol=1e-2 * logits.abs().max().item())
     card = (tmp_path / "run" / "README.md").read_text()
     told = "of the closed-form classifier, ridge regression on the features; 1 fold(s), one seed."
     assert f"{told} {fold['accuracy_at_start']:.3f}" in card
