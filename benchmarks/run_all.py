@@ -4,8 +4,8 @@
     python benchmarks/run_all.py --report       # only the documents, from the CSVs
 
 Without ESC-10 the generated corpus is used. The tables of those that take longer, or measure something else (memory,
-long_recordings, precision, memory_bank, load_corpora, planted_events, device, gpu), are written from the CSVs that are
-there; so is precision.png.
+long_recordings, precision, memory_bank, load_corpora, planted_events, device, gpu, readouts), are written from the CSVs
+that are there; so is precision.png.
 """
 
 import argparse
@@ -28,8 +28,8 @@ BENCHMARKS = (
     "pretraining",
 )
 DOCUMENTS = [
-    REPOSITORY / "docs" / name
-    for name in ("speed.md", "scaling.md", "datasets.md", "own_recordings.md", "labelling.md", "device.md")
+    REPOSITORY / "docs" / f"{name}.md"
+    for name in ("speed", "scaling", "datasets", "own_recordings", "labelling", "device", "training")
 ]
 MARKED = re.compile(r"(<!-- (\w+)\.csv -->\n).*?(<!-- end -->)", re.DOTALL)
 

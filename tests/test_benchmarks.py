@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import measuring
 import memory
 import memory_bank
+import readouts
 import training_step
 from measuring import Arm
 
@@ -160,6 +161,25 @@ def test_every_augmentation_has_its_picture(tmp_path):
     command = [sys.executable, ROOT / "benchmarks" / "augmentation_picture.py", "--preset", "tiny"]
     subprocess.run([str(word) for word in [*command, "--output", tmp_path / "picture.png"]], check=True)
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", readouts.readouts())
+def test_every_readout_learns(name):
+    """Fifty classes that are easily told apart, and a feature that says nothing but is much larger than the others."""
+    torch.manual_seed(0)
+    labels = torch.arange(readouts.CLASSES).repeat(12)
+    features = torch.randn(readouts.CLASSES, 64)[labels] + 0.3 * torch.randn(len(labels), 64)
+    features = torch.cat([features, 1000 * torch.randn(len(labels), 1)], dim=1).double()
+    train = torch.arange(len(labels)) < 10 * readouts.CLASSES
+    found = readouts.readouts()[name](features[train], labels[train], features[~train])
+    assert (found == labels[~train]).double().mean() > 0.9
+
+
+def test_draws_have_the_same_number_of_each_class():
+    labels = torch.arange(readouts.CLASSES).repeat(32)
+    drawn = readouts.draws(labels)
+    assert all(labels[chosen].bincount().tolist() == [readouts.FEW] * readouts.CLASSES for chosen in drawn)
+    assert len({tuple(chosen.tolist()) for chosen in drawn}) == readouts.DRAWS
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in Path(ROOT, "benchmarks").glob("*.py")))
