@@ -315,8 +315,8 @@ class Session:
             )
         return [
             "train_classification", "--recipe", "recommended", "--corpus", f"audiofolder={self.index.root}",
-            "--fold", "none", "--model_name_or_path", self.index.facts["model"], "--num_train_epochs", "0",
-            "--report_to", "none", "--output_dir", str(self.models()[1]),
+            "--fold", "none", "--model_name_or_path", self.index.facts["model"], "--report_to", "none",
+            "--output_dir", str(self.models()[1]),
         ]  # fmt: skip
 
     def models(self) -> tuple[Path | None, Path]:
