@@ -349,7 +349,7 @@ class ClassificationSettings(TrainingSettings):
             "augmentation": "spectrogram",
             "augmentation_strength": 0.0,
             "keep_spectrograms": True,
-            # Steps after the closed form made it worse wherever they were tried (results/choice).
+            # Three after the closed form made it worse (results/choice).
             "num_train_epochs": 0,
             "classifier_init": "ridge",
             "freeze_batch_norm": True,
