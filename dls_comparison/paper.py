@@ -106,11 +106,15 @@ def closed_forms(report: Report) -> str | None:
 
 
 def frozen(report: Report) -> str | None:
-    """The linear probe beside fine-tuning of all layers."""
-    probe, whole = report.arms("linear-probe", "dls"), report.arms("new-classifier", "dls")
-    if not (probe and whole):
+    """Fine-tuning of all layers beside a classifier alone, trained and in closed form."""
+    settings = ("new-classifier", "linear-probe", "closed-form")
+    whole, probe, closed = (report.arms(setting, "dls") for setting in settings)
+    if not (probe and whole and closed):
         return None
-    return f"after 20 epochs: classifier alone {mean(probe[0], 20):.3f}, all layers {mean(whole[0], 20):.3f}"
+    return (
+        f"after 20 epochs: all layers {mean(whole[0], 20):.3f}, classifier alone {mean(probe[0], 20):.3f}; classifier "
+        f"alone in closed form {mean(closed[0], 0):.3f}"
+    )
 
 
 def beside_imagenet(report: Report) -> str | None:
