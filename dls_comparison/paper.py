@@ -62,6 +62,10 @@ def mean(runs: Runs, epoch: int, running: bool = False) -> float:
     return chosen.accuracy[:, :, list(chosen.epochs).index(min(epoch, chosen.epochs[-1]))].mean()
 
 
+def counted(seeds: int) -> str:
+    return f"{seeds} seed{'s' if seeds > 1 else ''}"
+
+
 def first_epochs(report: Report, setting: str = "new-classifier") -> str | None:
     """The arms that are there after the first epochs, with re-estimated and with running statistics."""
     names = {"DLS": "dls", "scratch": "scratch"}
@@ -132,8 +136,8 @@ def folded_in(report: Report) -> str | None:
     for setting, labels in (("closed-form", "all"), ("5-labels", "5")):
         if not (found := report.arms(setting, "dls-other-corpora", "dls-new-sound", "dls")):
             return None
-        arms = (f"{runs.label} {mean(runs, 0):.3f} ({len(runs.accuracy)} seeds)" for runs in found)
-        parts.append(f"{labels} labels a class: {'; '.join(arms)}".replace("(1 seeds)", "(1 seed)"))
+        arms = (f"{runs.label} {mean(runs, 0):.3f} ({counted(len(runs.seeds))})" for runs in found)
+        parts.append(f"{labels} labels a class: {'; '.join(arms)}")
     return ". ".join(parts)
 
 
@@ -174,11 +178,17 @@ def headline(report: Report) -> str:
     _, low, high, seeds, folds = paired_difference(*all_of_them)
     included = ", the held-out clips' included," if (all_of_them[0].heard == all_of_them[0].clips).all() else ""
     sure = f" (the difference's 95 % interval: {low:+.3f} to {high:+.3f})" if np.isfinite(low) else ""
-    runs = f"{folds} folds and {seeds} seed{'s' if seeds > 1 else ''}"
+    runs = f"{folds} folds and {counted(seeds)}"
+    unheard = report.arms("closed-form", "dls-training-folds")
+    told = (
+        f", and {mean(unheard[0], 0):.3f} where the held-out fold was not heard ({counted(len(unheard[0].seeds))})"
+        if unheard
+        else ""
+    )
     return textwrap.fill(
         f"ESC-50, a classifier in closed form on a frozen network, mean of {runs}: with 5 "
         f"labels a class {dls[1]:.3f} after pre-training on unlabelled sound{included} against {scratch[1]:.3f} of "
-        f"the same network untrained, with all 32 {dls[-1]:.3f} against {scratch[-1]:.3f}{sure} "
+        f"the same network untrained, with all 32 {dls[-1]:.3f} against {scratch[-1]:.3f}{sure}{told} "
         "([results/esc50](results/esc50/README.md), `python reproduce.py results/esc50.yaml`).",
         width=120, break_long_words=False, break_on_hyphens=False,
     ) + "\n"  # fmt: skip
