@@ -602,6 +602,11 @@ def test_closed_form_classifier_alone(init, options, pretrained, sound_folder, t
     told = "of the closed-form classifier, ridge regression on the features; 1 fold(s), one seed."
     assert f"{told} {fold['accuracy_at_start']:.3f}" in card
     assert "closed-form classifier's weights" in card and "last epoch" not in card
+    beginning = {
+        "pretrained": "Then its classifier was fitted, in closed form, to",
+        "scratch": "Random weights, and a",
+    }
+    assert beginning[init] in card and "ine-tuned" not in card and "Trained from scratch" not in card
 
 
 @pytest.mark.gpu
