@@ -35,6 +35,7 @@ class CellStore:
     def __init__(self, plan: Plan, work: Path, num_processes: int = 1):
         self.plan, self.work, self.num_processes = plan, work, num_processes
         self.csv = plan.file.with_suffix("") / "cells.csv"
+        self.absent: dict[str, str | None] = {}  # cell of weights from elsewhere -> why they are not on this machine
         self.read()
 
     def read(self) -> None:
@@ -141,19 +142,25 @@ class CellStore:
         for cell in self.plan.cells:
             waiting = any(other.start is cell and not self.result(other) for other in self.plan.cells)
             if cell.script == CONVERSION and cell.options[0] and waiting:
-                cell.ready, cell.problem = find_weights(cell.options[0])
+                cell.ready, self.absent[cell.name] = find_weights(cell.options[0])
 
-    def blocked(self, cell: Cell) -> str | None:
-        """Why the weights that a cell starts from, directly or not, cannot be had; None where they can."""
-        if cell.problem or not cell.start or self.has_weights(cell.start):
-            return cell.problem
-        return self.blocked(cell.start)
+    def blocked(self, cell: Cell, anywhere: bool = False) -> str | None:
+        """Why the weights that a cell starts from, directly or not, cannot be had; None where they can.
 
-    def skipped(self) -> dict[str, str]:
-        """{arm or pre-training: why it cannot be run}"""
+        Args:
+            cell: Of the plan.
+            anywhere: On whichever machine, and not on this one: as the file has it.
+        """
+        problem = cell.problem or (None if anywhere else self.absent.get(cell.name))
+        if problem or not cell.start or (not anywhere and self.has_weights(cell.start)):
+            return problem
+        return self.blocked(cell.start, anywhere)
+
+    def skipped(self, anywhere: bool = False) -> dict[str, str]:
+        """{arm or pre-training: why it cannot be run}, see `blocked`"""
         reasons = {}
         for cell in self.plan.cells:
-            if cell.kind != "imagenet" and not self.result(cell) and (reason := self.blocked(cell)):
+            if cell.kind != "imagenet" and not self.result(cell) and (reason := self.blocked(cell, anywhere)):
                 arm = self.plan.arms.get(cell.facts.get("arm"))
                 reasons[arm["label"] if arm else f"pre-training {cell.facts['pretraining']}"] = reason
         return reasons

@@ -160,7 +160,7 @@ class Planner:
         section.close()
         cell = Cell(IMAGENET, "imagenet", IMAGENET, CONVERSION, [given or "", *options])
         if given is None:
-            cell.problem = f"{self.top.file} names no ImageNet weights (imagenet.path)"
+            cell.problem = f"{self.top.file.name} names no ImageNet weights (imagenet.path)"
         return cell
 
     def make(self, what: list[str], where: str, script: str, words, corpora, start, turn, **facts) -> Cell:
