@@ -47,11 +47,11 @@ def features(esc50: str, network: str) -> tuple:
 
 
 def standardised(train, test):
-    """By the training clips, as `dls_training.closed_form.Ridge` does; what hardly varies is left out."""
-    from dls_training.closed_form import least_variation
+    """By the training clips, without what hardly varies."""
+    from dls_training.closed_form import standardisation
 
-    mean, std = train.mean(dim=0), train.std(dim=0, correction=0)
-    kept = std > least_variation(std)
+    mean, std = standardisation(train)
+    kept = std.isfinite()
     return ((each[:, kept] - mean[kept]) / std[kept] for each in (train, test))
 
 

@@ -39,8 +39,7 @@ class Ridge:
             targets: (clips, targets), float64.
         """
         X, self.Y = features.double(), targets
-        self.mean, std = X.mean(dim=0), X.std(dim=0, correction=0)
-        self.std = torch.where(std > least_variation(std), std, torch.inf)
+        self.mean, self.std = standardisation(X)
         self.X, self.prior = (X - self.mean) / self.std, targets.mean(dim=0)
         # The clips' principal components: X X' = P P' with orthogonal columns; squared lengths are eigenvalues.
         if len(X) < X.shape[1]:
@@ -83,6 +82,12 @@ class Ridge:
         # Whichever side was decomposed: the features times what they leave unexplained, over the penalty.
         weight = scale * ((self.Y - self.fitted(penalty)).T @ self.X / penalty) / self.std
         return weight, scale * self.prior - weight @ self.mean
+
+
+def standardisation(features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and standard deviation of features (clips, size), infinite of those that hardly vary: (size,) each."""
+    std = features.std(dim=0, correction=0)
+    return features.mean(dim=0), torch.where(std > least_variation(std), std, torch.inf)
 
 
 def least_variation(std: torch.Tensor) -> torch.Tensor:
