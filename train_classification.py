@@ -201,9 +201,11 @@ class FoldRun:
         if self.settings.classifier_init == "ridge" and not history:
             if self.settings.init == "scratch":  # statistics of random weights describe nothing
                 estimate_batch_norm_statistics(self.model, self.passes(), self.accelerator)
+            further = self.fold.unlabelled
             start_from_ridge(
                 self.model, self.unaugmented(self.fold.train), self.make_views.unchanged, self.accelerator,
-                self.fold.train["source_id"][:],
+                self.fold.train["source_id"][:], further and self.unaugmented(further),
+                self.settings.self_training_rounds,
             )  # fmt: skip
             history.append({"epoch": 0, "step": 0, **self.evaluate(0), "seconds": self.loop.seconds})
             logger.info(f"{self.loop.log_prefix}before training: {describe(history[0])}")
@@ -350,7 +352,8 @@ def cross_validate(settings: ClassificationSettings, accelerator: Accelerator) -
     ]
     check_layout(settings)
     start_tracking(settings, accelerator)
-    store = ClipStore([corpus.clips], extractor, settings)
+    to_hear = [corpus.clips, *([corpus.unlabelled] if settings.self_training_rounds and corpus.unlabelled else [])]
+    store = ClipStore(to_hear, extractor, settings)
     found = {fold.number: run_fold(settings, accelerator, store, config, fold) for fold in folds}
     if accelerator.is_main_process:
         results = {"corpus": name, "arm": arm_of(settings.init, config, parent), "folds": {}}

@@ -123,14 +123,15 @@ def readouts() -> dict[str, Callable]:
     }
 
 
-def draws(labels) -> list:
-    """Ten times, some clips of each class."""
+def draws(labels, count: int = FEW, times: int = DRAWS) -> list:
+    """Several times, some clips of each class: rows."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
     of_class = [(labels == number).nonzero()[:, 0] for number in range(CLASSES)]
     return [
-        torch.cat([own[torch.randperm(len(own), generator=generator)[:FEW]] for own in of_class]) for _ in range(DRAWS)
+        torch.cat([own[torch.randperm(len(own), generator=generator)[:count]] for own in of_class])
+        for _ in range(times)
     ]
 
 

@@ -4,8 +4,8 @@
     python benchmarks/run_all.py --report       # only the documents, from the CSVs
 
 Without ESC-10 the generated corpus is used. The tables of those that take longer, or measure something else (memory,
-long_recordings, precision, memory_bank, load_corpora, planted_events, device, gpu, readouts), are written from the
-CSVs that are there; so is precision.png.
+long_recordings, precision, memory_bank, load_corpora, planted_events, device, gpu, readouts, self_training), are
+written from the CSVs that are there; so is precision.png.
 """
 
 import argparse

@@ -131,6 +131,36 @@ def ridge_classifier(
     return weight.float(), bias.float()
 
 
+def self_trained_classifier(
+    features: torch.Tensor, labels: torch.Tensor, unlabelled: torch.Tensor, num_classes: int, rounds: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`ridge_classifier` that labels further clips by itself and learns from those, too: self-training.
+
+    In round r it takes, of the clips that it last held to be of a class, up to r times as many as are labelled, the
+    surest first, and begins anew with these (as curriculum labelling does, Cascante-Bonilla et al. 2021). As many of
+    each class as of any other with as many labels: taken by their scores alone, a few classes would draw most clips.
+
+    Args:
+        features: (clips, size), of the labelled clips.
+        labels: (clips,), int64 in 0 .. num_classes - 1.
+        unlabelled: (further clips, size).
+        num_classes: Classes.
+        rounds: How often.
+
+    Returns:
+        See `ridge_classifier`.
+    """
+    counts = labels.bincount(minlength=num_classes).tolist()
+    weight, bias = ridge_classifier(features, labels, num_classes)
+    for number in range(1, rounds + 1):
+        surest, own = (unlabelled @ weight.T + bias).softmax(dim=1).max(dim=1)
+        order = surest.argsort(descending=True, stable=True)
+        taken = torch.cat([order[own[order] == label][: number * count] for label, count in enumerate(counts)])
+        everything = torch.cat([features, unlabelled[taken]]), torch.cat([labels, own[taken]])
+        weight, bias = ridge_classifier(*everything, num_classes)
+    return weight, bias
+
+
 def yes_no_classifier(
     features: torch.Tensor, answers: torch.Tensor, recordings: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -230,6 +260,8 @@ def start_from_ridge(
     make_pictures: Callable[[dict], torch.Tensor],
     accelerator: Accelerator,
     recordings: Sequence[str],
+    unlabelled: DataLoader | None = None,
+    rounds: int = 0,
 ) -> None:
     """Sets a classifier to ridge regression on the features of the training clips, as they are: unaugmented.
 
@@ -244,6 +276,8 @@ def start_from_ridge(
         make_pictures: A batch -> `input_values`.
         accelerator: Of the run.
         recordings: What each clip is from.
+        unlabelled: Like `loader`, of clips for `self_trained_classifier`, where each clip is of one class.
+        rounds: Likewise.
     """
 
     def pooled(batch):
@@ -252,9 +286,10 @@ def start_from_ridge(
 
     model.eval()
     features, labels = mean_over_windows(accelerator, loader, pooled), loader.dataset.labels
+    further = features[:0] if unlabelled is None else mean_over_windows(accelerator, unlabelled, pooled)
     model.train()
     if labels.ndim == 1:
-        weight, bias = ridge_classifier(features, labels, model.config.num_labels)
+        weight, bias = self_trained_classifier(features, labels, further, model.config.num_labels, rounds)
     else:
         numbers = torch.from_numpy(np.unique(recordings, return_inverse=True)[1])
         weight, bias, thresholds = yes_no_classifier(features, labels, numbers)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 
 from datasets_scripts import ClipIdentities, train_test_folds
 from datasets_scripts.errors import UserError
@@ -32,6 +32,7 @@ class Fold:
     Attributes:
         number: From 1; None where nothing is held out.
         train, test: Its clips; of the former as many as --labels_per_class says. None where nothing is held out.
+        unlabelled: What can be heard beside `train`, without labels, for --self_training_rounds; None without that.
         record: Of its run.
         facts: What its results say besides what is measured.
         output_dir: Its own.
@@ -40,6 +41,7 @@ class Fold:
     number: int | None
     train: Dataset
     test: Dataset | None
+    unlabelled: Dataset | None
     record: Record
     facts: dict
     output_dir: Path
@@ -68,12 +70,14 @@ class LabelledCorpus:
         name: Of the corpus.
         clips: Those of one class, with folds. Where some are of several classes, or known not to be of one, each class
             is answered with yes or no, and these are all of which an answer is known, with the column `ANSWERS`.
+        unlabelled: The others.
         left_out: How many others there are, by the reason.
         made_folds: How many folds were made, because it has none; 0: it has some, or none are needed.
     """
 
     name: str
     clips: Dataset
+    unlabelled: Dataset
     left_out: dict[str, int]
     made_folds: int = 0
 
@@ -122,7 +126,8 @@ class LabelledCorpus:
             logger.info(f"{name} has no folds: {made} were made, stratified by class and grouped by recording")
             # Before a selection, as above: columns added to one would write embedded clips to disk once more.
             dataset = dataset.remove_columns("fold").add_column("fold", folds)
-        return cls(name, dataset.select(np.flatnonzero(is_labelled)), left_out, made)
+        labelled, unlabelled = (dataset.select(np.flatnonzero(own)) for own in (is_labelled, ~is_labelled))
+        return cls(name, labelled, unlabelled, left_out, made)
 
     @property
     def answers_each_class(self) -> bool:
@@ -232,17 +237,47 @@ def make_folds(labels: np.ndarray, sources: np.ndarray, classes: list[str], corp
     )
 
 
-def few_labels(train: Dataset, per_class: int | None, seed: int) -> Dataset:
-    """A random choice of `per_class` clips of each class, and of those of none; all of them for None.
+def few_labels(train: Dataset, per_class: int | None, seed: int) -> tuple[Dataset, Dataset]:
+    """A random choice of `per_class` clips of each class, and of those of none, all of them for None; and the rest.
 
     It is the same for the same seed.
     """
     if per_class is None:
-        return train
+        return train, train.select([])
     members = memberships(label_numbers(train), len(train.features["label"].names))
     members, random = np.column_stack([members, ~members.any(axis=1)]), np.random.default_rng(seed)
     chosen = [random.permutation(np.flatnonzero(own))[:per_class] for own in members.T]
-    return train.select(np.unique(np.concatenate(chosen)))
+    chosen = np.unique(np.concatenate(chosen))
+    return train.select(chosen), train.select(np.setdiff1d(np.arange(len(train)), chosen))
+
+
+def to_label(corpus: LabelledCorpus, number: int | None, rest: Dataset, test: Dataset | None) -> Dataset:
+    """The clips that a classifier may label by itself: none that is held out, and none of a recording that is.
+
+    Args:
+        corpus: Its clips.
+        number: Of the fold that is held out, None for none.
+        rest: Labelled clips whose labels are not to be used.
+        test: The clips that are held out.
+
+    Raises:
+        UserError: if there are none, or each class is answered with yes or no.
+    """
+    if corpus.answers_each_class:
+        raise UserError(
+            f"--self_training_rounds is for clips of one class each, and in --corpus {corpus.name} each class is "
+            "answered with yes or no: leave it out"
+        )
+    others = corpus.unlabelled
+    if test is not None:
+        held_out = np.isin(others["source_id"][:], test["source_id"][:]) | (np.array(others["fold"][:]) == number)
+        others = others.select(np.flatnonzero(~held_out))
+    if not len(rest) + len(others):
+        raise UserError(
+            f"--self_training_rounds needs clips without a label, and --corpus {corpus.name} leaves none: add some "
+            "that are not of the recordings held out, or leave it out"
+        )
+    return concatenate_datasets([rest, others])
 
 
 def make_fold(settings: ClassificationSettings, number: int | None, corpus: LabelledCorpus, parent: Record,
@@ -270,16 +305,20 @@ def make_fold(settings: ClassificationSettings, number: int | None, corpus: Labe
                 f"fold {number}: all clips of {names} are in this fold, and none is left to learn from. Put some into "
                 "another, or train on everything with --fold none"
             )
-    train = few_labels(train, settings.labels_per_class, settings.seed)
-    heard = {"training_clips": len(train)}
+    train, rest = few_labels(train, settings.labels_per_class, settings.seed)
+    unlabelled = to_label(corpus, number, rest, test) if settings.self_training_rounds else None
+    measured, given, heard = {"training_clips": len(train)}, corpus.clips, train
+    if unlabelled is not None:
+        measured["unlabelled_clips"] = facts["without_label"] = len(unlabelled)
+        given, heard = (concatenate_datasets(pair) for pair in ([given, corpus.unlabelled], [train, unlabelled]))
     if test is not None:
-        heard |= facts_of_held_out(settings, number, test, parent)
+        measured |= facts_of_held_out(settings, number, test, parent)
     record = begun(
-        settings, "classification", parent, [(corpus.name, corpus.clips)], ClipIdentities.of(train), with_labels=True,
+        settings, "classification", parent, [(corpus.name, given)], ClipIdentities.of(heard), with_labels=True,
         clips={corpus.name: len(train)}, excluded_folds={} if number is None else {corpus.name: [number]},
         name=str(output_dir), also={"fold": number, "classes": corpus.classes}, **facts,
     )  # fmt: skip
-    return Fold(number, train, test, record, heard | {"run": record.own.identity_digest}, output_dir)
+    return Fold(number, train, test, unlabelled, record, measured | {"run": record.own.identity_digest}, output_dir)
 
 
 def facts_of_held_out(settings: ClassificationSettings, number: int, test: Dataset, parent: Record) -> dict:

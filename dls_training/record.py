@@ -55,6 +55,7 @@ class Stage:
     Attributes:
         facts: As JSON takes it: `name` (the folder or Hub id), `task` (`"npid"`, `"classification"`; None: unknown),
             and of a known one `with_labels`, `clips` (how many of each corpus), `corpora` (licences and citations),
+            `without_label` (how many of what was heard last had none, though others had; 0 if not said),
             `excluded_folds` (left out), `options`, `settings` (what else makes the run what it is), `seed`, `command`,
             `environment` (commit, versions, machine), and `seconds` once it is finished.
         heard: The clips that it was trained on; None: unknown.
@@ -70,6 +71,12 @@ class Stage:
     @property
     def is_known(self) -> bool:
         return self.heard is not None
+
+    @property
+    def labelled(self) -> ClipIdentities:
+        """What of a known stage was heard together with its labels."""
+        count = len(self.heard) - self.facts.get("without_label", 0) if self.facts["with_labels"] else 0
+        return self.heard[:count]
 
     @property
     def identity(self) -> dict:
@@ -148,8 +155,8 @@ class Record:
     def labels_seen(self, clips: ClipIdentities) -> dict[str, int]:
         """{stage: how many of the clips it was trained on with their labels}, of the stages that saw any."""
         seen = {}
-        for stage in (stage for stage in self.stages if stage.is_known and stage.facts["with_labels"]):
-            if count := int(clips.shared_with(stage.heard).sum()):
+        for stage in (stage for stage in self.stages if stage.is_known):
+            if count := int(clips.shared_with(stage.labelled).sum()):
                 seen[stage.name] = max(count, seen.get(stage.name, 0))  # folders are moved, and names come back
         return seen
 

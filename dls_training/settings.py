@@ -393,6 +393,12 @@ bf16 where the processor computes in it, because that is faster.
         help="ridge: start from a closed-form classifier, ridge regression on the features of the network as it is; "
         "with --num_train_epochs 0, that alone",
     )  # fmt: skip
+    self_training_rounds: int = option(
+        0, whole(0, 20),
+        help="have the closed-form classifier label further clips by itself and learn from them, too: those of "
+        "--corpus without a label, and those that --labels_per_class leaves out. In round R it takes up to R times as "
+        "many of each class as are labelled, the surest first; 5 is a good number (default: 0)",
+    )  # fmt: skip
     allow_label_leakage: bool = option(
         False, flag, "go on where the weights have been trained on held-out clips with their labels; the card says so"
     )
@@ -419,6 +425,8 @@ bf16 where the processor computes in it, because that is faster.
         if self.precise_bn and (self.freeze_batch_norm or self.freeze_backbone):
             kept = "--freeze_backbone" if self.freeze_backbone else "--freeze_batch_norm"
             raise UserError(f"--precise_bn estimates the statistics that {kept} keeps: leave one of them out")
+        if self.self_training_rounds and self.classifier_init != "ridge":
+            raise UserError("--self_training_rounds is of the closed-form classifier: add --classifier_init ridge")
         if self.has_several_folds and self.resume_from_checkpoint not in (None, "latest"):
             raise UserError("--resume_from_checkpoint DIR is of one fold: name it with --fold N, or give latest")
         if len(self.corpus) > 1:

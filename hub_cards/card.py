@@ -122,6 +122,7 @@ def stage_in_words(stage: dict) -> Markdown:
     if stage["task"] is None:
         return Markdown(f"Started from {name}, of which it is not known what it has heard.")
     clips = ", ".join(f"{count} of {corpus}" for corpus, count in stage["clips"].items())
+    clips += f", and {stage['without_label']} without their labels" if stage.get("without_label") else ""
     left_out = f"; left out: {stage['excluded_folds']}" if stage["excluded_folds"] else ""
     training = TASKS[stage["task"]].training if stage["task"] in TASKS else f"Trained ({stage['task']})"
     return Markdown(f"{escaped(training)} ({name}; clips: {escaped(clips + left_out)}).")

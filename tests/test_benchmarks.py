@@ -17,6 +17,7 @@ import measuring
 import memory
 import memory_bank
 import readouts
+import self_training
 import training_step
 from measuring import Arm
 
@@ -180,6 +181,21 @@ def test_draws_have_the_same_number_of_each_class():
     drawn = readouts.draws(labels)
     assert all(labels[chosen].bincount().tolist() == [readouts.FEW] * readouts.CLASSES for chosen in drawn)
     assert len({tuple(chosen.tolist()) for chosen in drawn}) == readouts.DRAWS
+
+
+@pytest.mark.parametrize(
+    ("name", "labelled", "unlabelled"),
+    [
+        (self_training.EVERYTHING, [2, 2, 2, 2], [8, 8, 8, 8]),
+        (self_training.UNEVEN, [2, 2, 2, 2], [2, 8, 2, 8]),
+        (self_training.STRANGE, [2, 0, 2, 0], [8, 8, 8, 8]),
+    ],
+)
+def test_pools_for_self_training(name, labelled, unlabelled):
+    labels = torch.arange(4).repeat(10)
+    chosen, rest = self_training.pool(name, labels, torch.arange(8, 16))
+    assert not set(rest.tolist()) & set(range(8, 16))
+    assert labels[chosen].bincount(minlength=4).tolist() == labelled and labels[rest].bincount().tolist() == unlabelled
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in Path(ROOT, "benchmarks").glob("*.py")))

@@ -16,6 +16,7 @@ from dls_training.closed_form import (
     Ridge,
     best_thresholds,
     ridge_classifier,
+    self_trained_classifier,
     yes_no_classifier,
 )
 
@@ -58,6 +59,49 @@ def test_the_penalty_and_the_scale_are_those_of_leaving_each_clip_out(size, nois
     expected = scale * np.hstack([standard, np.ones((len(X), 1))]) @ slow
     weight, bias = ridge_classifier(features, labels, 3)
     np.testing.assert_allclose(features @ weight.T + bias, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 4])
+def test_self_training_takes_the_surest_of_each_class(rounds):
+    """Clip by clip: in round r, of each class, the r x n that are likeliest of it among those that are held for it."""
+    features, labels = clusters(12, num_classes=4, noise=2.0)
+    labels, further = torch.cat([labels[:12], labels[12:14]]), features[14:]  # some classes have four, some three
+    known = features[: len(labels)]
+    expected = ridge_classifier(known, labels, 4)
+    for number in range(1, rounds + 1):
+        probabilities = (further @ expected[0].T + expected[1]).softmax(1).tolist()
+        taken = {label: [] for label in range(4)}
+        for clip in sorted(range(len(further)), key=lambda clip: -max(probabilities[clip])):
+            label = probabilities[clip].index(max(probabilities[clip]))
+            if len(taken[label]) < number * (labels == label).sum():
+                taken[label].append(clip)
+        chosen = torch.tensor([clip for clips in taken.values() for clip in clips])
+        own = torch.tensor([label for label, clips in taken.items() for _ in clips])
+        assert 0 < len(chosen) < len(further) or number > 2
+        expected = ridge_classifier(torch.cat([known, further[chosen]]), torch.cat([labels, own]), 4)
+    weight, bias = self_trained_classifier(known, labels, further, 4, rounds)
+    assert torch.equal(weight, expected[0]) and torch.equal(bias, expected[1])
+
+
+def test_self_training_learns_from_clips_without_labels():
+    """Where each class has many forms, of which a few labels show some: means of ten draws."""
+    right = torch.zeros(2)
+    for seed in range(10):
+        features, labels = clusters(40, num_classes=8, size=30, noise=3.0, seed=seed)
+        known, further, test = slice(0, 24), slice(24, 240), slice(240, None)
+        for number, rounds in enumerate((0, 5)):
+            weight, bias = self_trained_classifier(features[known], labels[known], features[further], 8, rounds)
+            right[number] += ((features[test] @ weight.T + bias).argmax(1) == labels[test]).float().mean() / 10
+    assert right[1] > right[0] + 0.03, right
+
+
+def test_self_training_with_nothing_to_label_and_a_class_without_clips():
+    features, labels = clusters(6)
+    for clips in (0, 1):
+        weight, bias = self_trained_classifier(features, labels, features[:clips], 5, 3)
+        assert torch.isfinite(weight).all() and (weight[3:] == 0).all() and (bias[3:] == 0).all()
+    assert torch.equal(self_trained_classifier(features, labels, features[:0], 5, 3)[0],
+                       ridge_classifier(features, labels, 5)[0])  # fmt: skip
 
 
 def test_one_clip_per_class_has_a_fixed_penalty():

@@ -17,7 +17,7 @@ from transformers import AutoFeatureExtractor, AutoModelForAudioClassification, 
 
 from datasets_scripts import ClipIdentities, decode_audio, load_corpus, train_test_folds
 from dls_sounds.page.analysis import TrainedFolder
-from dls_training.closed_form import ridge_classifier
+from dls_training.closed_form import ridge_classifier, self_trained_classifier
 from dls_training.folds import make_folds
 from dls_training.record import Record, Stage
 from hub_cards.publishing import finished_run
@@ -628,6 +628,75 @@ def test_training_goes_on_from_the_closed_form_classifier(options, pretrained, t
     assert not torch.equal(trained["classifier.weight"], first["classifier.weight"])
     frozen = [name for name in first if "running_" in name]
     assert frozen and all(torch.equal(trained[name], first[name]) for name in frozen)
+
+
+ALONE = ["--classifier_init", "ridge", "--num_train_epochs", "0"]
+
+
+def test_self_training_hears_what_has_no_label_to_learn_from(options, pretrained, sound_folder, tmp_path):
+    """All that few labels leave over, and nothing of the held-out fold; the card and the record tell them apart."""
+    run = [*options, "--model_name_or_path", pretrained, "--fold", "2", *ALONE, "--labels_per_class", "2"]
+    log = succeed("train_classification.py", *run, "--self_training_rounds", "1", "--output_dir", tmp_path / "run")
+    assert "8 clips to train on, 20 held out" in log
+    fold = results_of(tmp_path / "run")["folds"]["2"]
+    assert (fold["training_clips"], fold["unlabelled_clips"]) == (8, 12)
+    clips, test = train_test_folds(load_corpus("audiofolder", sound_folder), 2)
+    record, heard = Record.read(tmp_path / "run"), ClipIdentities.of(clips)
+    assert record.heard(ClipIdentities.of(test)) == 20  # in the pre-training
+    assert sum(record.labels_seen(heard).values()) == 8 and not record.labels_seen(ClipIdentities.of(test))
+    assert record.own.heard.shared_with(heard).all() and len(record.own.heard) == 20
+    model, features = clip_by_clip(tmp_path / "run", clips)
+    labels, labelled = torch.tensor(clips["label"][:]), torch.from_numpy(heard.shared_with(record.own.labelled))
+    weight, bias = self_trained_classifier(features[labelled], labels[labelled], features[~labelled], 4, 1)
+    logits = F.linear(features, weight, bias)
+    assert torch.allclose(model.classifier(features), logits, atol=1e-2 * logits.abs().max().item())
+    card = (tmp_path / "run" / "README.md").read_text()
+    assert "from 8 labelled clips, and labelled up to 1 times as many of each class by itself, out of 12" in card
+    succeed("train_npid.py", *SMALL, "--corpus", f"audiofolder={sound_folder}", "--model_name_or_path",
+            tmp_path / "run", "--max_train_steps", "1", "--output_dir", tmp_path / "next")  # fmt: skip
+    assert "8 of audiofolder, and 12 without their labels" in (tmp_path / "next" / "README.md").read_text()
+
+
+def test_self_training_on_ones_own_unlabelled_files(sound_folder, tmp_path):
+    """Those of the recordings that are held out are not among what is heard."""
+    sounds = by_class(sound_folder, tmp_path / "sounds", lambda clip: f"{'xyz'[clip // 4 % 3]}-{clip:02d}")
+    files = sorted(sounds.glob("*/*"))
+    unlabelled = files[::5]
+    lines = [f"{path.relative_to(sounds)},{'' if path in unlabelled else path.parent.name}" for path in files]
+    (sounds / "metadata.csv").write_text("\n".join(["file_name,label", *lines]) + "\n")
+    command = [*SMALL, "--corpus", f"audiofolder={sounds}", "--label_pattern", "(?P<source>[xyz])-", *ALONE]
+    command += ["--self_training_rounds", "2"]
+    succeed("train_classification.py", *command, "--output_dir", tmp_path / "run")
+    results = results_of(tmp_path / "run")
+    assert results["left_out"] == {"without_label": 8}
+    for number, fold in results["folds"].items():
+        (held_out,) = {path.name[0] for path in files} - {
+            name[0] for name in heard_names(tmp_path / "run" / f"fold-{number}", files)
+        }
+        assert fold["unlabelled_clips"] == sum(path.name[0] != held_out for path in unlabelled)
+    everything = [*command, "--fold", "none", "--output_dir", tmp_path / "all"]
+    succeed("train_classification.py", *everything)
+    assert results_of(tmp_path / "all")["unlabelled_clips"] == 8
+
+
+def heard_names(folder, files):
+    """Of which of the files the last training heard something."""
+    heard = set(map(bytes, Record.read(folder).own.heard.content))
+    clips = load_corpus("audiofolder", files[0].parents[1], label_pattern="(?P<source>[xyz])-")
+    return [
+        clip["audio"]["path"].rpartition("/")[2]
+        for clip, content in zip(clips, map(bytes, ClipIdentities.of(clips).content), strict=True)
+        if content in heard
+    ]
+
+
+def test_self_training_that_does_nothing_is_refused(options, nights, sound_folder, tmp_path):
+    rounds = ["--self_training_rounds", "2", "--output_dir", tmp_path / "run"]
+    assert "add --classifier_init ridge" in fail("train_classification.py", *options, *rounds)
+    message = fail("train_classification.py", *options, *ALONE, *rounds)
+    assert "needs clips without a label, and --corpus audiofolder leaves none" in message
+    yes_no = [*SMALL, "--corpus", f"audiofolder={nights}", *ALONE]
+    assert "each class is answered with yes or no" in fail("train_classification.py", *yes_no, *rounds)
 
 
 def test_closed_form_options_that_do_nothing_are_refused():
