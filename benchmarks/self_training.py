@@ -55,7 +55,7 @@ def measure(args) -> list[dict]:
 
 def rows(lines: list[dict]) -> list[list[str]]:
     """The table of the document."""
-    shown = [["without a label", "labels a class", *(f"{rounds} rounds" for rounds in ROUNDS)]]
+    shown = [["without a label", "labels a class", *(f"{rounds} round{'s' * (rounds != 1)}" for rounds in ROUNDS)]]
     return shown + [
         [line["what"], line["labels"], *(number(line[f"rounds {rounds}"]) for rounds in ROUNDS)] for line in lines
     ]
