@@ -261,6 +261,9 @@ def _stages(facts: list[dict], heard_file: Path) -> Iterable[Stage]:
             if not all(isinstance(own[name], kind) for name, kind in FACTS.items()):
                 raise ValueError(f"stage {number} is none that this version writes")
             content = tensors[f"{number}.content"]
+            without = own.get("without_label", 0)
+            if not isinstance(without, int) or not 0 <= without <= len(content):
+                raise ValueError(f"stage {number} has not heard as many clips as it says had no label")
             stretch = tensors.get(f"{number}.stretch", np.tile(WHOLE, (len(content), 1)))
             published = tensors.get(f"{number}.published", np.zeros_like(content))
             yield Stage(own, ClipIdentities(content, stretch, published))

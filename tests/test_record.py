@@ -444,6 +444,10 @@ DAMAGE = {
         "record.json is damaged or was changed by hand",
     ),
     "a stranger's stage": (lambda folder: rewritten(folder, stages=[{"task": "gan"}]), "beside it, is damaged"),
+    "more clips without a label than clips": (
+        lambda folder: rewritten(folder, stages=[Record.read(folder).own.facts | {"without_label": 41}]),
+        "beside it, is damaged",
+    ),
     "another layout": (lambda folder: rewritten(folder, layout=0), "record.json has layout 0"),
     "other weights": (
         lambda folder: save_file(
