@@ -101,7 +101,7 @@ def closed_forms(report: Report) -> str | None:
     parts = []
     settings = {
         "closed-form": "all labels", "20-labels": "20 labels", "5-labels": "5 labels", "1-label": "1 label",
-        "5-labels-self-trained": "5 labels, and further clips that it labelled by itself,",
+        "5-labels-self-trained": "5 labels, with self-training,",
     }  # fmt: skip
     for setting, labels in settings.items():
         if found := report.arms(setting, "dls", "scratch"):
