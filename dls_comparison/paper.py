@@ -189,8 +189,8 @@ def headline(report: Report) -> str:
     )
     further = report.arms("5-labels-self-trained", "dls", "scratch")
     by_itself = (
-        f" With 5 labels, and further clips of these folds that the classifier labelled by itself: "
-        f"{mean(further[0], 0):.3f} against {mean(further[1], 0):.3f} ([how](docs/training.md#clips-without-a-label))."
+        " With 5 labels and [self-training](docs/training.md#clips-without-a-label): "
+        f"{mean(further[0], 0):.3f} against {mean(further[1], 0):.3f}."
         if further
         else ""
     )
