@@ -306,8 +306,9 @@ def test_one_class_is_trained_and_found(sound_folder, tmp_path, other):
     assert package == "dls_sounds" and main(words) == 0
     with (tmp_path / "index_detections.csv").open(newline="") as file:
         found = {line["file"] for line in csv.DictReader(file) if line["label"] == "low tone"}
-    expected = {f"{clip:02d}.wav" for clip in range(0, 40, 4)}
-    assert len(expected & found) >= 8 and len(found) < 30
+    expected, refused = ({f"{clip:02d}.wav" for clip in range(first, 40, 4)} for first in (0, 2))
+    # Of the other half nothing was said: what random weights take them for differs from processor to processor.
+    assert len(expected & found) >= 8 and len(refused & found) <= 2
 
 
 def test_command_line(tmp_path, capsys):
