@@ -292,8 +292,8 @@ def make_fold(settings: ClassificationSettings, number: int | None, corpus: Labe
         **facts: See `begun`.
 
     Raises:
-        UserError: if a class is in the held-out fold alone; or if the weights were trained on held-out clips with
-            their labels, unless --allow_label_leakage.
+        UserError: if a class is in the held-out fold alone; if the weights were trained on held-out clips with their
+            labels, unless --allow_label_leakage; or if there is nothing for --self_training_rounds to label.
     """
     output_dir = settings.output_dir / f"fold-{number}" if settings.has_several_folds else settings.output_dir
     train, test = (corpus.clips, None) if number is None else train_test_folds(corpus.clips, number)
