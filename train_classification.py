@@ -213,6 +213,10 @@ class FoldRun:
         if self.held_out is None and not self.precise_statistics:  # all was done before this process began
             self.evaluate(self.loop.progress.epoch)
         self.model.load_state_dict(self.precise_statistics, strict=False)
+        # Their decoding processes end with the last reference to them. With one that is left to the garbage collector,
+        # torch waits for each of its processes, five seconds.
+        self.loop.loader = self.test_loader = None
+        self.accelerator.free_memory()  # it would also keep every fold's network and optimizer
         return self.results()
 
     def results(self) -> dict:
@@ -272,7 +276,6 @@ def run_fold(settings: ClassificationSettings, accelerator: Accelerator, store: 
                 with files_moved_into_place(fold.output_dir) as folder:
                     run.draw_features(folder / EMBEDDING)
         accelerator.wait_for_everyone()
-        accelerator.free_memory()  # it would keep every fold's network and optimizer
     return json.loads(fold.results_file.read_text(encoding="utf-8"))
 
 

@@ -20,13 +20,14 @@ def write_report(store: CellStore) -> None:
     results = [result for cell in plan.cells if (result := store.result(cell))]
     by_setting, by_name = gather(plan, results), {result["cell"]: result for result in results}
     panels = curves(by_setting)
+    done = sum(bool(store.result(cell)) for cell in cells)
     text = rendered(
         (TEMPLATES / "comparison.md").read_text(encoding="utf-8"),
         strict=True,
         plan=plan,
         file=Path(folder.resolve().parent.name) / plan.file.name,  # wherever on this machine that is
         cells=len(cells),
-        done=sum(bool(store.result(cell)) for cell in cells),
+        done=done,
         took=duration(sum(result["wall_seconds"] for result in results)),
         missing=[cell.name for cell in cells if not store.result(cell) and not store.blocked(cell, anywhere=True)],
         skipped=store.skipped(anywhere=True),
@@ -47,4 +48,4 @@ def write_report(store: CellStore) -> None:
             draw_comparison(unfinished / "accuracy.png", panels)
     if not panels:
         (folder / "accuracy.png").unlink(missing_ok=True)  # of what the file said before
-    print(f"{folder / 'README.md'} reports on {len(results)} of {len(cells)} cells")
+    print(f"{folder / 'README.md'} reports on {done} of {len(cells)} cells")
