@@ -264,7 +264,8 @@ def run_fold(settings: ClassificationSettings, accelerator: Accelerator, store: 
         logger.info(f"{fold.name} was finished before")
     else:
         held_out = "none" if fold.test is None else len(fold.test)
-        logger.info(f"{fold.name}: {len(fold.train)} clips to train on, {held_out} held out")
+        further = f", {len(fold.unlabelled)} without a label to learn from" if fold.unlabelled else ""
+        logger.info(f"{fold.name}: {len(fold.train)} clips to train on{further}, {held_out} held out")
         run = FoldRun(settings, accelerator, store, config, fold, checkpoint, record)
         results = fold.facts | run.train()
         if accelerator.is_main_process:

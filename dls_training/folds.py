@@ -114,9 +114,7 @@ class LabelledCorpus:
                 f"{none.sum()} of none"
             )
         if not is_labelled.all():
-            logger.info(
-                f"{name}: {is_labelled.sum()} clips have labels; left out: {left_out['without_label']} without"
-            )
+            logger.info(f"{name}: {is_labelled.sum()} clips have labels, {left_out['without_label']} have none")
         made = 0
         if fold != "none" and not np.any(np.array(dataset["fold"][:])[is_labelled]):
             folds = np.zeros(len(dataset), int)

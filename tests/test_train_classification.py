@@ -391,7 +391,7 @@ def test_folds_are_made_where_there_are_none(sound_folder, tmp_path):
     ]
     log = succeed("train_classification.py", *options, "1", "--output_dir", tmp_path / "run")
     assert "audiofolder has no folds: 3 were made, stratified by class and grouped by recording" in log
-    assert "39 clips have labels; left out: 2 without" in log
+    assert "39 clips have labels, 2 have none" in log
     results = results_of(tmp_path / "run")
     assert results["made_folds"] == 3 and list(results["folds"]) == ["1", "2", "3"]
     assert results["left_out"] == {"without_label": 2}
@@ -472,7 +472,7 @@ def yes_no(nights, tmp_path_factory):
 def test_each_class_is_answered_with_yes_or_no(yes_no, nights):
     folder, log = yes_no
     assert "each class is answered with yes or no, for 8 clips are of several classes, 16 of none" in log
-    assert "64 clips have labels; left out: 8 without" in log and "5 were made" in log
+    assert "64 clips have labels, 8 have none" in log and "5 were made" in log
     results, config = results_of(folder), json.loads((folder / "config.json").read_text())
     assert config["problem_type"] == "multi_label_classification"
     assert list(config["thresholds"]) == ["frog", "owl"] == list(config["label2id"])
@@ -652,7 +652,7 @@ def test_self_training_hears_what_has_no_label_to_learn_from(options, pretrained
     """All that few labels leave over, and nothing of the held-out fold; the card and the record tell them apart."""
     run = [*options, "--model_name_or_path", pretrained, "--fold", "2", *ALONE, "--labels_per_class", "2"]
     log = succeed("train_classification.py", *run, "--self_training_rounds", "1", "--output_dir", tmp_path / "run")
-    assert "8 clips to train on, 20 held out" in log
+    assert "8 clips to train on, 12 without a label to learn from, 20 held out" in log
     fold = results_of(tmp_path / "run")["folds"]["2"]
     assert (fold["training_clips"], fold["unlabelled_clips"]) == (8, 12)
     clips, test = train_test_folds(load_corpus("audiofolder", sound_folder), 2)
