@@ -386,14 +386,14 @@ def test_two_processes_share_one_bank(sound_folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_esresnet50_at_full_resolution_takes_a_step_of_eight(precision, tmp_path):
+@pytest.mark.parametrize(("precision", "clips"), [("no", 8), ("bf16", 2)])  # a processor without bf16 takes minutes for 8
+def test_esresnet50_takes_a_step_at_full_resolution(precision, clips, tmp_path):
     random = np.random.default_rng(0)
-    for clip in range(8):
+    for clip in range(clips):
         soundfile.write(tmp_path / f"{clip}.wav", 0.1 * random.standard_normal(220500), 44100)
     succeed(
         "train_npid.py", "--corpus", f"audiofolder={tmp_path}", "--max_train_steps", "1", "--report_to", "none",
-        "--per_device_train_batch_size", "8", "--mixed_precision", precision, "--output_dir", tmp_path / "run",
+        "--per_device_train_batch_size", clips, "--mixed_precision", precision, "--output_dir", tmp_path / "run",
     )  # fmt: skip
     entry = results_of(tmp_path / "run")["history"][-1]
     assert entry["step"] == 1 and np.isfinite(entry["loss"])
