@@ -365,7 +365,8 @@ def cross_validate(settings: ClassificationSettings, accelerator: Accelerator) -
             results |= found[None]
         else:
             results |= {"folds": {str(number): fold for number, fold in found.items()}, **over_folds(found, names)}
-        results |= {"skipped_files": corpus_report(dataset)["skipped"], "left_out": corpus.left_out}
+        left_out = 0 if settings.self_training_rounds else len(corpus.unlabelled)
+        results |= {"skipped_files": corpus_report(dataset)["skipped"], "left_out": {"without_label": left_out}}
         results |= {"made_folds": corpus.made_folds}
         write_results(settings.output_dir, folds[0].output_dir, results)
 

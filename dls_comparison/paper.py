@@ -141,7 +141,9 @@ def folded_in(report: Report) -> str | None:
             return None
         arms = (f"{runs.label} {mean(runs, 0):.3f} ({counted(len(runs.seeds))})" for runs in found)
         parts.append(f"{labels} labels a class: {'; '.join(arms)}")
-    return ". ".join(parts)
+    shown = (report.cells[name] for name in ("pretrain.other-corpora.seed0", "pretrain.all-sound.seed0"))
+    without, heard = (sum(cell["clips"].values()) * cell["epochs"][-1] for cell in shown)
+    return ". ".join([*parts, f"Pre-training without them showed {without / heard:.2f} times as many clips"])
 
 
 def pretraining_time(report: Report) -> str | None:

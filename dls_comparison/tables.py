@@ -108,6 +108,7 @@ def pretraining_rows(results: list[dict]) -> list[dict]:
     rows = []
     for name, runs in grouped(results, "pretrain", "pretraining").items():
         left_out = sum(map(len, runs[0]["excluded_folds"].values()))
+        clips, epochs = [sum(run["clips"].values()) for run in runs], [run["epochs"][-1] for run in runs]
         for corpus in runs[0]["knn_accuracy"] or [None]:
             knn = [run["knn_accuracy"][corpus] for run in runs if corpus]
             rows.append(
@@ -117,8 +118,9 @@ def pretraining_rows(results: list[dict]) -> list[dict]:
                     "before": plus_minus([accuracies[0] for accuracies in knn]),
                     "after": plus_minus([accuracies[-1] for accuracies in knn]),
                     "runs": len(runs),
-                    "clips": plus_minus([sum(run["clips"].values()) for run in runs], ".0f"),
-                    "epochs": plus_minus([run["epochs"][-1] for run in runs], ".0f"),
+                    "clips": plus_minus(clips, ".0f"),
+                    "epochs": plus_minus(epochs, ".0f"),
+                    "clips × epochs": plus_minus(np.multiply(clips, epochs).tolist(), ".0f"),
                     "minutes": plus_minus([run["wall_seconds"] / 60 for run in runs], ".1f"),
                     "folds": f"{left_out} left out" if left_out else "all heard (transductive)",
                 }

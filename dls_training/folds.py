@@ -71,14 +71,12 @@ class LabelledCorpus:
         clips: Those of one class, with folds. Where some are of several classes, or known not to be of one, each class
             is answered with yes or no, and these are all of which an answer is known, with the column `ANSWERS`.
         unlabelled: The others.
-        left_out: How many others there are, by the reason.
         made_folds: How many folds were made, because it has none; 0: it has some, or none are needed.
     """
 
     name: str
     clips: Dataset
     unlabelled: Dataset
-    left_out: dict[str, int]
     made_folds: int = 0
 
     @classmethod
@@ -106,7 +104,6 @@ class LabelledCorpus:
                 f"or add a metadata.csv with file_name and label ({', '.join(NO_CLASS)} are no classes, but say that "
                 "a clip is of none)"
             )
-        left_out = {"without_label": int((~is_labelled).sum())}
         if answers is not None:
             several, none = (answers == 1).sum(axis=1) > 1, (answers == 0).all(axis=1)
             logger.info(
@@ -114,7 +111,7 @@ class LabelledCorpus:
                 f"{none.sum()} of none"
             )
         if not is_labelled.all():
-            logger.info(f"{name}: {is_labelled.sum()} clips have labels, {left_out['without_label']} have none")
+            logger.info(f"{name}: {is_labelled.sum()} clips have labels, {(~is_labelled).sum()} have none")
         made = 0
         if fold != "none" and not np.any(np.array(dataset["fold"][:])[is_labelled]):
             folds = np.zeros(len(dataset), int)
@@ -125,7 +122,7 @@ class LabelledCorpus:
             # Before a selection, as above: columns added to one would write embedded clips to disk once more.
             dataset = dataset.remove_columns("fold").add_column("fold", folds)
         labelled, unlabelled = (dataset.select(np.flatnonzero(own)) for own in (is_labelled, ~is_labelled))
-        return cls(name, labelled, unlabelled, left_out, made)
+        return cls(name, labelled, unlabelled, made)
 
     @property
     def answers_each_class(self) -> bool:

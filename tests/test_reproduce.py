@@ -711,6 +711,8 @@ def test_other_tables(reported):
             assert row[column] == f"{np.mean(knn):.3f}{spread}"
         assert row["folds"] == ("1 left out" if name == "dls-train" else "all heard (transductive)")
         assert row["runs"] == str(len(runs)) == {"dls": "3", "dls-train": "10"}.get(name, "1")
+        (shown,) = {sum(run["clips"].values()) * run["epochs"][-1] for run in runs}
+        assert row["clips × epochs"] == str(shown)
     rows = {row["change"].strip("`"): row for row in table(report, "## Search")}
     names = {"none (the base)": "base", "--nce_k 16": "nce_k=16", "--nce_t 0.1, --nce_k 16": "nce_t=0.1,nce_k=16"}
     assert list(rows) == list(names)

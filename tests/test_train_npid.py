@@ -386,7 +386,8 @@ def test_two_processes_share_one_bank(sound_folder, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "clips"), [("no", 8), ("bf16", 2)])  # a processor without bf16 takes minutes for 8
+# A processor without bf16 takes minutes for eight clips.
+@pytest.mark.parametrize(("precision", "clips"), [("no", 8), ("bf16", 2)])
 def test_esresnet50_takes_a_step_at_full_resolution(precision, clips, tmp_path):
     random = np.random.default_rng(0)
     for clip in range(clips):
