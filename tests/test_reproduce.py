@@ -777,6 +777,41 @@ def test_the_papers_claims_are_answered_by_the_reports():
     assert (ROOT / "docs" / "paper.md").read_text(encoding="utf-8") == paper.document()
 
 
+def test_what_was_aimed_at_is_beside_the_raw_numbers():
+    with (ROOT / "results" / "esc50" / "cells.csv").open(newline="") as file:
+        cells = {row["cell"]: row for row in csv.DictReader(file)}
+
+    def mean(column, *keys, **facts):
+        values = [json.loads(row[column]) for row in cells.values() if facts.items() <= row.items()]
+        for key in keys:
+            values = [value[key] for value in values]
+        return f"{np.mean(values):.3f}"
+
+    document = paper.document()
+    aims = {row["what"]: row["reached"] for row in table(document, "## What was aimed at")}
+    for what, label, facts in (
+        ("closed form, all labels", "DLS", {"arm": "dls", "setting": "closed-form"}),
+        (
+            "closed form, all labels",
+            "DLS, training folds only",
+            {"arm": "dls-training-folds", "setting": "closed-form"},
+        ),
+        ("closed form, 5 labels a class", "DLS", {"arm": "dls", "setting": "5-labels"}),
+        (
+            "closed form, 5 labels a class",
+            "with self-training: DLS",
+            {"arm": "dls", "setting": "5-labels-self-trained"},
+        ),
+    ):
+        accuracy = mean("accuracy", **facts)  # (folds, 1 epoch: the closed form)
+        assert f"{label} {accuracy} (" in aims[what]
+    neighbours = mean("knn_accuracy", "esc50", -1, kind="pretrain", pretraining="training-folds")
+    assert aims["k-NN, the tested fold not heard"].startswith(neighbours)
+    clips = {name: cells[f"pretrain.{name}.seed0"] for name in ("other-corpora", "all-sound")}
+    shown = [sum(json.loads(row["clips"]).values()) * json.loads(row["epochs"])[-1] for row in clips.values()]
+    assert f"showed {shown[0] / shown[1]:.2f} times as many clips" in document
+
+
 @pytest.mark.parametrize("name", sorted(path.parent.name for path in (ROOT / "results").glob("*/cells.csv")))
 def test_committed_reports_are_what_their_numbers_say(name, tmp_path):
     """From the YAML file and the CSV alone, wherever they are."""
