@@ -807,6 +807,11 @@ def test_what_was_aimed_at_is_beside_the_raw_numbers():
         assert f"{label} {accuracy} (" in aims[what]
     neighbours = mean("knn_accuracy", "esc50", -1, kind="pretrain", pretraining="training-folds")
     assert aims["k-NN, the tested fold not heard"].startswith(neighbours)
+    less = [
+        np.mean(json.loads(cells[f"finetune.closed-form.{arm}.seed0"]["accuracy"]))
+        for arm in ("dls-other-corpora", "scratch")
+    ]
+    assert f"DLS, folds 2 to 5 not heard {less[0] - less[1]:+.3f}; with 5 labels" in document
     clips = {name: cells[f"pretrain.{name}.seed0"] for name in ("other-corpora", "all-sound")}
     shown = [sum(json.loads(row["clips"]).values()) * json.loads(row["epochs"])[-1] for row in clips.values()]
     assert f"showed {shown[0] / shown[1]:.2f} times as many clips" in document
