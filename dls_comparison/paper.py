@@ -133,14 +133,20 @@ def beside_imagenet(report: Report) -> str | None:
     return "; ".join(parts) or None
 
 
+def levels(report: Report, setting: str, epoch: int, *arms: str) -> str:
+    """The accuracies of the arms that are there."""
+    found = [runs for arm in arms for runs in report.arms(setting, arm) or []]
+    return "; ".join(f"{runs.label} {mean(runs, epoch):.3f} ({counted(len(runs.seeds))})" for runs in found)
+
+
 def folded_in(report: Report) -> str | None:
     """Closed forms without the folds that are tested on, with them joined later, and with all heard from the start."""
     parts = []
     for setting, labels in (("closed-form", "all"), ("5-labels", "5")):
-        if not (found := report.arms(setting, "dls-other-corpora", "dls-new-sound", "dls")):
+        arms = ("dls-other-corpora", "dls-new-sound", "dls")
+        if not report.arms(setting, *arms):
             return None
-        arms = (f"{runs.label} {mean(runs, 0):.3f} ({counted(len(runs.seeds))})" for runs in found)
-        parts.append(f"{labels} labels a class: {'; '.join(arms)}")
+        parts.append(f"{labels} labels a class: {levels(report, setting, 0, *arms)}")
     shown = (report.cells[name] for name in ("pretrain.other-corpora.seed0", "pretrain.all-sound.seed0"))
     without, heard = (sum(cell["clips"].values()) * cell["epochs"][-1] for cell in shown)
     return ". ".join([*parts, f"Pre-training without them showed {without / heard:.2f} times as many clips"])
@@ -159,12 +165,6 @@ def heard_or_not(report: Report) -> str | None:
         differences = (f"{runs.label} {runs.early(common).mean() - less:+.3f}" for runs in found[1:])
         parts.append(f"{labels} labels a class ({counted(len(common))}): {', '.join(differences)}")
     return f"less scratch, with {'; with '.join(parts)}"
-
-
-def levels(report: Report, setting: str, epoch: int, *arms: str) -> str:
-    """The accuracies of the arms that are there."""
-    found = [runs for arm in arms for runs in report.arms(setting, arm) or []]
-    return "; ".join(f"{runs.label} {mean(runs, epoch):.3f} ({counted(len(runs.seeds))})" for runs in found)
 
 
 def all_labels(report: Report) -> str:
