@@ -10,7 +10,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from datasets_scripts.errors import UserError
 from datasets_scripts.files import json_digest
-from dls_training.networks import check_source, loading, set_length
+from dls_training.networks import STRUCTURE, check_source, loading, set_length
 from dls_training.runtime import choose_device_and_precision
 from dls_training.settings import AS_LONG_AS_CLIPS
 from modeling_dls import (
@@ -113,7 +113,8 @@ def digest_of(model: PreTrainedModel, extractor: ESResNetFeatureExtractor) -> st
         weights.update(name.encode())
         weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     signal = {name: value for name, value in extractor.to_dict().items() if name != "max_length"}
-    return json_digest([weights.hexdigest(), signal])
+    layers = {name: getattr(model.config, name) for name in (*STRUCTURE, "hidden_act", "pooler_act")}
+    return json_digest([weights.hexdigest(), signal, layers])
 
 
 class Embedder(TrainedNetwork):

@@ -161,6 +161,7 @@ def make_config(settings: TrainingSettings, **overrides) -> ESResNetConfig:
         UserError: if there is no such checkpoint, or it was made from another preset than --preset, or changed.
     """
     changes, source = given(settings, "pooling", "embedding_size", "hidden_sizes"), settings.model_name_or_path
+    overrides |= given(settings, "pooler_act")  # has no weights
     if not source:
         try:
             return ESResNetConfig.from_preset(settings.preset, **changes, **overrides)

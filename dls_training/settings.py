@@ -161,6 +161,9 @@ class ModelOptions(Options):
         help="network and spectrogram, where no checkpoint is given; a densenet needs timm (default: the recipe's)",
     )  # fmt: skip
     pooling: str | None = option(None, one_of("mean", "statistics"), "instead of the preset's")
+    pooler_act: str | None = option(
+        None, one_of("asinh"), "what pooled features go through, so that none is extreme; a checkpoint's, too"
+    )
     embedding_size: int | None = option(None, whole(1, 1 << 16), "width of the stem, instead of the preset's")
     hidden_sizes: list[int] | None = option(
         None, whole_numbers(1, 1 << 16), "width of each stage, instead of the preset's", metavar="N,N,N,N"

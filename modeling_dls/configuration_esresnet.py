@@ -39,6 +39,8 @@ class ESResNetConfig(PretrainedConfig):
         pooling (`str`, defaults to `"mean"`): What the heads see: the mean of the last stage's output, gated by its
             attention (ESResNet), or `"statistics"`: how the spectrogram itself and every stage's output are
             distributed over time, in a few rows of frequency, standardised by batch norm.
+        pooler_act (`str`, *optional*): What becomes of that before the heads see it: `"asinh"`, which leaves usual
+            values nearly as they are and takes extreme ones as logarithms; None changes nothing.
         embedding_dim (`int`, defaults to 128): Size of the projection for instance discrimination (d in the paper);
             `embedding_size` is the stem's width, as in transformers' ResNet.
         growth_rate (`int`, *optional*): Channels that each dense layer adds; None builds a ResNet.
@@ -48,8 +50,8 @@ class ESResNetConfig(PretrainedConfig):
             `"imagenet"`; None means that they were random.
 
     Raises:
-        ValueError: if `layer_type` or `pooling` is unknown, `hidden_sizes` and `depths` differ in length, or
-            `growth_rate` goes with another `layer_type` or other `hidden_sizes`.
+        ValueError: if `layer_type`, `pooling` or `pooler_act` is unknown, `hidden_sizes` and `depths` differ in
+            length, or `growth_rate` goes with another `layer_type` or other `hidden_sizes`.
 
     Example:
 
@@ -77,6 +79,7 @@ class ESResNetConfig(PretrainedConfig):
         hidden_act="relu",
         attention=True,
         pooling="mean",
+        pooler_act=None,
         embedding_dim=128,
         growth_rate=None,
         downsample_in_bottleneck=False,
@@ -87,6 +90,8 @@ class ESResNetConfig(PretrainedConfig):
             raise ValueError(f"layer_type must be 'basic' or 'bottleneck', not {layer_type!r}")
         if pooling not in ("mean", "statistics"):
             raise ValueError(f"pooling must be 'mean' or 'statistics', not {pooling!r}")
+        if pooler_act not in (None, "asinh"):
+            raise ValueError(f"pooler_act must be 'asinh' or None, not {pooler_act!r}")
         if growth_rate is not None:
             dense_sizes = dense_hidden_sizes(embedding_size, depths, growth_rate)
             if layer_type != "bottleneck" or (hidden_sizes is not None and list(hidden_sizes) != dense_sizes):
@@ -107,6 +112,7 @@ class ESResNetConfig(PretrainedConfig):
         self.hidden_act = hidden_act
         self.attention = attention
         self.pooling = pooling
+        self.pooler_act = pooler_act
         self.embedding_dim = embedding_dim
         self.growth_rate = growth_rate
         self.initial_weights = initial_weights

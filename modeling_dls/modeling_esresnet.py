@@ -293,12 +293,14 @@ class ESResNetModel(ESResNetPreTrainedModel):
     def _pool(self, pictures: list[torch.Tensor]) -> torch.Tensor:
         """The spectrogram, the stem's and every stage's output -> (batch, hidden_size), summed over audio channels."""
         if self.pooling is not None:
-            return self.pooling(pictures)
-        x = pictures[-1].flatten(0, 1)
-        pooled = x.mean(dim=(2, 3), keepdim=True)
-        if self.attention is not None:
-            pooled = pooled * self.attention(x, (1, 1))
-        return pooled.flatten(1).unflatten(0, pictures[-1].shape[:2]).sum(dim=1)
+            pooled = self.pooling(pictures)
+        else:
+            x = pictures[-1].flatten(0, 1)
+            pooled = x.mean(dim=(2, 3), keepdim=True)
+            if self.attention is not None:
+                pooled = pooled * self.attention(x, (1, 1))
+            pooled = pooled.flatten(1).unflatten(0, pictures[-1].shape[:2]).sum(dim=1)
+        return pooled.asinh() if self.config.pooler_act == "asinh" else pooled
 
 
 class ESResNetForInstanceDiscrimination(ESResNetPreTrainedModel):

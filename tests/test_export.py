@@ -43,7 +43,7 @@ def export(model: Path, output: Path, *options) -> Path:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return save_classifier(tmp_path_factory.mktemp("models") / "one", pooling="statistics")
+    return save_classifier(tmp_path_factory.mktemp("models") / "one", pooling="statistics", pooler_act="asinh")
 
 
 @pytest.fixture(scope="module")

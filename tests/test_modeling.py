@@ -223,9 +223,10 @@ def test_network_equals_a_slow_version(attention, layers, height, width):
     torch.testing.assert_close(model(x).pooler_output, expected, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("act", [None, "asinh"])
 @pytest.mark.parametrize("height, width", [(32, 64), (70, 47), (5, 9)])
-def test_statistics_equal_a_slow_version(height, width):
-    model = randomised(ESResNetModel, tiny_config(pooling="statistics")).double()
+def test_statistics_equal_a_slow_version(height, width, act):
+    model = randomised(ESResNetModel, tiny_config(pooling="statistics", pooler_act=act)).double()
     x = pictures(2, 2, height, width).double()
     outputs = model(x, output_hidden_states=True)
     state = model.state_dict()
@@ -243,6 +244,7 @@ def test_statistics_equal_a_slow_version(height, width):
                 numbers += statistic.sum(axis=0).flatten().tolist()
         mean, variance = state["pooling.norm.running_mean"].numpy(), state["pooling.norm.running_var"].numpy()
         expected = (np.array(numbers) - mean) / np.sqrt(variance + 1e-5)
+        expected = np.arcsinh(expected) if act else expected
         np.testing.assert_allclose(outputs.pooler_output[clip].detach().numpy(), expected, rtol=1e-9, atol=1e-9)
     assert outputs.pooler_output.shape[1] == model.config.hidden_size == 4 * (16 * 3 + 8 * (16 + 4 * 16))
 
@@ -387,6 +389,7 @@ def test_auto_map_is_always_complete(head, tmp_path):
     [
         ({"layer_type": "dense"}, "layer_type must be 'basic' or 'bottleneck', not 'dense'"),
         ({"pooling": "max"}, "pooling must be 'mean' or 'statistics', not 'max'"),
+        ({"pooler_act": "tanh"}, "pooler_act must be 'asinh' or None, not 'tanh'"),
         ({"depths": (1, 1)}, "hidden_sizes and depths must be equally long"),
         ({"growth_rate": 8, "hidden_sizes": None}, r"hidden_sizes \[12, 10, 9, 17\], not 'basic' and None"),
         ({"growth_rate": 8, "layer_type": "bottleneck"}, r"not 'bottleneck' and \(16, 32, 64, 128\): leave them out"),

@@ -15,7 +15,7 @@ HEADS = {getattr(modeling_dls, name): getattr(transformers, auto) for name, auto
 NETWORKS = {
     "mean": {},
     "mean without attention": {"attention": False},
-    "statistics": {"pooling": "statistics"},
+    "statistics": {"pooling": "statistics", "pooler_act": "asinh"},
     "dense": {"layer_type": "bottleneck", "hidden_sizes": None, "growth_rate": 4},
 }
 every_head = pytest.mark.parametrize("head", HEADS)

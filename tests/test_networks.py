@@ -32,7 +32,7 @@ CLASSIFIER = ESResNetForAudioClassification.__name__
 
 def test_a_checkpoint_of_another_preset_is_refused_by_what_differs(tmp_path):
     ESResNetConfig.from_preset("densenet_small").save_pretrained(tmp_path)
-    nothing = dict.fromkeys(("pooling", "embedding_size", "hidden_sizes"))
+    nothing = dict.fromkeys(("pooling", "embedding_size", "hidden_sizes", "pooler_act"))
     args = Namespace(model_name_or_path=tmp_path, preset="densenet_small", **nothing)
     assert make_config(args, num_labels=3).growth_rate == 16
     args.preset = "esresnet18"

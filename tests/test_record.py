@@ -320,6 +320,7 @@ OTHER_VALUES = {
     "learning_rate": "0.5", "weight_decay": "0.5", "lr_scheduler_type": "esresnet", "seed": "1",
     "windows": "3", "mixed_precision": "bf16", "memory_format": "contiguous", "num_train_epochs": "3",
     "max_train_steps": "3", "embedding_size": "8", "hidden_sizes": "8,9", "sampling_rate": "8000",
+    "pooler_act": "asinh",
 }  # fmt: skip
 OF_NPID = {
     "objective": "softmax", "nce_k": "3", "nce_t": "0.2", "nce_exclude_positive": None, "nce_z_momentum": "0.5",

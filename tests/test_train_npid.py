@@ -419,11 +419,13 @@ def test_recipes(sound_folder, tmp_path):
     assert (options["preset"], options["learning_rate"], options["warmup_steps"]) == ("small_mel", 0.002, 0.3)
     assert (options["nce_k"], options["keep_spectrograms"]) == (64, True)
     config = json.loads((tmp_path / "npid" / "config.json").read_text())
-    assert config["pooling"] == "statistics"
+    assert config["pooling"] == "statistics" and config["pooler_act"] is None
     succeed(
         "train_classification.py", *quick, "--model_name_or_path", tmp_path / "npid", "--fold", "1",
-        "--output_dir", tmp_path / "classification",
+        "--pooler_act", "asinh", "--output_dir", tmp_path / "classification",
     )  # fmt: skip
+    # It has no weights, so that a checkpoint can be given one.
+    assert json.loads((tmp_path / "classification" / "config.json").read_text())["pooler_act"] == "asinh"
     options = results_of(tmp_path / "classification")["options"]
     assert (options["preset"], options["classifier_init"], options["augmentation_strength"]) == (None, "ridge", 0.0)
     signal = json.loads((tmp_path / "classification" / "preprocessor_config.json").read_text())
