@@ -234,11 +234,13 @@ def further_sentences(report: Report, with_more_rows: Report) -> str:
             " With 5 labels and [self-training](docs/training.md#clips-without-a-label): "
             f"{mean(found[0], 0):.3f} against {mean(found[1], 0):.3f}."
         )
-    few, every = (with_more_rows.arms(setting, "dls") for setting in ("5-labels", "closed-form"))
-    if few and every:
+    asinh, rows = report.arms("closed-form-asinh", "dls"), with_more_rows.arms("closed-form", "dls")
+    both = with_more_rows.arms("closed-form-asinh", "dls", "scratch")
+    if asinh and rows and both:
         said += (
-            f" At twice the work, `--spec_height 64`: {mean(few[0], 0):.3f} and {mean(every[0], 0):.3f} with 5 and "
-            f"with all labels ({counted(len(every[0].seeds))}, [esc50_rows](results/esc50_rows/README.md))."
+            f" With all 32, `--pooler_act asinh` has {mean(asinh[0], 0):.3f}, `--spec_height 64`, at twice the work, "
+            f"{mean(rows[0], 0):.3f}, both {mean(both[0], 0):.3f} ({counted(len(both[0].seeds))}; untrained "
+            f"{mean(both[1], 0):.3f}; [esc50_rows](results/esc50_rows/README.md))."
         )
     return said
 
