@@ -10,7 +10,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from datasets_scripts.errors import UserError
 from datasets_scripts.files import json_digest
-from dls_training.networks import STRUCTURE, check_source, loading, set_length
+from dls_training.networks import check_source, loading, set_length
 from dls_training.runtime import choose_device_and_precision
 from dls_training.settings import AS_LONG_AS_CLIPS
 from modeling_dls import (
@@ -22,6 +22,7 @@ from modeling_dls import (
 )
 
 CLIP_SECONDS = 5.0  # where neither the checkpoint nor the user says
+NOT_IN_WEIGHTS = ("hidden_act", "pooler_act", "downsample_in_bottleneck")  # neither in their names nor in their sizes
 DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -113,8 +114,9 @@ def digest_of(model: PreTrainedModel, extractor: ESResNetFeatureExtractor) -> st
         weights.update(name.encode())
         weights.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     signal = {name: value for name, value in extractor.to_dict().items() if name != "max_length"}
-    layers = {name: getattr(model.config, name) for name in (*STRUCTURE, "hidden_act", "pooler_act")}
-    return json_digest([weights.hexdigest(), signal, layers])
+    usual, own = ESResNetConfig(), model.config
+    unusual = {name: getattr(own, name) for name in NOT_IN_WEIGHTS if getattr(own, name) != getattr(usual, name)}
+    return json_digest([weights.hexdigest(), signal, *([unusual] if unusual else [])])
 
 
 class Embedder(TrainedNetwork):
