@@ -40,6 +40,15 @@ def test_a_checkpoint_of_another_preset_is_refused_by_what_differs(tmp_path):
         make_config(args)
 
 
+@pytest.mark.parametrize("settings", [PretrainingSettings, ClassificationSettings])
+def test_a_recipe_says_nothing_of_another_presets_spectrograms(settings):
+    def rows(*words):
+        return settings.parsed(["--recipe", "thorough", *words]).spec_height
+
+    assert rows() == rows("--preset", "small_mel") == 64 and rows("--preset", "esresnet50") is None
+    assert rows("--preset", "esresnet50", "--spec_height", "16") == rows("--spec_height", "16") == 16
+
+
 def test_a_densenet_without_timm_is_a_message(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm.models.densenet", None)
     with pytest.raises(UserError, match="pip install timm"):

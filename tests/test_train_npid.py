@@ -407,6 +407,7 @@ def test_help_explains_defaults(capsys):
     text = capsys.readouterr().out
     assert "The defaults are those of --recipe paper" in text and "--nce_t" in text
     assert "--recipe recommended stands for\n  --preset small_mel" in text
+    assert "--spec_height 64" in text.partition("--recipe thorough stands for")[2]
 
 
 def test_recipes(sound_folder, tmp_path):
@@ -430,6 +431,15 @@ def test_recipes(sound_folder, tmp_path):
     assert (options["preset"], options["classifier_init"], options["augmentation_strength"]) == (None, "ridge", 0.0)
     signal = json.loads((tmp_path / "classification" / "preprocessor_config.json").read_text())
     assert signal["frequency_scale"] == "mel"
+    # What a recipe says of spectrograms is not said of a checkpoint's.
+    thorough = [*quick, "--recipe", "thorough"]
+    succeed("train_npid.py", *thorough, "--output_dir", tmp_path / "thorough")
+    for source, rows in (("npid", 32), ("thorough", 64)):
+        output = tmp_path / f"from {source}"
+        start = ["--model_name_or_path", tmp_path / source, "--fold", "1"]
+        succeed("train_classification.py", *thorough, *start, "--output_dir", output)
+        assert json.loads((output / "preprocessor_config.json").read_text())["spec_height"] == rows
+        assert json.loads((output / "config.json").read_text())["pooler_act"] == "asinh"
     changed = ["--pooling", "mean", "--frequency_scale", "linear", "--spec_height", "16", "--spec_width", "40"]
     changed += ["--embedding_size", "24", "--hidden_sizes", "16,24,32,40"]
     succeed("train_npid.py", *quick, *changed, "--output_dir", tmp_path / "changed")
