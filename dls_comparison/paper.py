@@ -25,8 +25,13 @@ ROOT = Path(__file__).resolve().parents[1]
 HEADLINE = re.compile(r"(<!-- headline -->\n).*?(<!-- end -->)", re.DOTALL)
 # Settings of closed-form classifiers, by how many labels a class they have; all of ESC-50's training folds are 32.
 BY_LABELS = {1: "1-label", 5: "5-labels", 10: "10-labels", 20: "20-labels", 32: "closed-form"}
-FEW_AND_ALL = {"closed-form": "all labels", "5-labels": "5 labels a class"}
 ASINH = "with `--pooler_act asinh`"
+LABELS = {
+    "closed-form": "all labels", "20-labels": "20 labels a class", "5-labels": "5 labels a class",
+    "1-label": "1 label a class", "5-labels-self-trained": "5 labels a class, with self-training",
+    "closed-form-asinh": f"all labels, {ASINH}", "5-labels-asinh": f"5 labels a class, {ASINH}",
+}  # fmt: skip
+FEW_AND_ALL = {setting: LABELS[setting] for setting in ("closed-form", "5-labels")}
 NOT_YET = "not run yet: `python reproduce.py results/{}.yaml`"
 
 
@@ -101,12 +106,7 @@ def scratch_curve(report: Report) -> str:
 def closed_forms(report: Report) -> str | None:
     """DLS less scratch in closed form, by labels."""
     parts = []
-    settings = {
-        "closed-form": "all labels", "20-labels": "20 labels a class", "5-labels": "5 labels a class",
-        "1-label": "1 label a class", "5-labels-self-trained": "5 labels a class, with self-training",
-        "closed-form-asinh": f"all labels, {ASINH}", "5-labels-asinh": f"5 labels a class, {ASINH}",
-    }  # fmt: skip
-    for setting, labels in settings.items():
+    for setting, labels in LABELS.items():
         if found := report.arms(setting, "dls", "scratch"):
             difference, low, high, *_ = paired_difference(*found)
             sure = f" ({low:+.3f} to {high:+.3f})" if np.isfinite(low) else ""
