@@ -228,6 +228,14 @@ def few_labels(report: Report) -> dict[str, dict]:
     return curves
 
 
+def and_unheard(report: Report, setting: str) -> str:
+    """README's words for networks that had not heard the held-out fold; none where these were not run."""
+    found = report.arms(setting, "dls-training-folds")
+    if not found:
+        return ""
+    return f", and {mean(found[0], 0):.3f} where the held-out fold was not heard ({counted(len(found[0].seeds))})"
+
+
 def further_sentences(report: Report, with_more_rows: Report) -> str:
     """README's, of what adds to the recommended recipe; each where it has been run."""
     said = ""
@@ -242,7 +250,8 @@ def further_sentences(report: Report, with_more_rows: Report) -> str:
         said += (
             f" With all 32, `--pooler_act asinh` has {mean(asinh[0], 0):.3f}, `--spec_height 64`, at twice the work, "
             f"{mean(rows[0], 0):.3f}, both (`--recipe thorough`) {mean(both[0], 0):.3f} "
-            f"({counted(len(both[0].seeds))}; untrained {mean(both[1], 0):.3f}; "
+            f"({counted(len(both[0].seeds))}; untrained {mean(both[1], 0):.3f})"
+            f"{and_unheard(with_more_rows, 'closed-form-asinh')} ("
             "[esc50_rows](results/esc50_rows/README.md))."
         )
     return said
@@ -259,12 +268,7 @@ def headline(report: Report, with_more_rows: Report) -> str:
     included = ", the held-out clips' included," if (all_of_them[0].heard == all_of_them[0].clips).all() else ""
     sure = f" (the difference's 95 % interval: {low:+.3f} to {high:+.3f})" if np.isfinite(low) else ""
     runs = f"{folds} folds and {counted(seeds)}"
-    unheard = report.arms("closed-form", "dls-training-folds")
-    told = (
-        f", and {mean(unheard[0], 0):.3f} where the held-out fold was not heard ({counted(len(unheard[0].seeds))})"
-        if unheard
-        else ""
-    )
+    told = and_unheard(report, "closed-form")
     return textwrap.fill(
         f"ESC-50, a classifier in closed form on a frozen network, mean of {runs}: with 5 "
         f"labels a class {dls[1]:.3f} after pre-training on unlabelled sound{included} against {scratch[1]:.3f} of "
