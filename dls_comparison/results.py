@@ -7,6 +7,8 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
+
 from datasets_scripts.errors import UserError
 from datasets_scripts.files import files_moved_into_place
 
@@ -42,13 +44,44 @@ def read_results(path: Path) -> dict[str, dict]:
                 result = {name: text if name in TEXTS else json.loads(text) for name, text in row.items() if text}
                 if "key" not in result:
                     raise KeyError("key")
+                check_numbers(result)
+                if result["cell"] in results:
+                    raise ValueError("there is another line of its cell")
                 results[result["cell"]] = result
         except (ValueError, TypeError, KeyError, csv.Error) as error:
             raise UserError(
-                f"{path}, line {reader.line_num}, is not as reproduce.py wrote it: mend it, or delete it to have its "
-                "cell run again"
+                f"{path}, line {reader.line_num}, is not as reproduce.py wrote it ({error}): mend it, or delete it to "
+                "have its cell run again"
             ) from error
     return results
+
+
+def check_numbers(result: dict) -> None:
+    """Makes sure that a line's numbers may have been measured: one that a hand has changed must not become a figure.
+
+    Raises:
+        ValueError, TypeError: where a list is not as long as `folds` and `epochs` say, a share is outside 0..1, a time
+            is negative, or more clips were heard than there were.
+    """
+    epochs, folds = np.array(result.get("epochs", []), dtype=int), len(result.get("folds", []))
+    shapes = {
+        "accuracy": (folds, len(epochs)), "running_accuracy": (folds, (epochs > 0).sum()), "test_clips": (folds,),
+        "seconds": (folds, len(epochs)), "wall_seconds": (), "seed": (),
+    }  # fmt: skip
+    expected = [(name, result[name], shape) for name, shape in shapes.items() if name in result]
+    clips, neighbours = dict(result.get("clips", {})), dict(result.get("knn_accuracy", {}))
+    expected.append(("clips", list(clips.values()), (len(clips),)))
+    expected += [("knn_accuracy", shares, (len(epochs),)) for shares in neighbours.values()]
+    for name, values, shape in expected:
+        numbers = np.array(values, dtype=float)
+        most = 1 if name.endswith("accuracy") else np.finfo(float).max
+        if numbers.shape != shape or not ((numbers >= 0) & (numbers <= most)).all():
+            raise ValueError(f"its {name}")
+    heard = zip(result.get("test_clips_heard_in_pretraining", []), result.get("test_clips", []), strict=True)
+    if any(number is not None and not 0 <= number <= clips for number, clips in heard):
+        raise ValueError("its test_clips_heard_in_pretraining")
+    if "fold" in result and folds and result["folds"] != [result["fold"]]:
+        raise ValueError("its folds")
 
 
 def add_result(path: Path, result: dict, order: list[str]) -> None:

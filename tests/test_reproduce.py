@@ -757,8 +757,64 @@ def test_a_damaged_line_is_named(damage, reported, tmp_path):
     before = "\n".join([*lines[:4], damage, *lines[4:]])
     (folder / "cells.csv").write_text(before)
     code, output = call(tmp_path, "all.yaml", "--report")
-    assert code == 2 and re.match(r"error: all/cells\.csv, line \d+, is not as reproduce\.py wrote it: mend", output)
+    assert code == 2 and re.match(
+        r"error: all/cells\.csv, line \d+, is not as reproduce\.py wrote it \(.+\): mend", output
+    )
     assert (folder / "cells.csv").read_text() == before
+
+
+IMPOSSIBLE = {
+    "accuracy": ["0.5", '[["x"]]', "[[NaN]]", "[[1.01]]", "[[-0.1]]", "[[0.5, 0.5]]", "[[0.5], [0.5]]"],
+    "seconds": ["[[-1.0]]", "[[Infinity]]", "[[]]"],
+    "epochs": ["[0, 1]", "{}", "0", '["first"]'],
+    "folds": ["[1]", "[2, 3]", "2"],
+    "test_clips": ["[80, 80]", "[-80]", "80"],
+    "test_clips_heard_in_pretraining": ["[81]", "[0, 0]", '["none"]'],
+    "wall_seconds": ["[]", "-1", "true times"],
+    "seed": ["[0]", "-1"],
+    "clips": ["[80]", '{"audiofolder": [80]}'],
+    "knn_accuracy": ["[0.5]", '{"audiofolder": [0.5, 0.5]}', '{"audiofolder": [50.0]}'],
+    "running_accuracy": ["[[0.5]]"],
+}
+
+
+@pytest.mark.parametrize(
+    ("column", "value"), [(column, value) for column in IMPOSSIBLE for value in IMPOSSIBLE[column]]
+)
+def test_numbers_that_cannot_have_been_measured_are_no_figures(column, value, tmp_path):
+    """A line that a hand has changed, of a closed-form classifier with one fold or of a pre-training."""
+    fine_tuned = {
+        "cell": "a", "key": "1", "kind": "finetune", "seed": 0, "fold": 2, "wall_seconds": 9.5, "epochs": [0],
+        "folds": [2], "test_clips": [80], "test_clips_heard_in_pretraining": [80], "accuracy": [[1.0]],
+        "seconds": [[3.0]],
+    }  # fmt: skip
+    pretrained = {
+        "cell": "b", "key": "2", "kind": "pretrain", "seed": 0, "epochs": [0], "clips": {"audiofolder": 80},
+        "knn_accuracy": {"audiofolder": [0.5]},
+    }  # fmt: skip
+    whole, changed = tmp_path / "whole" / "cells.csv", tmp_path / "changed.csv"
+    for result in (fine_tuned, pretrained):
+        add_result(whole, result, [])
+    assert read_results(whole) == {"a": fine_tuned, "b": pretrained}
+    with whole.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    rows[1 if column in ("clips", "knn_accuracy") else 0][column] = value
+    with changed.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    with pytest.raises(UserError, match=r"changed\.csv, line [23], is not as reproduce\.py wrote it \(.+\): mend"):
+        read_results(changed)
+
+
+def test_a_cell_that_stands_twice_is_refused(reported, tmp_path):
+    """As where both sides of a merge were kept: which of them was measured last, nobody knows."""
+    folder = shutil.copytree(reported[0], tmp_path / "all")
+    shutil.copy(reported[0].with_suffix(".yaml"), tmp_path)
+    lines = (folder / "cells.csv").read_text().splitlines()
+    (folder / "cells.csv").write_text("\n".join([*lines, lines[3]]))
+    code, output = call(tmp_path, "all.yaml", "--report")
+    assert code == 2 and f"line {len(lines) + 1}, is not as" in output and "another line of its cell" in output
 
 
 # What is committed.
