@@ -25,6 +25,19 @@ COLUMNS = (
     "seconds", "clips", "excluded_folds", "knn", "knn_accuracy",
     "hardware", "threads", "precision", "commit", "versions", "command", "key", "network", "options",
 )  # fmt: skip
+OF_EVERY_CELL = ("cell", "kind", "key")
+OF_A_RUN = (*OF_EVERY_CELL, "seed", "wall_seconds", "network", "options")
+NEEDED = {
+    "imagenet": OF_EVERY_CELL,
+    "pretrain": (*OF_A_RUN, "pretraining"),
+    "search": OF_A_RUN,
+    "finetune": (
+        *OF_A_RUN, "arm", "setting", "epochs", "folds", "test_clips", "test_clips_heard_in_pretraining", "accuracy",
+        "seconds",
+    ),
+}  # fmt: skip
+# Of pre-training and search, where a corpus has labels: all of these, or none.
+OF_NEIGHBOURS = ("epochs", "clips", "excluded_folds", "knn", "knn_accuracy")
 csv.field_size_limit(1 << 30)  # the default is less than the epochs of a long run take
 
 
@@ -42,9 +55,7 @@ def read_results(path: Path) -> dict[str, dict]:
         try:
             for row in reader:
                 result = {name: text if name in TEXTS else json.loads(text) for name, text in row.items() if text}
-                if "key" not in result:
-                    raise KeyError("key")
-                check_numbers(result)
+                check_result(result)
                 if result["cell"] in results:
                     raise ValueError("there is another line of its cell")
                 results[result["cell"]] = result
@@ -56,13 +67,18 @@ def read_results(path: Path) -> dict[str, dict]:
     return results
 
 
-def check_numbers(result: dict) -> None:
+def check_result(result: dict) -> None:
     """Makes sure that a line's numbers may have been measured: one that a hand has changed must not become a figure.
 
     Raises:
-        ValueError, TypeError: where a list is not as long as `folds` and `epochs` say, a share is outside 0..1, a time
-            is negative, or more clips were heard than there were.
+        ValueError, TypeError, KeyError: where something is missing, a list is not as long as `folds` and `epochs` say,
+            a share is outside 0..1, a time is negative, or more clips were heard than there were.
     """
+    needed = NEEDED[result["kind"]]
+    if result["kind"] in ("pretrain", "search") and not result.keys().isdisjoint(OF_NEIGHBOURS):
+        needed += OF_NEIGHBOURS
+    if missing := [name for name in needed if name not in result]:
+        raise ValueError(f"it lacks {', '.join(missing)}")
     epochs, folds = np.array(result.get("epochs", []), dtype=int), len(result.get("folds", []))
     shapes = {
         "accuracy": (folds, len(epochs)), "running_accuracy": (folds, (epochs > 0).sum()), "test_clips": (folds,),

@@ -764,16 +764,18 @@ def test_a_damaged_line_is_named(damage, reported, tmp_path):
 
 
 IMPOSSIBLE = {
-    "accuracy": ["0.5", '[["x"]]', "[[NaN]]", "[[1.01]]", "[[-0.1]]", "[[0.5, 0.5]]", "[[0.5], [0.5]]"],
-    "seconds": ["[[-1.0]]", "[[Infinity]]", "[[]]"],
+    "kind": ["", "pretraining"],
+    **{name: [""] for name in ("arm", "setting", "key", "network", "options", "excluded_folds", "knn")},
+    "accuracy": ["", "0.5", '[["x"]]', "[[NaN]]", "[[1.01]]", "[[-0.1]]", "[[0.5, 0.5]]", "[[0.5], [0.5]]"],
+    "seconds": ["", "[[-1.0]]", "[[Infinity]]", "[[]]"],
     "epochs": ["[0, 1]", "{}", "0", '["first"]'],
-    "folds": ["[1]", "[2, 3]", "2"],
+    "folds": ["", "[1]", "[2, 3]", "2"],
     "test_clips": ["[80, 80]", "[-80]", "80"],
     "test_clips_heard_in_pretraining": ["[81]", "[0, 0]", '["none"]'],
-    "wall_seconds": ["[]", "-1", "true times"],
-    "seed": ["[0]", "-1"],
-    "clips": ["[80]", '{"audiofolder": [80]}'],
-    "knn_accuracy": ["[0.5]", '{"audiofolder": [0.5, 0.5]}', '{"audiofolder": [50.0]}'],
+    "wall_seconds": ["", "[]", "-1", "true times"],
+    "seed": ["", "[0]", "-1"],
+    "clips": ["", "[80]", '{"audiofolder": [80]}'],
+    "knn_accuracy": ["", "[0.5]", '{"audiofolder": [0.5, 0.5]}', '{"audiofolder": [50.0]}'],
     "running_accuracy": ["[[0.5]]"],
 }
 
@@ -783,14 +785,14 @@ IMPOSSIBLE = {
 )
 def test_numbers_that_cannot_have_been_measured_are_no_figures(column, value, tmp_path):
     """A line that a hand has changed, of a closed-form classifier with one fold or of a pre-training."""
-    fine_tuned = {
-        "cell": "a", "key": "1", "kind": "finetune", "seed": 0, "fold": 2, "wall_seconds": 9.5, "epochs": [0],
-        "folds": [2], "test_clips": [80], "test_clips_heard_in_pretraining": [80], "accuracy": [[1.0]],
-        "seconds": [[3.0]],
+    run = {"key": "1", "seed": 0, "wall_seconds": 9.5, "epochs": [0], "network": {}, "options": {}}
+    fine_tuned = run | {
+        "cell": "a", "kind": "finetune", "arm": "dls", "setting": "head", "fold": 2, "folds": [2], "test_clips": [80],
+        "test_clips_heard_in_pretraining": [80], "accuracy": [[1.0]], "seconds": [[3.0]],
     }  # fmt: skip
-    pretrained = {
-        "cell": "b", "key": "2", "kind": "pretrain", "seed": 0, "epochs": [0], "clips": {"audiofolder": 80},
-        "knn_accuracy": {"audiofolder": [0.5]},
+    pretrained = run | {
+        "cell": "b", "kind": "pretrain", "pretraining": "all", "clips": {"audiofolder": 80}, "excluded_folds": {},
+        "knn": {}, "knn_accuracy": {"audiofolder": [0.5]},
     }  # fmt: skip
     whole, changed = tmp_path / "whole" / "cells.csv", tmp_path / "changed.csv"
     for result in (fine_tuned, pretrained):
@@ -798,7 +800,7 @@ def test_numbers_that_cannot_have_been_measured_are_no_figures(column, value, tm
     assert read_results(whole) == {"a": fine_tuned, "b": pretrained}
     with whole.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    rows[1 if column in ("clips", "knn_accuracy") else 0][column] = value
+    rows[0 if column in fine_tuned or column not in pretrained else 1][column] = value
     with changed.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
